@@ -1,0 +1,447 @@
+"""The command line, and the only place where the rooms are wired together."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge import __version__, apikey, config, log, vault
+from crmbridge.errors import BridgeError, Misconfigured
+from crmbridge.events import instant
+from crmbridge.store import accounts, database, keys
+
+_DAY_S = 86_400
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except BridgeError as error:
+        print(f"crmbridge: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="crmbridge", description="Carries Instagram direct messages to a shop's own CRM and the replies back."
+    )
+    top.add_argument("--version", action="version", version=f"crmbridge {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        parent: Any, name: str, run: Callable[[argparse.Namespace], int | None], about: str
+    ) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = parent.add_parser(name, help=about, description=about)
+        parser.add_argument("--config", metavar="FILE", help="the configuration file (default: $CRMBRIDGE_CONFIG, "
+                            "./crmbridge.ini, /etc/crmbridge/crmbridge.ini)")  # fmt: skip
+        parser.set_defaults(run=run)
+        return parser
+
+    command(commands, "init", _init, "make what is missing: configuration, key file, database")
+    serve = command(commands, "serve", _serve, "run the bridge: web server and worker in one process")
+    serve.add_argument("--no-worker", action="store_true", help="run the web server alone, beside 'crmbridge worker'")
+    command(commands, "worker", _worker, "run the worker alone, beside 'crmbridge serve --no-worker'")
+    command(commands, "migrate", _migrate, "bring the database's schema up to this version")
+    command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
+
+    key = commands.add_parser("key", help="make, list and revoke API keys").add_subparsers(required=True, metavar="…")
+    create = command(key, "create", _key_create, "make an API key and print it, once")
+    create.add_argument("--name", required=True, help="what the key is for")
+    create.add_argument("--admin", action="store_true", help="may do everything on every account")
+    create.add_argument("--account", action="append", default=[], metavar="ID", help="an account it is bound to")
+    create.add_argument("--permission", action="append", default=[], metavar="P", choices=apikey.PERMISSIONS,
+                        help="one of: " + ", ".join(apikey.PERMISSIONS) + " (default: all)")  # fmt: skip
+    create.add_argument("--expires-days", type=float, metavar="D", help="when it ends")
+    command(key, "list", _key_list, "list the API keys")
+    command(key, "revoke", _key_revoke, "revoke an API key, at once").add_argument(
+        "id", help="key_… as 'key list' shows"
+    )
+
+    account = commands.add_parser("account", help="look at accounts").add_subparsers(required=True, metavar="…")
+    command(account, "list", _account_list, "list the accounts")
+
+    demo = commands.add_parser("demo", help="show both flows against the bundled sandbox")
+    demo.add_argument("--once", action="store_true", help="exit after the round trip, 0 when every hop arrived")
+    demo.set_defaults(run=_demo)
+    sandbox = commands.add_parser("sandbox", help="run the local Meta and the sample CRM alone")
+    sandbox.add_argument("--host", default="127.0.0.1", help="a loopback address")
+    sandbox.add_argument("--port", type=int, default=8090)
+    sandbox.add_argument("--callback-url", help="where webhooks go, e.g. http://127.0.0.1:8080/webhooks/instagram")
+    sandbox.set_defaults(run=_sandbox)
+    return top
+
+
+def _settings(options: argparse.Namespace) -> config.Settings:
+    return config.load(config.find(options.config, os.environ))
+
+
+@contextlib.contextmanager
+def _database(options: argparse.Namespace) -> Any:
+    db = database.open_existing(_settings(options).store.path)
+    try:
+        db.require_schema()
+        yield db
+    finally:
+        db.close()
+
+
+# --- init, migrate, check ---
+
+
+def _init(options: argparse.Namespace) -> None:
+    path = config.find(options.config, os.environ)
+    if path.exists():
+        print(f"kept     {path}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config.SHIPPED_INI, path)
+        path.chmod(0o640)
+        print(f"made     {path}")
+    settings = config.load(path)
+    print(("made     " if vault.create(settings.vault.key_file) else "kept     ") + str(settings.vault.key_file))
+    is_new = not settings.store.path.exists()
+    db = database.create(settings.store.path)
+    steps = db.migrate()
+    db.close()
+    print(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+
+
+def _migrate(options: argparse.Namespace) -> None:
+    db = database.open_existing(_settings(options).store.path)
+    steps = db.migrate()
+    db.close()
+    print("\n".join(f"applied {step}" for step in steps) or "nothing to do")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from crmbridge.ops import check
+
+    return check.run(_settings(options), config.find(options.config, os.environ))
+
+
+# --- keys and accounts ---
+
+
+def _key_create(options: argparse.Namespace) -> None:
+    if not options.admin and not options.account:
+        raise Misconfigured("a key needs --account ID (one or more), or --admin")
+    if options.admin and options.account:
+        raise Misconfigured("an admin key is good for every account: leave out --account")
+    days = options.expires_days
+    if days is not None and not 0 < days <= 36_500:
+        raise Misconfigured("--expires-days must be between 0 and 36500")
+    with _database(options) as db:
+        missing = [account for account in options.account if accounts.find(db, account) is None]
+        if missing:
+            raise Misconfigured(f"there is no account {', '.join(missing)}; 'crmbridge account list' shows them")
+        key, key_id, secret_hash = apikey.make()
+        now_s = time.time()
+        values = {
+            "id": key_id,
+            "name": options.name,
+            "secret_hash": secret_hash,
+            "admin": int(options.admin),
+            "accounts": list(dict.fromkeys(options.account)),
+            "permissions": list(dict.fromkeys(options.permission)) or list(apikey.PERMISSIONS),
+            "created_at": instant(now_s),
+            "expires_at": None if days is None else instant(now_s + days * _DAY_S),
+        }
+        keys.create(db, values)
+        print(key)
+
+
+def _key_list(options: argparse.Namespace) -> None:
+    with _database(options) as db:
+        for row in keys.everyone(db):
+            state = "revoked" if row["revoked_at"] else "active"
+            if state == "active" and row["expires_at"] and row["expires_at"] <= instant(time.time()):
+                state = "expired"
+            reach = "admin" if row["admin"] else f"{','.join(row['accounts'])} {','.join(row['permissions'])}"
+            until = f" until {row['expires_at']}" if row["expires_at"] else ""
+            print(f"{row['id']}  {state:8} {row['created_at']}{until}  {row['name']}  {reach}")
+
+
+def _key_revoke(options: argparse.Namespace) -> None:
+    with _database(options) as db:
+        if not keys.revoke(db, options.id, instant(time.time())):
+            raise Misconfigured(f"there is no key {options.id}; 'crmbridge key list' shows them")
+    print(f"revoked {options.id}")
+
+
+def _account_list(options: argparse.Namespace) -> None:
+    with _database(options) as db:
+        for row in accounts.everyone(db):
+            subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
+            target = row["crm_webhook_url"] or "(pull)"
+            name = row["username"] or "-"
+            print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+
+
+# --- serve and worker ---
+
+
+@dataclass
+class _Rooms:
+    """The rooms that the web server and the worker share."""
+
+    settings: config.Settings
+    db: database.Database
+    vault: vault.Vault
+    client: Any
+    reach: Any
+    alerts: Any
+    patience: Any
+
+
+def _open(settings: config.Settings) -> _Rooms:
+    from crmbridge import net
+    from crmbridge.alerts import Alerts
+    from crmbridge.instagram.client import Client
+    from crmbridge.store.messages import Patience
+
+    db = database.open_existing(settings.store.path)
+    db.require_schema()
+    reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
+    configured = net.Reach(any_address=True, http=True)
+    graph = net.Session(
+        configured,
+        connect_timeout_s=settings.instagram.connect_timeout_s,
+        timeout_s=settings.instagram.timeout_s,
+        connections=settings.delivery.senders,
+    )
+    return _Rooms(
+        settings=settings,
+        db=db,
+        vault=vault.load(settings.vault.key_file),
+        client=Client(graph, settings.instagram.graph_url),
+        reach=reach,
+        alerts=Alerts(
+            command=settings.alerts.command,
+            url=settings.alerts.url,
+            repeat_after_s=settings.alerts.repeat_after_s,
+            session=net.Session(configured, connect_timeout_s=5, timeout_s=15, connections=1),
+        ),
+        patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
+    )
+
+
+def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
+    import json
+
+    from crmbridge import crm, net
+    from crmbridge.store.deliveries import Claimed, Outcome
+
+    settings = rooms.settings
+    session = net.Session(
+        rooms.reach,
+        connect_timeout_s=settings.crm.connect_timeout_s,
+        timeout_s=settings.crm.timeout_s,
+        connections=settings.delivery.slots_per_endpoint,
+    )
+
+    def to_crm(claimed: Claimed) -> Outcome:
+        sealed = claimed.account["webhook_secret_sealed"]
+        posted = crm.post(
+            session,
+            url=claimed.account["crm_webhook_url"],
+            secret=rooms.vault.open(sealed) if sealed else None,
+            event_id=claimed.event_id or claimed.id,
+            body=claimed.body.encode(),
+            correlation_id=claimed.correlation_id,
+            now_s=time.time(),
+        )
+        return Outcome("done", http_status=posted.http_status)
+
+    def to_instagram(claimed: Claimed) -> Outcome:
+        token = rooms.vault.open(claimed.account["access_token_sealed"])
+        content = json.loads(claimed.body)
+        sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
+        return Outcome("done", http_status=sent.http_status, external_id=sent.external_id)
+
+    return {"crm": to_crm, "instagram": to_instagram}
+
+
+def _make_worker(rooms: _Rooms) -> Any:
+    from crmbridge.delivery import Engine, Schedule
+    from crmbridge.upkeep import Upkeep
+    from crmbridge.worker import SWEEP_S, Job, Worker
+
+    if not rooms.db.take_worker_lock():
+        raise Misconfigured(f"another worker is running on {rooms.settings.store.path}")
+    delivery = rooms.settings.delivery
+    longest_s = max(rooms.settings.crm.timeout_s, rooms.settings.instagram.timeout_s)
+    schedule = Schedule(
+        crm_quick_s=delivery.crm_quick_s,
+        crm_slow_s=delivery.crm_slow_s,
+        instagram_retry_s=delivery.instagram_retry_s,
+        instagram_unavailable_s=delivery.instagram_unavailable_s,
+        in_doubt_s=delivery.in_doubt_s,
+        lease_s=longest_s + 60,  # name resolution has no deadline of its own
+        senders=delivery.senders,
+        slots_per_endpoint=delivery.slots_per_endpoint,
+        patience=rooms.patience,
+    )
+    engine = Engine(rooms.db, _senders(rooms), schedule, rooms.alerts.alert)
+    recovered = engine.recover()
+    if recovered:
+        log.warning("worker.recovered", deliveries=recovered)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience)
+    worker: Worker
+
+    def sweep() -> None:
+        upkeep.sweep()
+        worker.ring()
+
+    jobs = [Job("sweep", SWEEP_S, sweep), Job("beat", 10, upkeep.beat), Job("prune", 3600, upkeep.prune)]
+    worker = Worker(engine, rooms.settings.store.queue_path, jobs, on_thread=rooms.db.checkpoint_here)
+    upkeep.beat()
+    return worker
+
+
+def _make_app(rooms: _Rooms, wake: Callable[[], None]) -> Any:
+    from crmbridge.web import docs_routes, health_routes, message_routes, webhook_routes
+    from crmbridge.web.account_routes import AccountRoutes
+    from crmbridge.web.app import App
+
+    instagram = rooms.settings.instagram
+    return App(
+        rooms.db,
+        [
+            *docs_routes.routes(config.ROOT),
+            *health_routes.HealthRoutes().routes(),
+            *webhook_routes.routes(instagram.app_secrets, instagram.verify_token, wake, rooms.patience),
+            *message_routes.routes(wake, rooms.patience),
+            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),
+        ],
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    settings = _settings(options)
+    log.setup(settings.log.level)
+    _say_start(settings, "serve")
+    rooms = _open(settings)
+    worker: Any = None
+    if options.no_worker:
+        from crmbridge.worker import RemoteBell
+
+        wake = RemoteBell(settings.store.queue_path).wake
+    else:
+        worker = _make_worker(rooms)
+        wake = worker.wake
+    from crmbridge.web.server import Server
+
+    try:
+        server = Server(_make_app(rooms, wake), settings.web)
+    except OSError as error:
+        raise Misconfigured(f"cannot listen on {settings.web.host}:{settings.web.port}: {error.strerror}") from None
+    _stop_on_signals()
+    if worker is not None:
+        worker.start()
+    _say_health(rooms)
+    log.info("serve.ready", url=server.url, public_url=settings.web.public_url or None)
+    server.run()
+    log.info("serve.stopping")
+    server.close()
+    _end(settings, worker)
+
+
+def _worker(options: argparse.Namespace) -> None:
+    settings = _settings(options)
+    log.setup(settings.log.level)
+    _say_start(settings, "worker")
+    rooms = _open(settings)
+    worker = _make_worker(rooms)
+    _stop_on_signals()
+    worker.start()
+    _say_health(rooms)
+    log.info("worker.ready")
+    with contextlib.suppress(SystemExit):
+        while True:
+            signal.pause()
+    _end(settings, worker)
+
+
+def _end(settings: config.Settings, worker: Any) -> None:
+    clean = worker.stop(settings.delivery.stop_grace_s) if worker is not None else True
+    log.info("stopped", calls_left=not clean)
+    if not clean:
+        # Threads are still inside calls; their leases are looked at by the next start.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _stop_on_signals() -> None:
+    def stop(number: int, _frame: object) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+        log.info("signal", signal=signal.Signals(number).name)
+        raise SystemExit(0)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+
+
+def _say_start(settings: config.Settings, mode: str) -> None:
+    import sqlite3
+
+    log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
+    log.info("config", **config.shown(settings))
+    if not settings.instagram.app_secrets:
+        log.warning("config.incomplete", problem="[instagram] app_secrets is empty: every webhook will be refused")
+
+
+def _say_health(rooms: _Rooms) -> None:
+    from crmbridge.store import turn
+
+    log.info(
+        "health",
+        schema="ok",
+        key_file="ok",
+        accounts=len(accounts.everyone(rooms.db)),
+        database_bytes=rooms.db.file_bytes(),
+        **{f"pending_{target}": number for target, number in turn.counts(rooms.db).items()},
+    )
+
+
+# --- sandbox and demo ---
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from crmbridge.sandbox import demo
+
+    log.setup("warning")
+    return demo.run(once=options.once)
+
+
+def _sandbox(options: argparse.Namespace) -> None:
+    from crmbridge.sandbox import Sandbox
+
+    try:
+        sandbox = Sandbox(options.host, options.port, callback_url=options.callback_url)
+    except (ValueError, OSError) as error:
+        raise Misconfigured(str(error)) from None
+    with sandbox:
+        print(f"chat page            {sandbox.url}/")
+        print(f"[instagram] graph_url = {sandbox.graph_url}")
+        print(f"crm_webhook_url       {sandbox.crm_webhook_url}")
+        print("Ctrl-C ends it.", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Reads crmbridge.ini and the environment into frozen settings, one value per room.
+
+An unknown key or a bad value stops the start and is named. Knows nothing of what the rooms do.
+"""
+
+import configparser
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from crmbridge.errors import Misconfigured
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_INI = ROOT / "crmbridge.ini"
+SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
+_PREFIX = "CRMBRIDGE_"
+
+
+def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False) -> Any:
+    return field(default=default, metadata={"read": read, "secret": secret})
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(re.split(r"[\s,]+", value.strip())) if value.strip() else ()
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low} and {high}")
+        return number
+
+    return read
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def read(value: str) -> float:
+        number = float(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        return number
+
+    return read
+
+
+def _delays(value: str) -> tuple[float, ...]:
+    delays = tuple(float(word) for word in _words(value))
+    if not delays or not all(0.1 <= delay <= 86_400 for delay in delays):
+        raise ValueError("must be one or more delays in seconds, each between 0.1 and 86400")
+    return delays
+
+
+def _flag(value: str) -> bool:
+    try:
+        return {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }[value.strip().lower()]
+    except KeyError:
+        raise ValueError("must be true or false") from None
+
+
+def _networks(value: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(word) for word in _words(value))
+
+
+def _url(value: str) -> str:
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("must be an http:// or https:// URL")
+    return value.rstrip("/")
+
+
+def _url_or_nothing(value: str) -> str:
+    return _url(value) if value else ""
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value.lower() not in names:
+            raise ValueError("must be one of " + ", ".join(names))
+        return value.lower()
+
+    return read
+
+
+@dataclass(frozen=True)
+class Web:
+    host: str = _key("127.0.0.1", _text)
+    port: int = _key(8080, _whole(0, 65_535))
+    threads: int = _key(8, _whole(1, 64))
+    public_url: str = _key("", _url_or_nothing)
+    trusted_proxy: str = _key("", _text)
+
+
+@dataclass(frozen=True)
+class Store:
+    path: Path = _key(Path("var/bridge.db"), Path)
+    queue_path: Path = _key(Path("var/queue.db"), Path)
+
+
+@dataclass(frozen=True)
+class Vault:
+    key_file: Path = _key(Path("var/crmbridge.key"), Path)
+
+
+@dataclass(frozen=True)
+class Instagram:
+    graph_url: str = _key("https://graph.instagram.com/v26.0", _url)
+    app_secrets: tuple[str, ...] = _key((), _words, secret=True)
+    verify_token: str = _key("", _text, secret=True)
+    connect_timeout_s: float = _key(5.0, _seconds(0.1, 60))
+    timeout_s: float = _key(30.0, _seconds(1, 300))
+
+
+@dataclass(frozen=True)
+class Crm:
+    connect_timeout_s: float = _key(5.0, _seconds(0.1, 60))
+    timeout_s: float = _key(15.0, _seconds(0.5, 300))
+    allow_networks: tuple[Network, ...] = _key((), _networks)
+    allow_http: bool = _key(False, _flag)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    crm_quick_s: tuple[float, ...] = _key((1, 2, 4, 8, 16), _delays)
+    crm_slow_s: tuple[float, ...] = _key((60, 300, 900, 1800, 3600), _delays)
+    crm_give_up_s: float = _key(86_400, _seconds(60, 2_592_000))
+    instagram_retry_s: tuple[float, ...] = _key((2, 10, 60), _delays)
+    instagram_unavailable_s: tuple[float, ...] = _key((5, 15, 60, 300, 900), _delays)
+    instagram_give_up_s: float = _key(86_400, _seconds(60, 2_592_000))
+    in_doubt_s: float = _key(60, _seconds(1, 3_600))
+    senders: int = _key(12, _whole(2, 64))
+    slots_per_endpoint: int = _key(4, _whole(1, 63))
+    stop_grace_s: float = _key(10, _seconds(0, 300))
+
+
+@dataclass(frozen=True)
+class Retention:
+    text_days: int = _key(7, _whole(1, 3_650))
+    metadata_days: int = _key(90, _whole(7, 3_650))
+    unrouted_days: int = _key(7, _whole(1, 3_650))
+
+
+@dataclass(frozen=True)
+class Alerts:
+    command: str = _key("", _text)
+    url: str = _key("", _url_or_nothing, secret=True)
+    repeat_after_s: float = _key(3_600, _seconds(1, 604_800))
+
+
+@dataclass(frozen=True)
+class Log:
+    level: str = _key("info", _one_of("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    web: Web = field(default_factory=Web)
+    store: Store = field(default_factory=Store)
+    vault: Vault = field(default_factory=Vault)
+    instagram: Instagram = field(default_factory=Instagram)
+    crm: Crm = field(default_factory=Crm)
+    delivery: Delivery = field(default_factory=Delivery)
+    retention: Retention = field(default_factory=Retention)
+    alerts: Alerts = field(default_factory=Alerts)
+    log: Log = field(default_factory=Log)
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    section.name: section.default_factory  # type: ignore[misc]
+    for section in fields(Settings)
+    if section.default_factory is not MISSING
+}
+
+
+def find(named: str | None, environ: Mapping[str, str]) -> Path:
+    """Return the configuration file to use: the named one, $CRMBRIDGE_CONFIG, ./crmbridge.ini or the system's."""
+    chosen = named or environ.get(_PREFIX + "CONFIG")
+    if chosen:
+        return Path(chosen)
+    here = Path("crmbridge.ini")
+    if here.exists() or not SYSTEM_INI.exists():
+        return here
+    return SYSTEM_INI
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the file, then what the environment overrides; relative paths start at the file's folder.
+
+    Raises Misconfigured that names the file, section and key at fault.
+    """
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    except FileNotFoundError:
+        raise Misconfigured(f"no configuration at {path}: run 'crmbridge init', or name one with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"{path} cannot be read: {error}") from None
+    except configparser.Error as error:
+        raise Misconfigured(f"{path}: {error}".replace("\n", " ")) from None
+
+    given: dict[tuple[str, str], tuple[str, str]] = {}
+    for section in parser.sections():
+        for name, value in parser.items(section):
+            given[section, name] = (value, f"{path} [{section}] {name}")
+    given.update(_overrides(environ))
+
+    values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    for (section, name), (value, place) in given.items():
+        if section not in _SECTIONS:
+            raise Misconfigured(f"{place}: there is no section [{section}]; known: {', '.join(_SECTIONS)}")
+        known = {entry.name: entry for entry in fields(_SECTIONS[section])}
+        if name not in known:
+            raise Misconfigured(f"{place}: there is no such key; known in [{section}]: {', '.join(known)}")
+        try:
+            values[section][name] = known[name].metadata["read"](value.strip())
+        except ValueError as error:
+            shown = "" if known[name].metadata["secret"] else f" {value!r}"
+            raise Misconfigured(f"{place}: bad value{shown}: {error}") from None
+    settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
+    if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
+        raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
+    return _rooted(settings, path.resolve().parent)
+
+
+def _overrides(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, str]]:
+    found = {}
+    for variable, value in environ.items():
+        if variable.startswith(_PREFIX) and variable != _PREFIX + "CONFIG":
+            section, _, name = variable[len(_PREFIX) :].lower().partition("_")
+            found[section, name] = (value, f"environment variable {variable}")
+    return found
+
+
+def _rooted(settings: Settings, folder: Path) -> Settings:
+    return Settings(
+        **{
+            **{section: getattr(settings, section) for section in _SECTIONS},
+            "store": Store(path=folder / settings.store.path, queue_path=folder / settings.store.queue_path),
+            "vault": Vault(key_file=folder / settings.vault.key_file),
+        }
+    )
+
+
+def shown(settings: Settings) -> dict[str, str]:
+    """Return the effective settings as ``section.key`` → text, secrets masked."""
+    lines = {}
+    for section in _SECTIONS:
+        room = getattr(settings, section)
+        for entry in fields(room):
+            value = getattr(room, entry.name)
+            if entry.metadata["secret"]:
+                text = "(set)" if value else "(not set)"
+            elif isinstance(value, tuple):
+                text = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
+            else:
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+            lines[f"{section}.{entry.name}"] = text
+    return lines

@@ -1,0 +1,277 @@
+"""The shapes of the API and of what CRMs receive, as Pydantic models; api-spec.yaml says the same in OpenAPI.
+
+Requests are strict: no unknown field, no silent conversion. Knows no database and no channel.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crmbridge.errors import Invalid
+
+MESSAGE_BYTES = 1000  # Meta counts UTF-8 bytes (messaging API, "Send a text message")
+
+AccountId = Annotated[str, Field(pattern=r"^acc_[0-9a-z]{26}$")]
+MessageId = Annotated[str, Field(pattern=r"^msg_[0-9a-z]{26}$")]
+EventId = Annotated[str, Field(pattern=r"^evt_[0-9a-z]{26}$")]
+ExternalId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.:-]{1,128}$")]
+Timestamp = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
+Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
+WebhookUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
+
+MessageStatusName = Literal["pending", "sent", "delivered", "read", "failed"]
+AccountStatusName = Literal["active", "inactive", "error"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- requests ---
+
+
+class SendRequest(_Request):
+    account_id: Annotated[str, Field(min_length=1, max_length=64)]
+    recipient_id: ExternalId
+    message: Annotated[str, Field(min_length=1, max_length=1000)]
+    idempotency_key: Printable
+    metadata: dict[str, Any] | None = None
+
+
+class AccountCreate(_Request):
+    instagram_account_id: ExternalId
+    username: Printable | None = None
+    access_token: Secret
+    crm_webhook_url: WebhookUrl | None = None
+    webhook_secret: Secret | None = None
+
+
+class AccountUpdate(_Request):
+    access_token: Secret | None = None
+    crm_webhook_url: WebhookUrl | None = None
+    webhook_secret: Secret | None = None
+    status: Literal["active", "inactive"] | None = None
+
+
+# --- answers ---
+
+
+class ErrorDetail(_Answer):
+    field: str
+    problem: str
+
+
+class ErrorAnswer(_Answer):
+    error: str
+    message: str
+    details: list[ErrorDetail]
+    correlation_id: str
+    timestamp: Timestamp
+
+
+class SendAccepted(_Answer):
+    message_id: MessageId
+    status: MessageStatusName
+    created_at: Timestamp
+
+
+class MessageError(_Answer):
+    code: str
+    message: str
+    retryable: bool
+
+
+class StatusTransition(_Answer):
+    status: MessageStatusName
+    timestamp: Timestamp
+
+
+class Attempt(_Answer):
+    number: int
+    started_at: Timestamp
+    finished_at: Timestamp | None
+    outcome: Literal["done", "retry", "refused", "in_doubt", "fault", "abandoned"] | None
+    code: str | None
+    http_status: int | None
+    error: str | None
+
+
+class MessageStatus(_Answer):
+    message_id: MessageId
+    status: MessageStatusName
+    account_id: AccountId
+    recipient_id: str
+    instagram_message_id: str | None
+    created_at: Timestamp
+    sent_at: Timestamp | None
+    delivered_at: Timestamp | None
+    read_at: Timestamp | None
+    retry_count: int
+    attempt_count: int
+    next_attempt_at: Timestamp | None
+    status_history: list[StatusTransition]
+    attempts: list[Attempt]
+    error: MessageError | None
+    metadata: dict[str, Any] | None
+
+
+class Subscription(_Answer):
+    ok: bool | None
+    error: str | None
+
+
+class Account(_Answer):
+    account_id: AccountId
+    instagram_account_id: str
+    username: str | None
+    status: AccountStatusName
+    status_reason: str | None
+    crm_webhook_url: str | None
+    subscription: Subscription
+    token_checked_at: Timestamp | None
+    token_expires_at: Timestamp | None
+    created_at: Timestamp
+    updated_at: Timestamp
+
+
+class AccountList(_Answer):
+    accounts: list[Account]
+    next_cursor: str | None
+    has_more: bool
+
+
+class Health(_Answer):
+    status: Literal["healthy", "unhealthy"]
+    timestamp: Timestamp
+    reasons: list[str]
+
+
+class Liveness(_Answer):
+    status: Literal["alive"]
+    timestamp: Timestamp
+
+
+class WebhookAccepted(_Answer):
+    status: Literal["accepted"]
+
+
+# --- what a CRM receives ---
+
+
+class _CrmEvent(BaseModel):
+    event_id: EventId
+    sequence: int
+    account_id: AccountId
+    timestamp: Timestamp
+
+
+class Attachment(_Answer):
+    type: str
+    url: str | None
+    title: str | None
+    instagram_id: str | None
+
+
+class StoryReference(_Answer):
+    id: str | None
+    url: str | None
+
+
+class ReplyReference(_Answer):
+    message_id: str | None
+    instagram_message_id: str | None
+    story: StoryReference | None
+
+
+class _CrmMessage(_CrmEvent):
+    message_id: MessageId
+    sender_id: str
+    sender_username: str | None
+    recipient_id: str
+    message: str | None
+    message_type: str
+    instagram_message_id: str | None
+    conversation_id: str
+    attachments: list[Attachment]
+    reply_to: ReplyReference | None
+
+
+class MessageReceived(_CrmMessage):
+    event: Literal["message.received"]
+
+
+class MessageEcho(_CrmMessage):
+    event: Literal["message.echo"]
+
+
+class MessageUnsupported(_CrmEvent):
+    event: Literal["message.unsupported"]
+    message_id: MessageId
+    sender_id: str | None
+    sender_username: str | None
+    message: None
+    message_type: Literal["unsupported"]
+    instagram_message_id: str | None
+    conversation_id: str | None
+    attachments: list[Attachment]
+    raw: Any
+
+
+class MessageStatusEvent(_CrmEvent):
+    event: Literal["message.sent", "message.delivered", "message.read", "message.failed"]
+    message_id: MessageId
+    recipient_id: str
+    status: MessageStatusName
+    instagram_message_id: str | None
+    error: MessageError | None
+    metadata: dict[str, Any] | None
+
+
+CRM_EVENTS: dict[str, type[_CrmEvent]] = {
+    "message.received": MessageReceived,
+    "message.echo": MessageEcho,
+    "message.unsupported": MessageUnsupported,
+    "message.sent": MessageStatusEvent,
+    "message.delivered": MessageStatusEvent,
+    "message.read": MessageStatusEvent,
+    "message.failed": MessageStatusEvent,
+}
+
+
+def crm_body(event: str, fields: dict[str, Any]) -> str:
+    """Render the body that a CRM receives; the text is stored, and its UTF-8 bytes are what is signed."""
+    return CRM_EVENTS[event].model_validate({"event": event, **fields}).model_dump_json()
+
+
+# --- reading a request ---
+
+_Request_T = TypeVar("_Request_T", bound=_Request)
+_SAID = {"missing": "is required", "extra_forbidden": "is not a field of this request"}
+
+
+def read(model: type[_Request_T], body: bytes) -> _Request_T:
+    """Return the request in a body. Raises Invalid that names every field at fault at once."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+    except RecursionError:
+        raise Invalid("The body is nested too deeply.", code="malformed_json") from None
+    if problems[0]["type"] == "json_invalid":
+        raise Invalid(
+            "The body is not valid JSON: " + problems[0]["msg"].removeprefix("Invalid JSON: "), code="malformed_json"
+        )
+    details = [
+        {
+            "field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)",
+            "problem": _SAID.get(problem["type"], problem["msg"]),
+        }
+        for problem in problems[:50]
+    ]
+    named = ", ".join(entry["field"] for entry in details)
+    raise Invalid(f"The request has {len(problems)} problem(s), in: {named}.", details=details)

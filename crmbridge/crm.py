@@ -1,0 +1,76 @@
+"""Posts a signed event to a CRM and maps its answer to done, retry or refused."""
+
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+from crmbridge import __version__, net, signing
+from crmbridge.errors import Refused, Retry
+
+_USER_AGENT = f"crmbridge/{__version__}"
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A CRM's acceptance."""
+
+    http_status: int
+
+
+def post(
+    session: net.Session,
+    *,
+    url: str,
+    secret: str | None,
+    event_id: str,
+    body: bytes,
+    correlation_id: str,
+    now_s: float,
+) -> Posted:
+    """Deliver one event: 2xx is done, 401 is final, everything else is worth another try.
+
+    Raises Refused or Retry. The signature covers the exact bytes of `body`.
+    """
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": _USER_AGENT,
+        "webhook-id": event_id,
+        "X-Correlation-Id": correlation_id,
+    }
+    if secret:
+        headers["X-Hub-Signature-256"] = signing.hub_signature(secret, body)
+        key = signing.standard_key(secret)
+        if key is not None:
+            headers["webhook-timestamp"] = str(int(now_s))
+            headers["webhook-signature"] = signing.standard_signature([key], event_id, int(now_s), body)
+    try:
+        answer = session.call("POST", url, headers=headers, body=body)
+    except net.CallFailed as failure:
+        raise Retry(failure.message, code=failure.code) from None
+    if 200 <= answer.status < 300:
+        return Posted(answer.status)
+    if answer.status == 401:
+        raise Refused(
+            "the CRM answered 401: it does not accept our signature",
+            code="crm_unauthorized",
+            http_status=401,
+            alert=True,
+        )
+    raise Retry(
+        f"the CRM answered {answer.status}",
+        code="crm_redirect" if 300 <= answer.status < 400 else "crm_error",
+        http_status=answer.status,
+        after_s=retry_after_s(answer.headers.get("Retry-After"), now_s),
+    )
+
+
+def retry_after_s(value: str | None, now_s: float) -> float | None:
+    """Read a Retry-After header: seconds, or an HTTP date; None when there is none that can be read."""
+    if not value:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return float(value)
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now_s, 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,104 @@
+"""Channel-neutral values: what happened, when, and under which id.
+
+Knows no channel, no database and no HTTP.
+"""
+
+import re
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+class _Numbers:
+    """Hands out rising 128-bit numbers: 48 bits of milliseconds, then chance."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def next(self) -> int:
+        with self._lock:
+            number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+            if number <= self._last:
+                number = self._last + 1 + secrets.randbits(32)
+            self._last = number
+            return number
+
+
+_numbers = _Numbers()
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id such as ``msg_01k…``; ids made later in one process sort later."""
+    value, letters = _numbers.next(), []
+    for _ in range(26):
+        value, index = divmod(value, 32)
+        letters.append(_ALPHABET[index])
+    return f"{prefix}_{''.join(reversed(letters))}"
+
+
+def instant(epoch_s: float) -> str:
+    """Render seconds since the epoch as UTC ISO-8601 text with milliseconds and ``Z``.
+
+    Times outside the years 1970 to 9999 are pulled to the nearer end, so that the text always sorts.
+    """
+    millis = min(max(int(epoch_s * 1000 + 0.5), 0), 253_402_300_799_999)
+    moment = datetime.fromtimestamp(millis // 1000, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{millis % 1000:03d}Z"
+
+
+def epoch_s(text: str) -> float:
+    """Read a time that `instant` rendered back into seconds since the epoch."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+CORRELATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One thing that came with a message. `url` is a bearer secret: never logged."""
+
+    type: str
+    url: str | None = None
+    title: str | None = None
+    external_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """What a message answers: an earlier message (by its channel's id) or a story."""
+
+    external_id: str | None = None
+    story_id: str | None = None
+    story_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelEvent:
+    """One thing a channel told us, already verified and read.
+
+    `kind` is the name of the CRM event it becomes, or ``message.read`` for a receipt.
+    `external_account_id` is the account's id at the channel, `contact` the customer's.
+    `dedupe_key` is the same for every repetition of the same fact within one account.
+    `raw` is the item as it came, kept only where we did not understand it.
+    """
+
+    kind: str
+    external_account_id: str
+    contact: str
+    occurred_at: str
+    dedupe_key: str
+    external_id: str | None = None
+    text: str | None = None
+    message_type: str | None = None
+    attachments: tuple[Attachment, ...] = ()
+    reply_to: ReplyTo | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    raw: Any = None

@@ -1,0 +1,183 @@
+"""Calls to Instagram's Graph API with an account's token: who am I, subscribe, send."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge import __version__, net
+from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
+from crmbridge.instagram import codes
+
+_LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
+_VERSION = re.compile(r"/v\d+\.\d+\Z")
+# Webhook fields that carry a conversation (Instagram Platform, "Webhooks": subscribed_fields).
+_FIELDS = (
+    "messages",
+    "message_echoes",
+    "message_reactions",
+    "message_edit",
+    "messaging_postbacks",
+    "messaging_seen",
+    "messaging_referral",
+    "messaging_handover",
+    "standby",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a token belongs to. `user_id` is what webhooks call the account; `app_scoped_id` is not."""
+
+    user_id: str
+    app_scoped_id: str
+    username: str | None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Instagram's acceptance of a message."""
+
+    external_id: str
+    http_status: int
+
+
+class Client:
+    """One Graph address; the token comes with each call."""
+
+    def __init__(self, session: net.Session, graph_url: str) -> None:
+        self._session = session
+        self._graph_url = graph_url
+        self._origin = _VERSION.sub("", graph_url)
+
+    def whoami(self, token: str) -> Identity:
+        """Check a token. Raises Invalid when Instagram refuses it, Unavailable when it cannot be asked."""
+        status, answer = self._ask("GET", "/me", token, [("fields", "user_id,username,id,name,account_type")])
+        # Meta documents {"data": [{…}]}; a flat object is what comes.
+        data = answer.get("data")
+        found = data[0] if isinstance(data, list) and data and isinstance(data[0], dict) else answer
+        user_id, scoped = str(found.get("user_id") or ""), str(found.get("id") or "")
+        if status != 200 or not user_id:
+            raise Unavailable(f"Instagram's answer about the token cannot be read (HTTP {status}).", after_s=30)
+        username = found.get("username")
+        return Identity(user_id, scoped, username if isinstance(username, str) else None)
+
+    def subscribe(self, token: str, user_id: str) -> str | None:
+        """Subscribe the account to its webhooks; return the problem in a sentence, or None."""
+        query = [("subscribed_fields", ",".join(_FIELDS))]
+        try:
+            _, answer = self._ask("POST", f"/{user_id}/subscribed_apps", token, query)
+        except (Invalid, Unavailable) as error:
+            return error.message
+        return None if answer.get("success") is True else "Instagram did not confirm the subscription."
+
+    def unsubscribe(self, token: str, user_id: str) -> None:
+        """Stop the account's webhooks. Raises Invalid or Unavailable."""
+        self._ask("DELETE", f"/{user_id}/subscribed_apps", token, ())
+
+    def _ask(self, method: str, path: str, token: str, query: Sequence[tuple[str, str]]) -> tuple[int, dict[str, Any]]:
+        try:
+            answer = self._session.call(method, self._graph_url + path, headers=_headers(token), query=query)
+        except net.CallFailed as failure:
+            raise Unavailable(
+                f"Instagram cannot be asked now: {failure.message}.", code="instagram_unavailable", after_s=30
+            ) from None
+        found = _object(answer.body)
+        error = found.get("error")
+        if isinstance(error, dict):
+            meaning = codes.classify(answer.status, error)
+            said = _said(error)
+            if meaning.kind in ("account", "final"):
+                detail = {"field": "access_token", "problem": said}
+                raise Invalid(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
+            raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=30)
+        if answer.status >= 400:
+            raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
+        return answer.status, found
+
+    def send(self, token: str, user_id: str, recipient_id: str, content: Mapping[str, Any]) -> Sent:
+        """Send one message. Raises Retry, Refused or InDoubt; only Sent means that Instagram took it."""
+        body = {"recipient": {"id": recipient_id}, "message": {"text": content["text"]}}
+        encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        headers = {**_headers(token), "Content-Type": "application/json"}
+        try:
+            answer = self._session.call("POST", f"{self._graph_url}/{user_id}/messages", headers=headers, body=encoded)
+        except net.CallFailed as failure:
+            if failure.sent:
+                raise InDoubt(failure.message, code=failure.code) from None
+            raise Retry(failure.message, code=failure.code, counts=False) from None
+        found = _object(answer.body)
+        error = found.get("error")
+        if isinstance(error, dict):
+            raise _failure(answer, error)
+        mid = found.get("message_id")
+        if 200 <= answer.status < 300 and isinstance(mid, str) and mid:
+            return Sent(mid, answer.status)
+        if 200 <= answer.status < 300:
+            raise InDoubt("Instagram answered without a message id", code="answer_lost", http_status=answer.status)
+        hint = _usage_wait_s(answer.headers)
+        if answer.status == 429:
+            raise Retry("Instagram limits the rate", code="rate_limited", http_status=429, after_s=hint, counts=False)
+        if answer.status >= 500:
+            raise Retry(
+                f"Instagram answered HTTP {answer.status} without an error object",
+                code="instagram_unavailable",
+                http_status=answer.status,
+                after_s=hint,
+                counts=False,
+            )
+        raise Refused(
+            f"Instagram answered HTTP {answer.status} without an error object",
+            code="instagram_refused",
+            http_status=answer.status,
+        )
+
+
+def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
+    meaning, said = codes.classify(answer.status, error), _said(error)
+    if meaning.kind == "unknown" or answer.status < 300:
+        return InDoubt(said, code=meaning.slug, http_status=answer.status)
+    if meaning.kind == "final":
+        return Refused(said, code=meaning.slug, http_status=answer.status)
+    return Retry(
+        said,
+        code=meaning.slug,
+        http_status=answer.status,
+        after_s=_usage_wait_s(answer.headers),
+        counts=meaning.kind == "retry",
+    )
+
+
+def _headers(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}", "User-Agent": f"crmbridge/{__version__}", "Accept": "application/json"}
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """Name an error by its codes; Meta's own sentence is localised and may quote the request."""
+    code, subcode, trace = error.get("code"), error.get("error_subcode"), error.get("fbtrace_id")
+    named = f"code {code}" + (f"/{subcode}" if subcode else "")
+    message = _LONG_WORD.sub("[…]", " ".join(str(error.get("message") or "").split()))[:200]
+    return f"{named}: {message}" + (f" (trace {trace})" if isinstance(trace, str) else "")
+
+
+def _usage_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long Meta asks to wait: Retry-After in seconds, or the usage header's estimate in minutes."""
+    given = (headers.get("Retry-After") or "").strip()
+    if given.isascii() and given.isdigit() and len(given) < 10:
+        return float(given)
+    try:
+        usage = json.loads(headers.get("X-Business-Use-Case-Usage") or "")
+        waits = [entry.get("estimated_time_to_regain_access", 0) for entries in usage.values() for entry in entries]
+        longest = max(float(wait) for wait in waits)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return longest * 60 if longest > 0 else None

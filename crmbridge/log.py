@@ -1,0 +1,107 @@
+"""One structured line per fact on stderr, with the correlation id, and with secrets struck out.
+
+Message texts are never handed to this room.
+"""
+
+import contextlib
+import contextvars
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from crmbridge.events import instant
+
+_logger = logging.getLogger("crmbridge")
+_correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation", default="")
+_SECRETS = re.compile(
+    r"crmb_[0-9a-z]{4,}_[0-9A-Za-z]+|\b(?:IGAA|EAA)[0-9A-Za-z_-]{8,}|whsec_[0-9A-Za-z+/=]+"
+    r"|(?<=access_token=)[^&\s\"']+|(?<=Bearer )[^\s\"']+"
+)
+_PLAIN = re.compile(r"[\w.:/@+%*,<>~()\[\]{}-]+\Z", re.ASCII)
+
+
+@contextlib.contextmanager
+def correlated(correlation_id: str) -> Iterator[None]:
+    """Put the id into every line that this thread logs inside the block."""
+    token = _correlation.set(correlation_id)
+    try:
+        yield
+    finally:
+        _correlation.reset(token)
+
+
+def correlation_id() -> str:
+    """Return the id of the work in hand, or an empty string."""
+    return _correlation.get()
+
+
+def debug(name: str, /, **facts: Any) -> None:
+    _log(logging.DEBUG, name, facts)
+
+
+def info(name: str, /, **facts: Any) -> None:
+    _log(logging.INFO, name, facts)
+
+
+def warning(name: str, /, **facts: Any) -> None:
+    _log(logging.WARNING, name, facts)
+
+
+def error(name: str, /, **facts: Any) -> None:
+    _log(logging.ERROR, name, facts)
+
+
+def exception(name: str, /, **facts: Any) -> None:
+    """Log at error level with the traceback of the exception being handled, in one line.
+
+    Only frames and the exception's type are shown: its message may quote what a customer wrote.
+    """
+    kind, _, trace = sys.exc_info()
+    frames = traceback.extract_tb(trace)
+    where = " < ".join(f"{frame.name}@{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in reversed(frames))
+    _log(logging.ERROR, name, {**facts, "exception": kind.__name__ if kind else None, "trace": where})
+
+
+def _log(level: int, name: str, facts: dict[str, Any]) -> None:
+    if _logger.isEnabledFor(level):
+        _logger.log(level, name, extra={"facts": facts})
+
+
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", None)
+        if facts is None:
+            head, facts = record.name, {"message": record.getMessage()}
+            if record.exc_info and record.exc_info[0]:
+                facts["exception"] = record.exc_info[0].__name__
+        else:
+            head = record.getMessage()
+        parts = [instant(record.created), record.levelname.lower(), head]
+        parts += [f"{key}={_value(value)}" for key, value in facts.items() if value is not None]
+        if "correlation" not in facts and (correlation := _correlation.get()):
+            parts.append(f"correlation={correlation}")
+        return _SECRETS.sub("[secret]", " ".join(parts))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    text = str(value)
+    return text if _PLAIN.match(text) else json.dumps(text)
+
+
+def setup(level: str, stream: TextIO | None = None) -> None:
+    """Send every logger of the process through this room's one-line form."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(_Line())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    _logger.setLevel(level.upper())
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)

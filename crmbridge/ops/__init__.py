@@ -1,0 +1,1 @@
+"""What an operator asks for at the command line, one file a command."""

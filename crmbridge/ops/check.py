@@ -1,0 +1,54 @@
+"""``crmbridge check``: is this installation fit to run? Looks at files only; calls nobody and changes nothing."""
+
+import os
+from pathlib import Path
+
+from crmbridge import config, vault
+from crmbridge.errors import Misconfigured
+from crmbridge.store import accounts, database
+
+
+def run(settings: config.Settings, source: Path) -> int:
+    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1."""
+    print(f"configuration: {source.resolve()}")
+    for name, value in config.shown(settings).items():
+        print(f"  {name} = {value}")
+    findings = _findings(settings)
+    for level, text in findings:
+        print(f"{level}: {text}")
+    failed = any(level == "error" for level, _ in findings)
+    print("not fit to run" if failed else "fit to run")
+    return int(failed)
+
+
+def _findings(settings: config.Settings) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if not settings.instagram.app_secrets:
+        found.append(("warning", "[instagram] app_secrets is empty: every webhook from Meta will be refused"))
+    if not settings.instagram.verify_token:
+        found.append(("warning", "[instagram] verify_token is empty: Meta cannot verify the webhook address"))
+    for path in (settings.store.path.parent, settings.store.queue_path.parent):
+        if path.exists() and not os.access(path, os.W_OK):
+            found.append(("error", f"{path} cannot be written by this user"))
+    keys = None
+    try:
+        keys = vault.load(settings.vault.key_file)
+        found.append(("ok", f"key file {settings.vault.key_file}"))
+    except Misconfigured as error:
+        found.append(("error", error.message))
+    try:
+        db = database.open_existing(settings.store.path)
+    except Misconfigured as error:
+        return [*found, ("error", error.message)]
+    try:
+        db.require_schema()
+        found.append(("ok", f"database {settings.store.path}, {db.file_bytes()} bytes, schema up to date"))
+        everyone = accounts.everyone(db)
+        found.append(("ok", f"{len(everyone)} account(s)"))
+        for account in everyone if keys else []:
+            keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
+    except Misconfigured as error:
+        found.append(("error", error.message))
+    finally:
+        db.close()
+    return found

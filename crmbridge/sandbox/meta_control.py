@@ -1,0 +1,103 @@
+"""The local Meta's control API under /sandbox: be the customer, script faults, look inside, all without Python."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import bottle
+
+from crmbridge.sandbox import server, wire
+
+if TYPE_CHECKING:
+    from crmbridge.sandbox.meta import Meta
+
+_SHOWN = 500
+_FAULT = ("times", "status", "body", "headers", "delay_s", "after_effect", "drop")
+
+
+def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
+    """Add the control routes to Meta's app."""
+
+    def state() -> dict[str, Any]:
+        return {
+            "settings": _settings(meta),
+            "accounts": [
+                {"user_id": one.user_id, "username": one.username, "subscribed": one.subscribed}
+                for one in list(meta.accounts.values())
+            ],
+            "messages": meta.messages[-_SHOWN:],
+            "sent": [
+                {"user_id": one.user_id, "recipient_id": one.recipient_id, "mid": one.mid, "at": one.at} | one.payload
+                for one in meta.sent[-_SHOWN:]
+            ],
+            "calls": [asdict(one) for one in meta.calls[-_SHOWN:]],
+            "undelivered": meta.undelivered[-_SHOWN:],
+        }
+
+    def says(igsid: str) -> dict[str, Any]:
+        optional = ("user_id", "text", "attachments", "reply_to", "mid", "timestamp_ms", "username", "name")
+        given = server.read_object(optional=optional)
+        user_id = _account(meta, given.pop("user_id", None))
+        meta.add_customer(igsid, username=given.pop("username", None), name=given.pop("name", None))
+        return asdict(meta.customer_says(user_id, igsid, given.pop("text", None), **given))
+
+    def reads(igsid: str) -> dict[str, Any]:
+        given = server.read_object(required=["mid"], optional=["user_id"])
+        return asdict(meta.customer_reads(_account(meta, given.get("user_id")), igsid, given["mid"]))
+
+    def webhook() -> dict[str, Any]:
+        query = bottle.request.query
+        body = bottle.request.body.read()
+        return asdict(meta.post(body, secret=query.secret or None, signature=query.signature or "good"))
+
+    def handshake() -> dict[str, Any]:
+        return asdict(meta.verify_handshake(**server.read_object(optional=["verify_token", "challenge"])))
+
+    def fault() -> dict[str, Any]:
+        given = server.read_object(required=["path"], optional=_FAULT)
+        meta.fault(given.pop("path"), **given)
+        return {"scripted": True}
+
+    def settings() -> dict[str, Any]:
+        meta.configure(**server.read_object(optional=_settings(meta)))
+        return _settings(meta)
+
+    def account() -> dict[str, Any]:
+        given = server.read_object(required=["user_id", "token", "username"], optional=["app_scoped_id"])
+        user_id = str(given.pop("user_id"))
+        meta.add_account(user_id, **{"app_scoped_id": wire.digits_of(user_id, 17)} | given)
+        return {"user_id": user_id}
+
+    def reset() -> dict[str, Any]:
+        meta.reset()
+        return {"reset": True}
+
+    def nothing(path: str) -> bottle.HTTPResponse:
+        return server.answer({"error": f"there is no {bottle.request.method} /sandbox/{path}"}, 404)
+
+    for method, path, handler in (
+        ("GET", "state", state),
+        ("POST", "customers/<igsid>/messages", says),
+        ("POST", "customers/<igsid>/reads", reads),
+        ("POST", "webhooks", webhook),
+        ("POST", "handshake", handshake),
+        ("POST", "faults", fault),
+        ("PUT", "settings", settings),
+        ("POST", "accounts", account),
+        ("POST", "reset", reset),
+    ):
+        app.route(f"/sandbox/{path}", method, server.control(handler))
+    app.route("/sandbox/<path:path>", ["GET", "POST", "PUT", "DELETE"], nothing)
+
+
+def _settings(meta: "Meta") -> dict[str, Any]:
+    return {name: getattr(meta, name) for name in ("callback_url", "echo", "echo_delay_s", "auto_read", "me_form")}
+
+
+def _account(meta: "Meta", user_id: str | None) -> str:
+    """Return the account meant: the only one when none is named."""
+    known = list(meta.accounts)
+    if user_id is None and known:
+        return known[0]
+    if user_id not in known:
+        raise ValueError(f"no account {user_id!r}; there are: {', '.join(known) or 'none'}")
+    return user_id

@@ -1,0 +1,109 @@
+"""How Meta writes: message ids, webhook bodies and their signatures, error objects.
+
+Pure functions; knows no server and no state.
+"""
+
+import base64
+import hashlib
+import hmac
+import itertools
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from crmbridge import signing
+
+_ESCAPES = (("Z", "ZA"), ("+", "ZB"), ("/", "ZC"), ("=", "ZD"))
+_MID_HEAD = "ig_dm_item:1:IGMessageID"
+_THREAD_HEAD = "340282366841710301244"
+_tick = itertools.count()
+
+
+def mint_mid(user_id: str, igsid: str, at_ms: int) -> str:
+    """Mint a message id as Meta's look: account, thread and creation time are readable in it."""
+    thread = _THREAD_HEAD + digits_of(f"{user_id} {igsid}", 18)
+    item = (at_ms * 1000 + next(_tick) % 1000) << 64 | secrets.randbits(64)
+    text = base64.b64encode(f"{_MID_HEAD}:{user_id}:{thread}:{item}".encode()).decode()
+    for plain, escaped in _ESCAPES:
+        text = text.replace(plain, escaped)
+    return text
+
+
+def read_mid(mid: str) -> tuple[str, str, int]:
+    """Return the account, the thread and the creation time in milliseconds that a message id carries."""
+    for plain, escaped in reversed(_ESCAPES):
+        mid = mid.replace(escaped, plain)
+    user_id, thread, item = base64.b64decode(mid).decode().removeprefix(_MID_HEAD + ":").split(":")
+    return user_id, thread, (int(item) >> 64) // 1000
+
+
+def digits_of(text: str, length: int) -> str:
+    """Derive an id of that many digits from a text, always the same one."""
+    return str(int.from_bytes(hashlib.sha256(text.encode()).digest()))[:length]
+
+
+def webhook_body(payload: object) -> bytes:
+    """Render as Meta does: compact, non-ASCII as lower-case ``\\uXXXX``, ``/`` as ``\\/``."""
+    return json.dumps(payload, separators=(",", ":")).replace("/", "\\/").encode()
+
+
+def signature_headers(secret: str, body: bytes, how: str = "good") -> dict[str, str]:
+    """Sign a body; `how` is good, bad (another secret), missing or sha1_only."""
+    if how == "bad":
+        secret += "-but-another"
+    both = {
+        "X-Hub-Signature": "sha1=" + hmac.new(secret.encode(), body, hashlib.sha1).hexdigest(),
+        "X-Hub-Signature-256": signing.hub_signature(secret, body),
+    }
+    match how:
+        case "good" | "bad":
+            return both
+        case "sha1_only":
+            return {"X-Hub-Signature": both["X-Hub-Signature"]}
+        case "missing":
+            return {}
+    raise ValueError(f"signature must be good, bad, missing or sha1_only, not {how!r}")
+
+
+def error_body(
+    code: int,
+    message: str = "(#{code}) An error of the sandbox",
+    *,
+    subcode: int | None = None,
+    type: str = "IGApiException",
+    **more: object,
+) -> dict[str, Any]:
+    """Build Meta's error object; `more` may carry is_transient, error_user_msg and the like."""
+    error: dict[str, Any] = {"message": message.replace("{code}", str(code)), "type": type, "code": code, **more}
+    if subcode is not None:
+        error["error_subcode"] = subcode
+    return {"error": error | {"fbtrace_id": "A" + secrets.token_urlsafe(16)}}
+
+
+def envelope(user_id: str, now_ms: int, *items: Mapping[str, Any]) -> dict[str, Any]:
+    """Wrap messaging items of one account as one webhook."""
+    return {"object": "instagram", "entry": [{"time": now_ms, "id": user_id, "messaging": list(items)}]}
+
+
+def echo_message(mid: str, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the message of a send into the message of its echo."""
+    message: dict[str, Any] = {"mid": mid}
+    if "text" in sent:
+        message["text"] = sent["text"]
+    if attachments := attachments_of(sent):
+        message["attachments"] = [_echo_attachment(one) for one in attachments]
+    return message | {"is_echo": True}
+
+
+def attachments_of(message: Mapping[str, Any]) -> list[Any]:
+    """Return a message's attachments, whether it has one or several."""
+    several = message.get("attachments")
+    return several if isinstance(several, list) else [message["attachment"]] if "attachment" in message else []
+
+
+def _echo_attachment(sent: Mapping[str, Any]) -> dict[str, Any]:
+    kind, payload = str(sent.get("type", "")).lower(), sent.get("payload")
+    if kind == "template" and isinstance(payload, dict):
+        payload = {"generic": {"elements": payload.get("elements", [])}}
+    return {"type": kind} | ({"payload": payload} if payload is not None else {})

@@ -1,0 +1,79 @@
+"""The accounts that are configured here; secrets come and go sealed."""
+
+from typing import Any
+
+from crmbridge.errors import Conflict
+from crmbridge.events import new_id
+from crmbridge.store.database import Database, Row
+
+_LIVE = "deleted_at IS NULL"
+
+
+def find(db: Database, account_id: str) -> Row | None:
+    """Return an account, or None when it is unknown or deleted."""
+    return db.row(f"SELECT * FROM accounts WHERE id = ? AND {_LIVE}", (account_id,))
+
+
+def find_external(db: Database, instagram_account_id: str) -> Row | None:
+    """Return the account that has this id at Instagram, or None."""
+    return db.row(f"SELECT * FROM accounts WHERE instagram_account_id = ? AND {_LIVE}", (instagram_account_id,))
+
+
+def everyone(db: Database) -> list[Row]:
+    """Return all accounts, oldest first."""
+    return db.rows(f"SELECT * FROM accounts WHERE {_LIVE} ORDER BY id")
+
+
+def page(db: Database, *, after: str, limit: int, only: list[str] | None) -> list[Row]:
+    """Return up to `limit` accounts with ids above `after`, of the ids in `only` where that is given."""
+    chosen, parameters = "", [after]
+    if only is not None:
+        chosen = f" AND id IN ({', '.join('?' * len(only))})"
+        parameters += only
+    sql = f"SELECT * FROM accounts WHERE id > ?{chosen} AND {_LIVE} ORDER BY id LIMIT ?"
+    return db.rows(sql, (*parameters, limit))
+
+
+def create(db: Database, values: dict[str, Any], now: str) -> Row:
+    """Store a new account. Raises Conflict when its Instagram account is already here."""
+
+    def job() -> Row:
+        taken = find_external(db, values["instagram_account_id"])
+        if taken:
+            raise Conflict(
+                f"The Instagram account {values['instagram_account_id']} is already here, as {taken['id']}.",
+                code="account_exists",
+            )
+        row = {**values, "id": new_id("acc"), "status": "active", "created_at": now, "updated_at": now}
+        db.insert("accounts", row)
+        return found(db, row["id"])
+
+    return db.write(job)
+
+
+def update(db: Database, account_id: str, values: dict[str, Any], now: str) -> Row:
+    """Change columns of an account and return it."""
+
+    def job() -> Row:
+        db.update("accounts", {**values, "updated_at": now}, "id = ?", [account_id])
+        return found(db, account_id)
+
+    return db.write(job)
+
+
+def found(db: Database, account_id: str) -> Row:
+    """Return an account that is known to exist."""
+    row = find(db, account_id)
+    if row is None:
+        raise LookupError(account_id)
+    return row
+
+
+def erase(db: Database, account_id: str, now: str) -> None:
+    """Mark an account as deleted and erase its secrets; runs inside a write."""
+    db.run(
+        """
+        UPDATE accounts SET access_token_sealed = NULL, webhook_secret_sealed = NULL, crm_webhook_url = NULL,
+            status = 'inactive', status_reason = 'deleted', updated_at = ?, deleted_at = ? WHERE id = ?""",
+        (now, now, account_id),
+    )

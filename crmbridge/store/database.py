@@ -1,0 +1,204 @@
+"""One open database: reads from any thread, writes one at a time, requests that meet share a commit."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import peewee
+from playhouse.migrations import Runner
+
+from crmbridge.errors import Misconfigured, Unavailable
+from crmbridge.store import sqlite
+
+T = TypeVar("T")
+Row = dict[str, Any]
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_COMMIT_TOGETHER = 64
+
+
+class _Ticket(Generic[T]):
+    """A write that waits for its commit; its thread sleeps on the write lock."""
+
+    def __init__(self, job: Callable[[], T]) -> None:
+        self.job = job
+        self.done = False
+        self._result: T
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        self._result = self.job()
+
+    def settle(self, error: BaseException | None = None) -> None:
+        self._error = error
+        self.done = True
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Database:
+    """The bridge's tables behind plain SQL with ``?`` marks.
+
+    Every write goes through `write` or `write_last`: a process-wide lock and a file lock before
+    BEGIN IMMEDIATE keep threads and processes out of SQLite's busy back-off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite.connect(path)
+        self._turn = threading.Lock()
+        self._waiting: deque[_Ticket[Any]] = deque()
+        self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
+
+    # --- reading ---
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """Return all rows of a query as dictionaries."""
+        cursor = self._db.execute_sql(sql, tuple(parameters))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
+        """Return the first row of a query, or None."""
+        cursor = self._db.execute_sql(sql, tuple(parameters))
+        row = cursor.fetchone()
+        if row is None:
+            return None
+        found = {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
+        cursor.close()
+        return found
+
+    def value(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """Return the first column of the first row, or None."""
+        cursor = self._db.execute_sql(sql, tuple(parameters))
+        row = cursor.fetchone()
+        cursor.close()
+        return row[0] if row else None
+
+    # --- writing ---
+
+    def run(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement inside a write; return how many rows it touched."""
+        return int(self._db.execute_sql(sql, tuple(parameters)).rowcount)
+
+    def insert(self, table: str, values: Row, *, once: bool = False) -> bool:
+        """Insert one row inside a write; with `once`, a row that is there already is left, and False returned."""
+        names, marks = ", ".join(values), ", ".join("?" * len(values))
+        ending = " ON CONFLICT DO NOTHING" if once else ""
+        return bool(self.run(f"INSERT INTO {table} ({names}) VALUES ({marks}){ending}", tuple(values.values())))
+
+    def update(self, table: str, values: Row, where: str, parameters: Sequence[Any]) -> int:
+        """Change columns of the rows that match inside a write; return how many there were."""
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        return self.run(f"UPDATE {table} SET {assignments} WHERE {where}", (*values.values(), *parameters))
+
+    def write(self, job: Callable[[], T]) -> T:
+        """Run `job` in a transaction and return once it is on disk; jobs that wait together share the commit.
+
+        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL.
+        """
+        ticket = _Ticket(job)
+        self._waiting.append(ticket)
+        with self._turn:
+            while not ticket.done:
+                self._commit_waiting()
+        return ticket.result()
+
+    def write_last(self, job: Callable[[], T]) -> T:
+        """Like `write`, alone in its transaction and only after all writes that wait already."""
+        ticket = _Ticket(job)
+        with self._turn:
+            while self._waiting:
+                self._commit_waiting()
+            self._commit([ticket])
+        return ticket.result()
+
+    def _commit_waiting(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _COMMIT_TOGETHER))]
+        if batch and not self._commit(batch) and len(batch) > 1:
+            for ticket in batch:
+                self._commit([ticket])
+
+    def _commit(self, batch: list[_Ticket[Any]]) -> bool:
+        """Run the batch in one transaction. A lone ticket keeps its error; several are left to be run alone."""
+        try:
+            with self._file_lock.held(), self._db.transaction("IMMEDIATE"):
+                for ticket in batch:
+                    ticket.run()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread whose job it was
+            if len(batch) == 1:
+                batch[0].settle(_named(error))
+            return False
+        for ticket in batch:
+            ticket.settle()
+        return True
+
+    # --- the schema and the file ---
+
+    def migrate(self) -> list[str]:
+        """Bring the schema up to this version; return the names of the migrations that ran."""
+        with self._turn, self._file_lock.held():
+            return list(Runner(self._db, str(_MIGRATIONS)).up())
+
+    def schema_problem(self) -> str | None:
+        """Tell in a sentence why this version cannot run on the schema as it is, or return None."""
+        status = Runner(self._db, str(_MIGRATIONS)).status()
+        strange = [step.name for step in status if step.path is None]
+        if strange:
+            return f"the database was made by a newer version (it has {strange[-1]}): install that version again"
+        pending = [step.name for step in status if not step.applied]
+        if pending:
+            return f"the database lacks {len(pending)} migration(s): run 'crmbridge migrate'"
+        return None
+
+    def require_schema(self) -> None:
+        """Raise Misconfigured unless the schema is exactly this version's."""
+        problem = self.schema_problem()
+        if problem:
+            raise Misconfigured(f"{self.path}: {problem}")
+
+    def checkpoint_here(self) -> None:
+        """Make the calling thread's connection the one that checkpoints the log."""
+        sqlite.checkpoint_here(self._db)
+
+    def take_worker_lock(self) -> bool:
+        """Become the one worker of this database until the process ends; False when another one is."""
+        self._worker_lock = sqlite.FileLock(self.path.with_name(self.path.name + ".worker"))
+        return self._worker_lock.take()
+
+    def file_bytes(self) -> int:
+        """Return the size of the database with its log, in bytes."""
+        return sqlite.file_bytes(self.path)
+
+    def close_thread(self) -> None:
+        """Close the calling thread's connection."""
+        self._db.close()
+
+    def close(self) -> None:
+        """Close the calling thread's connection and the lock file."""
+        self._db.close()
+        self._file_lock.close()
+
+
+def _named(error: BaseException) -> BaseException:
+    if isinstance(error, peewee.OperationalError):
+        return Unavailable(f"the database cannot be written now: {error}", code="storage_unavailable", after_s=5)
+    return error
+
+
+def open_existing(path: Path) -> Database:
+    """Open the database file; raise Misconfigured when there is none."""
+    if not path.exists():
+        raise Misconfigured(f"no database at {path}: run 'crmbridge init'")
+    return Database(path)
+
+
+def create(path: Path) -> Database:
+    """Open the database file, made if missing, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600, exist_ok=True)
+    return Database(path)

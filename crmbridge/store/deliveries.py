@@ -1,0 +1,260 @@
+"""What is owed to whom: owe, claim, record, release. Knows lanes and leases, not what a message is.
+
+Every function runs inside a write of its caller.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from crmbridge.events import new_id
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Database, Row
+
+OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A delivery whose call may be made now by the holder of `claim_id`, with all that the call needs."""
+
+    id: str
+    claim_id: str
+    target: Target
+    account_id: str
+    contact: str
+    event: str
+    event_id: str | None
+    message_id: str | None
+    body: str
+    number: int  # of this attempt, from 1
+    retries: int
+    waits: int
+    accepted_at: str
+    expires_at: str
+    correlation_id: str
+    account: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one call came to. `external_id` is the channel's id of what was sent."""
+
+    kind: OutcomeKind
+    code: str | None = None
+    message: str | None = None
+    http_status: int | None = None
+    after_s: float | None = None
+    counts: bool = True
+    alert: bool = False
+    external_id: str | None = None
+    ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of the delivery after an outcome."""
+
+    state: Literal["done", "dead", "pending"]
+    due: str
+    steps_aside: bool = False
+    in_doubt: bool = False
+
+
+_CARRIED = {entry.name for entry in fields(Claimed)} - {"claim_id", "body", "number", "account"}
+_BLOCKED = """
+    SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready < 2
+    LIMIT 1"""
+
+
+@dataclass(frozen=True, slots=True)
+class Debt:
+    """A delivery about to be owed. A `crm` debt without `body` is rendered from its event at the first claim."""
+
+    target: Target
+    account_id: str
+    contact: str
+    event: str
+    correlation_id: str
+    event_id: str | None = None
+    message_id: str | None = None
+
+
+def owe(db: Database, debt: Debt, *, now: str, expires_at: str, body: str | None, sequence: int, push: bool) -> str:
+    """Store a delivery; it waits behind its lane's head, if there is one. Return its id.
+
+    Without `push` nobody is called: the CRM reads the event when it asks.
+    """
+    delivery_id = new_id("dlv")
+    lane = (debt.target, debt.account_id, debt.contact)
+    db.insert(
+        "deliveries",
+        {
+            "id": delivery_id,
+            "target": debt.target,
+            "account_id": debt.account_id,
+            "contact": debt.contact,
+            "sequence": sequence,
+            "event": debt.event,
+            "event_id": debt.event_id,
+            "message_id": debt.message_id,
+            "body": body,
+            "state": "pending" if push else "done",
+            "ready": 0 if push and db.value(_BLOCKED, lane) else 1,
+            "due": now,
+            "last_code": None if push else "not_pushed",
+            "correlation_id": debt.correlation_id,
+            "accepted_at": now,
+            "expires_at": expires_at,
+            "finished_at": None if push else now,
+        },
+    )
+    return delivery_id
+
+
+_DUE = """
+    SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ? AND due <= ?
+    ORDER BY due LIMIT ?"""
+
+
+def due(db: Database, target: Target, account_id: str, now: str, limit: int) -> list[Row]:
+    """Return the rows of an endpoint that are due, earliest first."""
+    return db.rows(_DUE, (target, account_id, now, limit))
+
+
+def next_due(db: Database, target: Target, account_id: str) -> str | None:
+    """Return when an endpoint's next row is due, or when the lease of one in flight ends."""
+    found = db.value(
+        "SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?",
+        (target, account_id),
+    )
+    return str(found) if found else None
+
+
+def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_until: str) -> Claimed:
+    """Lease a due row to a fresh claim id and write the attempt, before the call is made."""
+    claim_id, number = new_id("clm"), row["attempts"] + 1
+    leased: Row = {"claim_id": claim_id, "due": lease_until, "attempts": number}
+    if row["target"] == "crm":
+        leased["body"] = body
+    db.update("deliveries", leased, "id = ?", [row["id"]])
+    db.insert("delivery_attempts", {"delivery_id": row["id"], "number": number, "started_at": now})
+    return Claimed(
+        claim_id=claim_id, body=body, number=number, account=account, **{name: row[name] for name in _CARRIED}
+    )
+
+
+def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, now: str) -> bool:
+    """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
+    finished = None if verdict.state == "pending" else now
+    failed = outcome.kind != "done"
+    touched = db.update(
+        "deliveries",
+        {
+            "state": verdict.state,
+            "due": verdict.due,
+            "claim_id": None,
+            "ready": 2 if verdict.steps_aside else 1,
+            "in_doubt": int(verdict.in_doubt),
+            "retries": claimed.retries + int(failed and outcome.counts),
+            "waits": claimed.waits + int(failed and not outcome.counts),
+            "last_code": outcome.code,
+            "last_http_status": outcome.http_status,
+            "last_error": outcome.message,
+            "finished_at": finished,
+        },
+        "id = ? AND claim_id = ? AND state = 'pending'",
+        [claimed.id, claimed.claim_id],
+    )
+    db.update(
+        "delivery_attempts",
+        {
+            "finished_at": now,
+            "outcome": outcome.kind,
+            "code": outcome.code,
+            "http_status": outcome.http_status,
+            "error": outcome.message,
+            "duration_ms": outcome.ms,
+        },
+        "delivery_id = ? AND number = ?",
+        [claimed.id, claimed.number],
+    )
+    if touched and (finished or verdict.steps_aside):
+        promote(db, claimed.target, claimed.account_id, claimed.contact, now)
+    return bool(touched)
+
+
+def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, message: str | None, now: str) -> None:
+    """End a delivery without a call, and let the next of its lane go."""
+    ended = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
+    db.update("deliveries", {**ended, "finished_at": now}, "id = ?", [row["id"]])
+    promote(db, row["target"], row["account_id"], row["contact"], now)
+
+
+def promote(db: Database, target: Target, account_id: str, contact: str, now: str) -> None:
+    """Make the first waiting row the lane's head, unless the lane has one."""
+    lane = (target, account_id, contact)
+    if db.value(_BLOCKED.replace("ready < 2", "ready = 1"), lane):
+        return
+    db.run(
+        """
+        UPDATE deliveries SET ready = 1, due = ? WHERE id = (
+            SELECT id FROM deliveries
+            WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 0
+            ORDER BY sequence LIMIT 1)""",
+        (now, *lane),
+    )
+
+
+def abandoned(db: Database) -> list[Row]:
+    """Return the rows that a worker which no longer runs had claimed."""
+    return db.rows("SELECT * FROM deliveries WHERE claim_id IS NOT NULL")
+
+
+def release(db: Database, row: Row, *, due: str, in_doubt: bool, now: str) -> None:
+    """Take a row back from a worker that never reported; its call may have taken effect."""
+    db.run(
+        "UPDATE deliveries SET claim_id = NULL, due = ?, in_doubt = ?, last_code = 'abandoned' WHERE id = ?",
+        (due, int(in_doubt), row["id"]),
+    )
+    db.run(
+        """
+        UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'abandoned'
+        WHERE delivery_id = ? AND number = ? AND outcome IS NULL""",
+        (now, row["id"], row["attempts"]),
+    )
+
+
+def unsettled_send(db: Database, account_id: str, contact: str) -> Row | None:
+    """Return the send to a contact that is in flight or in doubt, if there is one."""
+    return db.row(
+        """
+        SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
+            AND ready = 1 AND (claim_id IS NOT NULL OR in_doubt = 1) LIMIT 1""",
+        (account_id, contact),
+    )
+
+
+def repair(db: Database, now: str) -> int:
+    """Give every lane that lost its head a new one; return how many there were."""
+    headless: list[dict[str, Any]] = db.rows(
+        """
+        SELECT DISTINCT target, account_id, contact FROM deliveries AS waiting
+        WHERE state = 'pending' AND ready = 0 AND NOT EXISTS (
+            SELECT 1 FROM deliveries AS head
+            WHERE head.state = 'pending' AND head.target = waiting.target AND head.account_id = waiting.account_id
+                AND head.contact = waiting.contact AND head.ready = 1)"""
+    )
+    for lane in headless:
+        promote(db, lane["target"], lane["account_id"], lane["contact"], now)
+    return len(headless)
+
+
+def end_account(db: Database, account_id: str, now: str) -> None:
+    """End everything that is owed to or for an account that is being deleted."""
+    db.run(
+        """
+        UPDATE deliveries SET state = 'dead', claim_id = NULL, in_doubt = 0, last_code = 'account_deleted',
+            last_error = 'the account was deleted', finished_at = ?
+        WHERE state = 'pending' AND account_id = ?""",
+        (now, account_id),
+    )

@@ -1,0 +1,253 @@
+"""What a channel told us: keep it once, route it to its account, and owe the CRM what it must hear."""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from crmbridge import contract
+from crmbridge.events import ChannelEvent, epoch_s, instant, new_id
+from crmbridge.store import accounts, contacts, deliveries, messages
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Debt
+from crmbridge.store.messages import Patience
+
+_ADOPT_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of one event: forwarded, noted, held, unrouted or duplicate."""
+
+    state: str
+    event: ChannelEvent
+    event_id: str | None
+    account_id: str | None
+
+
+def keep(
+    db: Database, events: Sequence[ChannelEvent], *, correlation_id: str, now_s: float, patience: Patience
+) -> list[Kept]:
+    """Store events in the order in which they happened, in one commit; a repeated fact is stored once."""
+    ordered = sorted(events, key=lambda event: event.occurred_at)
+    now = instant(now_s)
+
+    def job() -> list[Kept]:
+        routes: dict[str, Row | None] = {}
+        for event in ordered:
+            if event.external_account_id not in routes:
+                routes[event.external_account_id] = accounts.find_external(db, event.external_account_id)
+        return [
+            _keep_one(db, event, routes[event.external_account_id], correlation_id, now, patience) for event in ordered
+        ]
+
+    return db.write(job)
+
+
+def _keep_one(
+    db: Database, event: ChannelEvent, account: Row | None, correlation_id: str, now: str, patience: Patience
+) -> Kept:
+    event_id = new_id("evt")
+    inserted = db.insert(
+        "inbound_events",
+        {
+            "id": event_id,
+            "account_id": account["id"] if account else None,
+            "instagram_account_id": event.external_account_id,
+            "contact": event.contact,
+            "kind": event.kind,
+            "dedupe_key": event.dedupe_key,
+            "instagram_message_id": event.external_id,
+            "state": "unrouted",
+            "payload": _payload(event),
+            "occurred_at": event.occurred_at,
+            "received_at": now,
+            "correlation_id": correlation_id,
+        },
+        once=True,
+    )
+    if not inserted:
+        return Kept("duplicate", event, None, account["id"] if account else None)
+    if account is None:
+        return Kept("unrouted", event, event_id, None)
+    state = _apply(db, account, _found(db, event_id), now, patience)
+    return Kept(state, event, event_id, account["id"])
+
+
+def _payload(event: ChannelEvent) -> str:
+    content: dict[str, Any] = {
+        "text": event.text,
+        "message_type": event.message_type,
+        "attachments": [asdict(attachment) for attachment in event.attachments],
+        "reply_to": asdict(event.reply_to) if event.reply_to else None,
+        "extra": dict(event.extra),
+        "raw": event.raw,
+    }
+    return json.dumps({key: value for key, value in content.items() if value}, ensure_ascii=False)
+
+
+def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+    """Do what an event asks for and return its new state."""
+    if row["kind"] == "message.read":
+        state = _apply_read(db, account, row, now, patience)
+    elif row["kind"] == "message.echo":
+        state = _apply_echo(db, account, row, now, patience)
+    else:
+        state = _forward(db, account, row, now, patience)
+    db.run("UPDATE inbound_events SET state = ?, account_id = ? WHERE id = ?", (state, account["id"], row["id"]))
+    return state
+
+
+def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+    sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
+    debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
+    push = account["crm_webhook_url"] is not None
+    expires = instant(epoch_s(now) + patience.crm_s)
+    deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push)
+    return "forwarded"
+
+
+def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+    external_id = row["instagram_message_id"]
+    message = messages.find_external(db, account["id"], external_id)
+    if message is not None:
+        sent_until = message["sent_at"]
+    elif deliveries.unsettled_send(db, account["id"], row["contact"]):
+        return "held"
+    else:
+        # A reply typed elsewhere, known by its echo: everything sent before it was read too.
+        sent_until = db.value(
+            "SELECT occurred_at FROM inbound_events WHERE account_id = ? AND instagram_message_id = ? AND kind = ?",
+            (account["id"], external_id, "message.echo"),
+        )
+    if sent_until:
+        at = row["occurred_at"]
+        messages.confirm_read(db, account["id"], row["contact"], sent_until, at=at, now=now, patience=patience)
+    return "noted"
+
+
+def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+    external_id, at = row["instagram_message_id"], row["occurred_at"]
+    message = messages.find_external(db, account["id"], external_id)
+    if message is not None:
+        messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
+        return "noted"
+    send = deliveries.unsettled_send(db, account["id"], row["contact"])
+    if send is None:
+        return _forward(db, account, row, now, patience)
+    if send["in_doubt"] and _same_text(db, send, row):
+        message = db.row("SELECT * FROM outbound_messages WHERE id = ?", (send["message_id"],))
+        if message is not None:
+            messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
+            deliveries.end(db, send, "done", "echo", None, now)
+            return "noted"
+    return "held"
+
+
+def _same_text(db: Database, send: Row, echo: Row) -> bool:
+    """Tell whether an echo can be the send in doubt: the same text, and not from before the call."""
+    started = db.value("SELECT MAX(started_at) FROM delivery_attempts WHERE delivery_id = ?", (send["id"],))
+    if started is None or epoch_s(echo["occurred_at"]) < epoch_s(started) - 5:
+        return False
+    sent = json.loads(messages.content(db, send["message_id"])).get("text") or ""
+    echoed = json.loads(echo["payload"] or "{}").get("text") or ""
+    return _folded(sent) == _folded(echoed)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:
+    """Look again at the echoes and receipts that waited for a send to be settled; runs inside a write."""
+    account = accounts.find(db, account_id)
+    if account is None:
+        return
+    held = db.rows(
+        "SELECT * FROM inbound_events WHERE state = 'held' AND account_id = ? AND contact = ? ORDER BY occurred_at, id",
+        (account_id, contact),
+    )
+    for row in held:
+        _apply(db, account, row, now, patience)
+
+
+def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
+    """Route what came for an account before it was configured here; return how many events there were."""
+    total = 0
+    while True:
+
+        def job() -> int:
+            waiting = db.rows(
+                "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
+                " ORDER BY occurred_at, id LIMIT ?",
+                (account["instagram_account_id"], _ADOPT_AT_ONCE),
+            )
+            for row in waiting:
+                _apply(db, account, row, instant(now_s), patience)
+            return len(waiting)
+
+        done = db.write(job)
+        total += done
+        if done < _ADOPT_AT_ONCE:
+            return total
+
+
+def crm_body(db: Database, account: Row, delivery: Row) -> str:
+    """Render what the CRM gets for an inbound event. Raises LookupError when the event's content is gone."""
+    row = _found(db, delivery["event_id"])
+    if row["payload"] is None:
+        raise LookupError(f"the content of {row['id']} is gone")
+    content, contact = json.loads(row["payload"]), contacts.find(db, account["id"], row["contact"])
+    echo, unsupported = row["kind"] == "message.echo", row["kind"] == "message.unsupported"
+    sender = account["instagram_account_id"] if echo else row["contact"]
+    fields: dict[str, Any] = {
+        "event_id": row["id"],
+        "sequence": delivery["sequence"],
+        "account_id": account["id"],
+        "timestamp": row["occurred_at"],
+        "message_id": "msg_" + row["id"].removeprefix("evt_"),
+        "sender_id": content.get("extra", {}).get("sender_id") if unsupported else sender,
+        "sender_username": account["username"] if echo else contact["username"],
+        "message": content.get("text"),
+        "message_type": content["message_type"],
+        "instagram_message_id": row["instagram_message_id"],
+        "conversation_id": contact["conversation_id"] if row["contact"] else None,
+        "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
+    }
+    if unsupported:
+        fields["raw"] = content.get("raw")
+    else:
+        fields["recipient_id"] = row["contact"] if echo else account["instagram_account_id"]
+        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"))
+    return contract.crm_body(row["kind"], fields)
+
+
+def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": entry["type"],
+        "url": entry["url"],
+        "title": entry["title"],
+        "instagram_id": entry["external_id"],
+    }
+
+
+def _reply_to(db: Database, account_id: str, reply: dict[str, Any] | None) -> dict[str, Any] | None:
+    if reply is None:
+        return None
+    external_id, ours = reply["external_id"], None
+    if external_id:
+        sent = messages.find_external(db, account_id, external_id)
+        heard = db.value(
+            "SELECT id FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?", (account_id, external_id)
+        )
+        ours = sent["id"] if sent else "msg_" + heard.removeprefix("evt_") if heard else None
+    story = {"id": reply["story_id"], "url": reply["story_url"]} if reply["story_id"] or reply["story_url"] else None
+    return {"message_id": ours, "instagram_message_id": external_id, "story": story}
+
+
+def _found(db: Database, event_id: str) -> Row:
+    row = db.row("SELECT * FROM inbound_events WHERE id = ?", (event_id,))
+    if row is None:
+        raise LookupError(event_id)
+    return row

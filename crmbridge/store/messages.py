@@ -1,0 +1,274 @@
+"""Outbound messages: accept them, follow what becomes of them, tell the CRM of every change."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge import contract
+from crmbridge.errors import Conflict
+from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.store import accounts, contacts, deliveries
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
+
+_RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long what is owed to each target is tried, in seconds after it was accepted."""
+
+    crm_s: float
+    instagram_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """A send as the CRM asked for it. `hash` covers the whole request."""
+
+    account_id: str
+    recipient_id: str
+    idempotency_key: str
+    hash: str
+    content: dict[str, Any]
+    metadata: dict[str, Any] | None
+    correlation_id: str
+
+
+def accept(db: Database, request: Request, patience: Patience, now_s: float) -> tuple[Row, bool]:
+    """Store a send and its delivery, or return the one that has its key already; the flag tells if it is new.
+
+    Raises Conflict when the key was used for another request.
+    """
+
+    def job() -> tuple[Row, bool]:
+        known = db.row(
+            "SELECT * FROM outbound_messages WHERE account_id = ? AND idempotency_key = ?",
+            (request.account_id, request.idempotency_key),
+        )
+        if known:
+            if known["request_hash"] != request.hash:
+                raise Conflict(
+                    f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
+                )
+            return known, False
+        now = instant(now_s)
+        message_id = new_id("msg")
+        db.insert(
+            "outbound_messages",
+            {
+                "id": message_id,
+                "account_id": request.account_id,
+                "recipient_id": request.recipient_id,
+                "idempotency_key": request.idempotency_key,
+                "request_hash": request.hash,
+                "content": _json(request.content),
+                "metadata": _json(request.metadata),
+                "status": "pending",
+                "correlation_id": request.correlation_id,
+                "created_at": now,
+            },
+        )
+        _transition(db, message_id, "pending", None, now)
+        sequence = contacts.next_sequence(db, "instagram", request.account_id, request.recipient_id, now)
+        debt = Debt(
+            "instagram", request.account_id, request.recipient_id, "message.send", request.correlation_id,
+            message_id=message_id,
+        )  # fmt: skip
+        expires = instant(now_s + patience.instagram_s)
+        deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=True)
+        return _found(db, message_id), True
+
+    return db.write(job)
+
+
+def settle(
+    db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, patience: Patience, now_s: float
+) -> None:
+    """Carry a send's outcome over to its message; runs inside the write that records it."""
+    message, now = _found(db, str(claimed.message_id)), instant(now_s)
+    if outcome.kind == "done":
+        db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, "id = ?", [message["id"]])
+        advance(db, message["id"], "sent", at=now, now=now, patience=patience)
+        return
+    retried = int(verdict.state == "pending" and not verdict.in_doubt)
+    db.update(
+        "outbound_messages",
+        {
+            "retry_count": message["retry_count"] + retried,
+            "error_code": outcome.code,
+            "error_message": outcome.message,
+            "error_retryable": int(outcome.kind == "retry"),
+        },
+        "id = ?",
+        [message["id"]],
+    )
+    if verdict.state == "dead":
+        advance(db, message["id"], "failed", at=now, now=now, patience=patience, reason=outcome.code)
+
+
+def fail(db: Database, message_id: str, code: str, problem: str, now: str, patience: Patience) -> None:
+    """End a message as failed without a call; runs inside a write."""
+    failure = {"error_code": code, "error_message": problem, "error_retryable": 0}
+    db.update("outbound_messages", failure, "id = ?", [message_id])
+    advance(db, message_id, "failed", at=now, now=now, patience=patience, reason=code)
+
+
+def confirm(db: Database, message: Row, external_id: str, *, at: str, now: str, patience: Patience) -> None:
+    """The channel showed the message in its thread: it is delivered, whatever we believed; runs inside a write."""
+    if message["instagram_message_id"] is None:
+        db.update("outbound_messages", {"instagram_message_id": external_id}, "id = ?", [message["id"]])
+    if message["status"] == "pending":
+        advance(db, message["id"], "sent", at=at, now=now, patience=patience)
+    advance(db, message["id"], "delivered", at=at, now=now, patience=patience)
+
+
+def confirm_read(
+    db: Database, account_id: str, contact: str, sent_until: str, *, at: str, now: str, patience: Patience
+) -> int:
+    """Mark what was sent to a contact up to a time as read; return how many messages changed."""
+    unread = db.rows(
+        """
+        SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? AND status IN ('sent', 'delivered')
+            AND sent_at <= ? ORDER BY sent_at""",
+        (account_id, contact, sent_until),
+    )
+    for message in unread:
+        advance(db, message["id"], "read", at=at, now=now, patience=patience)
+    return len(unread)
+
+
+def advance(
+    db: Database, message_id: str, status: str, *, at: str, now: str, patience: Patience, reason: str | None = None
+) -> None:
+    """Move a message forward to a status, keep the transition and owe the CRM its event; backward is ignored.
+
+    `at` is when it happened, `now` when we learned of it.
+    """
+    message = _found(db, message_id)
+    proven = message["status"] == "failed" and message["error_code"] == "in_doubt"
+    forward = _RANK[status] > _RANK[message["status"]] if message["status"] != "failed" else proven
+    if status == "failed":
+        forward = message["status"] == "pending"
+    if not forward:
+        return
+    latest = db.value("SELECT MAX(at) FROM status_transitions WHERE message_id = ?", (message_id,))
+    at = max(at, latest or at)  # a receipt's own time may lie before the message's
+    changed: Row = {"status": status}
+    if status != "failed":
+        changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
+    db.update("outbound_messages", changed, "id = ?", [message_id])
+    _transition(db, message_id, status, reason, at)
+    _owe_status(db, _found(db, message_id), at, now, patience)
+
+
+def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patience) -> None:
+    account = accounts.find(db, message["account_id"])
+    if account is None:
+        return
+    event, event_id = f"message.{message['status']}", new_id("evt")
+    sequence = contacts.next_sequence(db, "crm", message["account_id"], message["recipient_id"], now)
+    body = contract.crm_body(
+        event,
+        {
+            "event_id": event_id,
+            "sequence": sequence,
+            "account_id": message["account_id"],
+            "timestamp": at,
+            "message_id": message["id"],
+            "recipient_id": message["recipient_id"],
+            "status": message["status"],
+            "instagram_message_id": message["instagram_message_id"],
+            "error": error_of(message) if message["status"] == "failed" else None,
+            "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
+        },
+    )
+    debt = Debt(
+        "crm", message["account_id"], message["recipient_id"], event, message["correlation_id"],
+        event_id=event_id, message_id=message["id"],
+    )  # fmt: skip
+    expires = instant(epoch_s(now) + patience.crm_s)
+    push = account["crm_webhook_url"] is not None
+    deliveries.owe(db, debt, now=now, expires_at=expires, body=body, sequence=sequence, push=push)
+
+
+def error_of(message: Row) -> dict[str, Any] | None:
+    """Return a message's last error as the contract shows it."""
+    if message["error_code"] is None:
+        return None
+    return {
+        "code": message["error_code"],
+        "message": message["error_message"] or "",
+        "retryable": bool(message["error_retryable"]),
+    }
+
+
+def status(db: Database, message_id: str) -> dict[str, Any] | None:
+    """Return a message with its transitions and attempts, or None."""
+    message = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
+    if message is None:
+        return None
+    send = db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
+    attempts = db.rows(
+        """
+        SELECT number, started_at, finished_at, outcome, code, http_status, error FROM delivery_attempts
+        WHERE delivery_id = ? ORDER BY number""",
+        (send["id"] if send else "",),
+    )
+    waits = send is not None and send["state"] == "pending" and send["claim_id"] is None
+    history = db.rows(
+        "SELECT status, at AS timestamp FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,)
+    )
+    shown = "status account_id recipient_id instagram_message_id created_at sent_at delivered_at read_at retry_count"
+    return {
+        "message_id": message["id"],
+        **{name: message[name] for name in shown.split()},
+        "attempt_count": send["attempts"] if send else 0,
+        "next_attempt_at": send["due"] if send and waits and send["ready"] else None,
+        "status_history": history,
+        "attempts": attempts,
+        "error": error_of(message),
+        "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
+    }
+
+
+def content(db: Database, message_id: str) -> str:
+    """Return what is to be sent, as JSON."""
+    return str(db.value("SELECT content FROM outbound_messages WHERE id = ?", (message_id,)))
+
+
+def find_external(db: Database, account_id: str, external_id: str) -> Row | None:
+    """Return the account's message that has this id at the channel, or None."""
+    return db.row(
+        "SELECT * FROM outbound_messages WHERE account_id = ? AND instagram_message_id = ?", (account_id, external_id)
+    )
+
+
+def end_account(db: Database, account_id: str, now: str) -> None:
+    """End every message of an account that is being deleted; no CRM is left to be told."""
+    ended = {
+        "status": "failed",
+        "error_code": "account_deleted",
+        "error_message": "the account was deleted",
+        "error_retryable": 0,
+    }
+    for message in db.rows(
+        "SELECT id FROM outbound_messages WHERE account_id = ? AND status = 'pending'", (account_id,)
+    ):
+        db.update("outbound_messages", ended, "id = ?", [message["id"]])
+        _transition(db, message["id"], "failed", "account_deleted", now)
+
+
+def _transition(db: Database, message_id: str, status: str, reason: str | None, at: str) -> None:
+    db.insert("status_transitions", {"message_id": message_id, "status": status, "reason": reason, "at": at})
+
+
+def _found(db: Database, message_id: str) -> Row:
+    row = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
+    if row is None:
+        raise LookupError(message_id)
+    return row
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,55 @@
+"""Regular upkeep: lanes and unrouted events put right, heartbeats, retention. Each job is safe to run at any time."""
+
+import time
+from collections.abc import Callable
+
+from crmbridge import log
+from crmbridge.config import Retention
+from crmbridge.events import instant
+from crmbridge.store import accounts, inbound, turn, vitals
+from crmbridge.store.database import Database
+from crmbridge.store.messages import Patience
+
+_DAY_S = 86_400
+
+
+class Upkeep:
+    """The jobs, with the database and the clock they work by."""
+
+    def __init__(
+        self, db: Database, retention: Retention, patience: Patience, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._db = db
+        self._retention = retention
+        self._patience = patience
+        self._clock = clock
+
+    def sweep(self) -> None:
+        """Give headless lanes a head, and route events whose account came after them."""
+        repaired = turn.repair(self._db, self._clock())
+        if repaired:
+            log.warning("sweep.repaired", lanes=repaired)
+        for account in accounts.everyone(self._db):
+            adopted = inbound.adopt(self._db, account, self._clock(), self._patience)
+            if adopted:
+                log.info("account.adopted", account=account["id"], events=adopted)
+
+    def beat(self) -> None:
+        """Write the worker's heartbeat."""
+        vitals.beat(self._db, "worker", self._clock())
+
+    def prune(self) -> None:
+        """Erase texts and rows that are older than retention says."""
+
+        def before(days: int) -> str:
+            return instant(self._clock() - days * _DAY_S)
+
+        kept = self._retention
+        touched = vitals.prune(
+            self._db,
+            texts_before=before(kept.text_days),
+            rows_before=before(kept.metadata_days),
+            unrouted_before=before(kept.unrouted_days),
+        )
+        if touched:
+            log.info("retention.pruned", rows=touched, database_bytes=self._db.file_bytes())

@@ -1,0 +1,68 @@
+"""Seals secrets at rest with the key file's keys: the first one seals, all of them open.
+
+The key file lies outside the database, one Fernet key a line, mode 0600.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+from crmbridge.errors import Misconfigured
+
+
+class Vault:
+    """Seals and opens short texts."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self._fernet = MultiFernet([Fernet(key) for key in keys])
+        # The engine opens the same few secrets at every call; opening costs more than signing with them.
+        self._opened = functools.lru_cache(maxsize=256)(self._decrypt)
+
+    def seal(self, text: str) -> str:
+        """Return the text sealed, fit for a database column."""
+        return self._fernet.encrypt(text.encode()).decode()
+
+    def open(self, sealed: str) -> str:
+        """Return a sealed text's content. Raises Misconfigured when no key fits."""
+        return self._opened(sealed)
+
+    def _decrypt(self, sealed: str) -> str:
+        try:
+            return self._fernet.decrypt(sealed.encode()).decode()
+        except InvalidToken:
+            raise Misconfigured(
+                "a sealed secret does not open with the key file's keys: is it the key file of this database?"
+            ) from None
+
+
+def load(path: Path) -> Vault:
+    """Read the key file. Raises Misconfigured when it is missing, readable by others or not made of keys."""
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text(encoding="ascii").split()
+    except FileNotFoundError:
+        raise Misconfigured(f"no key file at {path}: run 'crmbridge init', or put the saved one back") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"the key file {path} cannot be read: {error}") from None
+    if mode & 0o077:
+        raise Misconfigured(f"the key file {path} is open to other users: chmod 600 {path}")
+    try:
+        return Vault(lines)
+    except ValueError:
+        raise Misconfigured(f"{path} is not a key file: it must hold one Fernet key a line") from None
+
+
+def create(path: Path) -> bool:
+    """Make a key file with a fresh key if there is none; tell whether one was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "wb") as file:
+        file.write(Fernet.generate_key() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return True

@@ -1,0 +1,177 @@
+"""Connecting Instagram accounts: ``/api/v1/accounts…``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from crmbridge import contract, log, net
+from crmbridge.errors import BridgeError, Conflict, Invalid
+from crmbridge.events import instant
+from crmbridge.instagram.client import Client, Identity
+from crmbridge.store import accounts, inbound, turn
+from crmbridge.store.database import Row
+from crmbridge.store.messages import Patience
+from crmbridge.vault import Vault
+from crmbridge.web.app import Call, Reply, Route
+
+_PAGE, _PAGE_MOST = 50, 200
+
+
+class AccountRoutes:
+    """The handlers, with what they need: the vault, Instagram, and where CRM URLs may lead."""
+
+    def __init__(
+        self, vault: Vault, client: Client, reach: net.Reach, wake: Callable[[], None], patience: Patience
+    ) -> None:
+        self._vault = vault
+        self._client = client
+        self._reach = reach
+        self._wake = wake
+        self._patience = patience
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        one = "/api/v1/accounts/<account_id>"
+        return [
+            Route("GET", "/api/v1/accounts", self.page, "accounts:read", query=frozenset(("cursor", "limit"))),
+            Route("POST", "/api/v1/accounts", self.create, "admin"),
+            Route("GET", one, self.show, "accounts:read"),
+            Route("PUT", one, self.update, "accounts:write"),
+            Route("DELETE", one, self.delete, "admin"),
+        ]
+
+    def page(self, call: Call) -> Reply:
+        """List the accounts that the key is bound to."""
+        limit = _limit(call.query.get("limit"))
+        assert call.key is not None  # noqa: S101
+        only = None if call.key["admin"] else call.key["accounts"]
+        found = accounts.page(call.db, after=call.query.get("cursor", ""), limit=limit + 1, only=only)
+        shown, more = found[:limit], len(found) > limit
+        cursor = shown[-1]["id"] if more else None
+        return Reply({"accounts": [_shown(row) for row in shown], "next_cursor": cursor, "has_more": more})
+
+    def show(self, call: Call) -> Reply:
+        """Show an account, never a credential."""
+        return Reply(_shown(call.account(call.path["account_id"])))
+
+    def create(self, call: Call) -> Reply:
+        """Check the token, store the account, subscribe it to its webhooks, and route what already came for it."""
+        request = call.read(contract.AccountCreate)
+        self._check_target(request.crm_webhook_url, request.webhook_secret)
+        # Whether it exists can be told without asking Instagram.
+        known = accounts.find_external(call.db, request.instagram_account_id)
+        if known:
+            raise Conflict(f"This Instagram account is already here, as {known['id']}.", code="account_exists")
+        identity = self._identify(request.access_token, {request.instagram_account_id})
+        now = instant(call.now_s)
+        values = {
+            "instagram_account_id": identity.user_id,
+            "app_scoped_id": identity.app_scoped_id,
+            "username": identity.username or request.username,
+            "access_token_sealed": self._vault.seal(request.access_token),
+            "webhook_secret_sealed": self._vault.seal(request.webhook_secret) if request.webhook_secret else None,
+            "crm_webhook_url": request.crm_webhook_url,
+            "token_checked_at": now,
+        }
+        row = accounts.create(call.db, values, now)
+        log.info("account.created", account=row["id"], instagram_account_id=identity.user_id)
+        row = self._subscribe(call, row, request.access_token)
+        adopted = inbound.adopt(call.db, row, call.now_s, self._patience)
+        if adopted:
+            log.info("account.adopted", account=row["id"], events=adopted)
+            self._wake()
+        return Reply(_shown(row), 201, {"Location": f"/api/v1/accounts/{row['id']}"})
+
+    def update(self, call: Call) -> Reply:
+        """Change what the request names; a new token must belong to the same Instagram account."""
+        row = call.account(call.path["account_id"])
+        request = call.read(contract.AccountUpdate)
+        given = request.model_fields_set
+        nulls = [name for name in ("access_token", "status") if name in given and getattr(request, name) is None]
+        if nulls:
+            details = [{"field": name, "problem": "must not be null"} for name in nulls]
+            raise Invalid(f"Must not be null: {', '.join(nulls)}.", details=details)
+        values: dict[str, Any] = {}
+        secret = request.webhook_secret if "webhook_secret" in given else row["webhook_secret_sealed"]
+        if given & {"crm_webhook_url", "webhook_secret"}:
+            url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
+            self._check_target(url, secret)
+            values["crm_webhook_url"] = url
+        if "webhook_secret" in given:
+            values["webhook_secret_sealed"] = self._vault.seal(secret) if secret else None
+        if request.status is not None:
+            values["status"], values["status_reason"] = request.status, None
+        if request.access_token is not None:
+            identity = self._identify(request.access_token, {row["instagram_account_id"]})
+            now = instant(call.now_s)
+            values |= {
+                "access_token_sealed": self._vault.seal(request.access_token),
+                "app_scoped_id": identity.app_scoped_id,
+                "username": identity.username or row["username"],
+                "token_checked_at": now,
+                "token_expires_at": None,
+            }
+            if row["status"] == "error" and request.status is None:
+                values["status"], values["status_reason"] = "active", None
+        row = accounts.update(call.db, row["id"], values, instant(call.now_s))
+        log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
+        if request.access_token is not None:
+            row = self._subscribe(call, row, request.access_token)
+        self._wake()
+        return Reply(_shown(row))
+
+    def delete(self, call: Call) -> Reply:
+        """Erase the account's secrets and end what it still owes."""
+        row = call.account(call.path["account_id"])
+        try:
+            self._client.unsubscribe(self._vault.open(row["access_token_sealed"]), row["instagram_account_id"])
+        except BridgeError as error:
+            # The account goes all the same: a dead token is a common reason to delete it.
+            log.warning("account.unsubscribe_failed", account=row["id"], code=error.code, error=error.message)
+        turn.delete_account(call.db, row["id"], call.now_s)
+        log.info("account.deleted", account=row["id"])
+        return Reply({"account_id": row["id"], "deleted": True})
+
+    def _identify(self, token: str, wanted: set[str]) -> Identity:
+        identity = self._client.whoami(token)
+        if not wanted & {identity.user_id, identity.app_scoped_id}:
+            problem = f"the token belongs to user_id {identity.user_id} (app-scoped id {identity.app_scoped_id})"
+            detail = {"field": "instagram_account_id", "problem": problem}
+            raise Invalid(
+                f"{', '.join(wanted)} is not the token's account: {problem}.", code="account_mismatch", details=[detail]
+            )
+        return identity
+
+    def _subscribe(self, call: Call, row: Row, token: str) -> Row:
+        problem = self._client.subscribe(token, row["instagram_account_id"])
+        if problem:
+            log.warning("account.subscription_failed", account=row["id"], error=problem)
+        values = {"subscription_ok": int(problem is None), "subscription_error": problem}
+        return accounts.update(call.db, row["id"], values, instant(call.now_s))
+
+    def _check_target(self, url: str | None, secret: str | None) -> None:
+        if url is None:
+            return
+        self._reach.check_url(url, "crm_webhook_url")
+        if not secret:
+            detail = {"field": "webhook_secret", "problem": "is required with crm_webhook_url: it signs every webhook"}
+            raise Invalid("webhook_secret is required with crm_webhook_url.", details=[detail])
+
+
+def _limit(given: str | None) -> int:
+    if given is None:
+        return _PAGE
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:6]) <= _PAGE_MOST):
+        detail = {"field": "limit", "problem": f"must be a whole number from 1 to {_PAGE_MOST}"}
+        raise Invalid("limit is not a whole number in range.", details=[detail])
+    return int(given)
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    ok = row["subscription_ok"]
+    return {
+        "account_id": row["id"],
+        **{name: row[name] for name in ("instagram_account_id", "username", "status", "status_reason")},
+        "crm_webhook_url": row["crm_webhook_url"],
+        "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
+        **{name: row[name] for name in ("token_checked_at", "token_expires_at", "created_at", "updated_at")},
+    }

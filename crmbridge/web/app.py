@@ -1,0 +1,247 @@
+"""The WSGI application: request ids, keys, limits, and every error as JSON. Routes come as data."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import bottle
+
+from crmbridge import apikey, contract, log
+from crmbridge.errors import (
+    BridgeError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMedia,
+)
+from crmbridge.events import CORRELATION_ID, instant, new_id
+from crmbridge.store import accounts, keys
+from crmbridge.store.database import Database, Row
+
+BODY_BYTES = 256 * 1024
+SLOW_S = 1.0
+Headers = dict[str, str]
+_Request = TypeVar("_Request", bound=contract._Request)
+_STATUS: tuple[tuple[type[BridgeError], int], ...] = (
+    (TooLarge, 413),
+    (UnsupportedMedia, 415),
+    (Invalid, 400),
+    (Unauthorized, 401),
+    (Forbidden, 403),
+    (NotFound, 404),
+    (Conflict, 409),
+    (Unavailable, 503),
+)
+# The body is in memory before a route runs; the application's own limits lie below this one.
+bottle.BaseRequest.MEMFILE_MAX = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: a JSON object, or text or a file of another type."""
+
+    content: Any
+    status: int = 200
+    headers: Headers = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, after its key was checked."""
+
+    db: Database
+    key: Row | None
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    remote: str
+    correlation_id: str
+    now_s: float
+
+    def read(self, model: type[_Request]) -> _Request:
+        """Return the JSON body as a request of the contract. Raises Invalid or UnsupportedMedia."""
+        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind not in ("", "application/json"):
+            raise UnsupportedMedia("The body must be JSON, sent with Content-Type: application/json.")
+        return contract.read(model, self.body)
+
+    def account(self, account_id: str) -> Row:
+        """Return an account that the key is bound to. Raises Forbidden for another, NotFound for an admin's typo."""
+        assert self.key is not None  # noqa: S101
+        if not self.key["admin"] and account_id not in self.key["accounts"]:
+            raise Forbidden("This key is not bound to that account.", code="wrong_account")
+        found = accounts.find(self.db, account_id)
+        if found is None:
+            raise NotFound("There is no such account.", code="account_not_found")
+        return found
+
+    def may_see(self, account_id: str) -> bool:
+        """Tell whether the key is bound to an account."""
+        return self.key is not None and bool(self.key["admin"] or account_id in self.key["accounts"])
+
+
+@dataclass(frozen=True)
+class Route:
+    """A method and path, its handler, and what a key must be allowed: None for an open route, or ``admin``."""
+
+    method: str
+    path: str
+    handler: Callable[[Call], Reply]
+    permission: str | None
+    body_bytes: int = BODY_BYTES
+    query: frozenset[str] | None = frozenset()  # the parameters it takes; None: anything
+
+
+class App:
+    """Callable as WSGI. `busy` tells when requests wait faster than they are answered."""
+
+    def __init__(
+        self,
+        db: Database,
+        routes: Sequence[Route],
+        *,
+        clock: Callable[[], float] = time.time,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.routes = tuple(routes)
+        self.busy = busy
+        self._db = db
+        self._clock = clock
+        self._verifier = apikey.Verifier()
+        self._bottle = bottle.Bottle()
+        self._bottle.default_error_handler = self._unrouted
+        for route in routes:
+            self._bottle.route(route.path, route.method, self._handler(route))
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        correlation = given if CORRELATION_ID.match(given) else new_id("req")
+        started = time.monotonic()
+        answered: list[str] = []
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            answered.append(status[:3])
+            return start_response(status, [*headers, ("X-Correlation-Id", correlation)], exc_info)
+
+        with log.correlated(correlation):
+            body: Iterable[bytes] = self._bottle(environ, start)
+            elapsed_s = time.monotonic() - started
+            facts = {
+                "method": environ["REQUEST_METHOD"][:16],
+                "path": environ.get("PATH_INFO", "")[:200],
+                "status": answered[-1] if answered else None,
+                "ms": round(elapsed_s * 1000, 1),
+            }
+            log.info("request", **facts)
+            if elapsed_s > SLOW_S:
+                log.warning("performance.request_slow", **facts)
+        return body
+
+    def _handler(self, route: Route) -> Callable[..., Any]:
+        def handle(**path: str) -> Any:
+            try:
+                return self._render(route.handler(self._call(route, path)))
+            except BridgeError as error:
+                return self._error(error)
+            except Exception:
+                log.exception("request.fault", method=route.method, route=route.path)
+                return self._error(BridgeError("The bridge failed; the log tells more.", code="internal_error"))
+
+        return handle
+
+    def _call(self, route: Route, path: Mapping[str, str]) -> Call:
+        request = bottle.request
+        key = self._authorize(route, request.headers.get("Authorization", "")) if route.permission else None
+        if self.busy():
+            raise Unavailable("More requests are waiting than are being answered.", code="overloaded")
+        query = request.query.decode("utf-8") if request.query_string else {}
+        unknown = set(query) - route.query if route.query is not None else set()
+        if unknown:
+            details = [
+                {"field": name[:64], "problem": "is not a parameter of this request"} for name in sorted(unknown)
+            ]
+            raise Invalid("The request has unknown query parameters.", details=details)
+        if request.content_length > route.body_bytes:
+            raise TooLarge(f"The body has {request.content_length} bytes; this route takes {route.body_bytes}.")
+        return Call(
+            db=self._db,
+            key=key,
+            path=path,
+            query=query,
+            headers=request.headers,
+            body=request.environ["wsgi.input"].read(request.content_length) if request.content_length > 0 else b"",
+            remote=request.environ.get("REMOTE_ADDR", ""),
+            correlation_id=log.correlation_id(),
+            now_s=self._clock(),
+        )
+
+    def _authorize(self, route: Route, header: str) -> Row:
+        """Return the key that a request carries. Raises Unauthorized, or Forbidden when it may not do this."""
+        scheme, _, given = header.partition(" ")
+        parts = apikey.split(given.strip()) if scheme.lower() == "bearer" else None
+        row = keys.find(self._db, parts.id) if parts else None
+        now = instant(self._clock())
+        if (
+            parts is None
+            or row is None
+            or row["revoked_at"] is not None
+            or (row["expires_at"] is not None and row["expires_at"] <= now)
+            or not self._verifier.matches(parts.secret, row["secret_hash"])
+        ):
+            raise Unauthorized("A valid API key is required: Authorization: Bearer crmb_…")
+        if not row["admin"] and route.permission not in row["permissions"]:
+            raise Forbidden(f"This key lacks the permission {route.permission}.", code="permission_missing")
+        return row
+
+    def _render(self, reply: Reply) -> Any:
+        if isinstance(reply.content, bottle.HTTPResponse):
+            for name, value in reply.headers.items():
+                reply.content.set_header(name, value)
+            return reply.content
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **reply.headers}
+        content = reply.content
+        if not isinstance(content, str):
+            content = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return bottle.HTTPResponse(content.encode(), reply.status, **headers)
+
+    def _error(self, error: BridgeError) -> Any:
+        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+        headers: Headers = {}
+        if status == 401:
+            headers["WWW-Authenticate"] = 'Bearer realm="crmbridge"'
+        if isinstance(error, Unavailable):
+            headers["Retry-After"] = str(error.after_s)
+        if status >= 500:
+            log.error("request.failed", status=status, code=error.code, error=error.message)
+        elif status != 404:
+            fields = ",".join(entry["field"] for entry in error.details[:10])
+            log.info("request.refused", status=status, code=error.code, fields=fields or None)
+        return self._render(Reply(self._described(error.code, error.message, error.details), status, headers))
+
+    def _described(self, code: str, message: str, details: list[dict[str, str]]) -> dict[str, Any]:
+        return {
+            "error": code,
+            "message": message,
+            "details": details,
+            "correlation_id": log.correlation_id(),
+            "timestamp": instant(self._clock()),
+        }
+
+    def _unrouted(self, answer: Any) -> bytes:
+        """Answer what reached no handler: no such path, or a method that the path does not take."""
+        code, message = {
+            404: ("not_found", "There is nothing at this path."),
+            405: ("method_not_allowed", "This path does not take that method."),
+        }.get(answer.status_code, ("invalid_request", "The request cannot be read."))
+        if answer.status_code >= 500:
+            log.error("request.failed", status=answer.status_code)
+            code, message = "internal_error", "The bridge failed; the log tells more."
+        bottle.response.content_type = "application/json"
+        return json.dumps(self._described(code, message, []), ensure_ascii=False).encode()

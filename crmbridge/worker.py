@@ -1,0 +1,266 @@
+"""Huey as the engine's clock: the bell that says "look now", the sweep, the heartbeat and upkeep.
+
+The queue holds nothing but bells; every row that is due is found without it.
+"""
+
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huey import Huey
+from huey.consumer import Consumer, Scheduler
+from huey.registry import Message
+from huey.serializer import Serializer
+from huey.storage import SqliteStorage
+
+from crmbridge import log
+from crmbridge.delivery import Engine
+
+SWEEP_S = 5
+_HEALTH_S = 10
+_IDLE_WAIT_S = 5.0
+
+
+class _Storage(SqliteStorage):  # type: ignore[misc]
+    """Huey's SQLite queue whose reader sleeps until something is enqueued, instead of polling."""
+
+    blocking = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._news = threading.Condition()
+        self._count = 0
+        super().__init__(*args, **kwargs)
+
+    def enqueue(self, data: bytes, priority: float | None = None) -> None:
+        super().enqueue(data, priority)
+        self.notify()
+
+    def notify(self) -> None:
+        with self._news:
+            self._count += 1
+            self._news.notify()
+
+    def notify_all(self) -> None:
+        with self._news:
+            self._count += 1
+            self._news.notify_all()
+
+    def dequeue(self) -> bytes | None:
+        with self._news:
+            seen = self._count
+        data: bytes | None = super().dequeue()
+        if data is None:
+            with self._news:
+                if self._count == seen:
+                    self._news.wait(_IDLE_WAIT_S)
+        return data
+
+
+class _Json(Serializer):  # type: ignore[misc]
+    """Huey's messages as JSON; nothing in the queue can be made to run code."""
+
+    def _serialize(self, data: Any) -> bytes:
+        return json.dumps(data, default=lambda value: {"at": value.isoformat()}).encode()
+
+    def _deserialize(self, data: bytes) -> Any:
+        def restore(value: dict[str, Any]) -> Any:
+            return datetime.datetime.fromisoformat(value["at"]) if set(value) == {"at"} else value
+
+        value = json.loads(bytes(data), object_hook=restore)
+        return Message(*value) if isinstance(value, list) else value
+
+
+class _Scheduler(Scheduler):  # type: ignore[misc]
+    periodic_task_seconds = SWEEP_S
+
+
+class _Consumer(Consumer):  # type: ignore[misc]
+    scheduler_class = _Scheduler
+
+    def _set_signal_handlers(self) -> None:
+        """Leave the process's signals to its main thread."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of upkeep that runs every so often. `every_s` is a multiple of the sweep's period."""
+
+    name: str
+    every_s: int
+    run: Callable[[], None]
+
+
+class Worker:
+    """Runs the engine and the upkeep on Huey's threads."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        queue_path: Path,
+        jobs: list[Job],
+        *,
+        on_thread: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._queue_path = queue_path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rung = False
+        self._scheduled_s: float | None = None
+        self._ended = threading.Event()
+        self._huey = self._open_queue()
+        self._huey.on_startup("connection")(on_thread)
+        self._drain_task = self._huey.task(name="drain")(self._drain)
+        for job in jobs:
+            self._register(job)
+        self._consumer = _Consumer(self._huey, workers=2, scheduler_interval=1)
+        self._threads: list[threading.Thread] = []
+        self._bell: socket.socket | None = None
+
+    def _open_queue(self) -> Huey:
+        """Open Huey's queue, emptied: bells of an earlier run mean nothing now."""
+        for name in (self._queue_path, *(Path(f"{self._queue_path}-{part}") for part in ("wal", "shm"))):
+            name.unlink(missing_ok=True)
+        self._queue_path.parent.mkdir(parents=True, exist_ok=True)
+        return Huey(
+            "crmbridge",
+            results=False,
+            storage_class=_Storage,
+            filename=str(self._queue_path),
+            fsync=False,
+            cache_mb=1,
+            serializer=_Json(),
+        )
+
+    def _register(self, job: Job) -> None:
+        turns = max(job.every_s // SWEEP_S, 1)
+
+        def is_due(now: datetime.datetime) -> bool:
+            return int(now.replace(tzinfo=datetime.UTC).timestamp()) // SWEEP_S % turns == 0
+
+        def run() -> None:
+            job.run()
+
+        self._huey.periodic_task(is_due, name=job.name)(run)
+
+    # --- bells ---
+
+    def wake(self) -> None:
+        """Have new rows looked at; many calls at once ring one bell."""
+        if self._engine.tell():
+            return
+        with self._lock:
+            if self._rung:
+                return
+            self._rung = True
+        self._drain_task()
+
+    def _drain(self) -> None:
+        with self._lock:
+            self._rung = False
+        next_s = self._engine.drain()
+        if next_s is not None and not self._ended.is_set():
+            self._schedule(next_s)
+
+    def _schedule(self, at_s: float) -> None:
+        with self._lock:
+            now_s = self._clock()
+            pending = self._scheduled_s
+            if pending is not None and now_s < pending <= at_s:
+                return
+            self._scheduled_s = at_s
+        self._drain_task.schedule(eta=datetime.datetime.fromtimestamp(max(at_s, now_s), datetime.UTC))
+
+    def ring(self) -> None:
+        """Ring whatever was rung before: a bell that was lost must not stay lost."""
+        with self._lock:
+            self._rung = False
+        self.wake()
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Start Huey's threads, the ear for other processes' bells, and ring once."""
+        self._consumer.start()
+        self._bell = _listen(bell_path(self._queue_path))
+        for name, target in (("worker-health", self._watch), ("bell", self._hear)):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self.ring()
+
+    def stop(self, grace_s: float) -> bool:
+        """Finish the calls in flight within the grace, then end the threads; False when calls were left."""
+        self._ended.set()
+        clean = self._engine.stop(grace_s)
+        self._consumer.stop()
+        self._huey.storage.notify_all()
+        if self._bell is not None:
+            bell_path(self._queue_path).unlink(missing_ok=True)
+            self._bell.close()
+        return clean
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_HEALTH_S):
+            self._consumer.check_worker_health()
+
+    def _hear(self) -> None:
+        bell = self._bell
+        while bell is not None and not self._ended.is_set():
+            try:
+                bell.recv(16)
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+            self.wake()
+
+
+def bell_path(queue_path: Path) -> Path:
+    """Return where a worker listens for the bells of other processes."""
+    return queue_path.with_name(queue_path.name + ".bell")
+
+
+def _listen(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    _at(path, bell.bind)
+    path.chmod(0o600)
+    bell.settimeout(1.0)
+    return bell
+
+
+class RemoteBell:
+    """Rings the worker in another process; if it does not hear, its sweep finds the rows."""
+
+    def __init__(self, queue_path: Path) -> None:
+        self._path = bell_path(queue_path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def wake(self) -> None:
+        """Ring once."""
+        try:
+            _at(self._path, lambda address: self._socket.sendto(b"!", address))
+        except OSError as error:
+            log.debug("bell.unheard", error=type(error).__name__)
+
+
+def _at(path: Path, use: Callable[[str], Any]) -> None:
+    """Use a socket address that may be longer than the 107 bytes the kernel takes, by way of its folder."""
+    if len(os.fsencode(path)) <= 100:
+        use(str(path))
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        use(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
