@@ -6,6 +6,7 @@ Requests are strict: no unknown field, no silent conversion. Knows no database a
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from crmbridge.errors import Invalid
 
@@ -52,10 +53,11 @@ class AccountCreate(_Request):
 
 
 class AccountUpdate(_Request):
-    access_token: Secret | None = None
+    # None stands for "not given" where the schema has no null; the route refuses a null.
+    access_token: Secret | SkipJsonSchema[None] = None
     crm_webhook_url: WebhookUrl | None = None
     webhook_secret: Secret | None = None
-    status: Literal["active", "inactive"] | None = None
+    status: Literal["active", "inactive"] | SkipJsonSchema[None] = None
 
 
 # --- answers ---
@@ -143,6 +145,11 @@ class AccountList(_Answer):
     accounts: list[Account]
     next_cursor: str | None
     has_more: bool
+
+
+class AccountDeleted(_Answer):
+    account_id: AccountId
+    deleted: Literal[True]
 
 
 class Health(_Answer):

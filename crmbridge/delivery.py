@@ -27,7 +27,6 @@ Alert = Callable[..., None]
 HINT_MIN_S, HINT_MAX_S = 1.0, 21_600.0
 FAULT_S = 60.0
 SLOW_S = 5.0
-_LINGER_S = 2.0
 _LOOK_AGAIN_S = 1.0
 
 
@@ -95,6 +94,7 @@ class Engine:
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
+        linger_s: float = 2.0,
     ) -> None:
         self._db = db
         self._senders = senders
@@ -102,6 +102,7 @@ class Engine:
         self._alert = alert
         self._clock = clock
         self._jitter = jitter
+        self._linger_s = linger_s  # a drain sleeps this long for the next due row; Huey's schedule is coarser
         self._pool = ThreadPoolExecutor(schedule.senders, thread_name_prefix="sender")
         self._changed = threading.Condition()
         self._finished: list[tuple[Claimed, Outcome]] = []
@@ -209,7 +210,7 @@ class Engine:
             if self._in_flight.total():
                 self._changed.wait(_LOOK_AGAIN_S if left_s is None or left_s <= 0 else min(left_s, _LOOK_AGAIN_S))
                 return True
-            if left_s is None or left_s > _LINGER_S:
+            if left_s is None or left_s > self._linger_s:
                 return self._leave()
             self._changed.wait(max(left_s, 0.001))
             return True

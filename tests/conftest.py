@@ -1,10 +1,11 @@
-"""Fixtures: a running shop for a whole module (`shop`), or a fresh one for a single test (`fresh_shop`)."""
+"""Fixtures: a running shop for a module (`shop`) or one test (`fresh_shop`), and the rooms on a set clock (`rig`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import rig as rigs
 from tests import shop as shops
 
 
@@ -17,4 +18,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shops.Shop]:
 @pytest.fixture
 def fresh_shop(tmp_path: Path) -> Iterator[shops.Shop]:
     with shops.opened(tmp_path, shops.QUICK) as opened:
+        yield opened
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[rigs.Rig]:
+    with rigs.opened(tmp_path) as opened:
         yield opened

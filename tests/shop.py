@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ class Shop:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
-    def connect(self, **changes: Any) -> requests.Response:
+    def connect(self, **changes: Any) -> Any:
         """Create the shop's account; keywords change or add fields of the request."""
         body = {
             "instagram_account_id": SHOP_ID,
@@ -83,11 +85,11 @@ class Shop:
         headers = {"Authorization": f"Bearer {self.key if key is None else key}", **options.pop("headers", {})}
         return requests.request(method, self.url + path, json=body, headers=headers, timeout=30, **options)
 
-    def send(self, text: str, idempotency_key: str, recipient_id: str = CUSTOMER, **more: Any) -> Any:
+    def send(self, text: str, idempotency_key: str, /, **more: Any) -> Any:
         """Send a message as the CRM would."""
         body = {
             "account_id": self.account_id,
-            "recipient_id": recipient_id,
+            "recipient_id": CUSTOMER,
             "message": text,
             "idempotency_key": idempotency_key,
             **more,
@@ -103,8 +105,26 @@ class Shop:
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             return connection.execute(sql, parameters).fetchall()
 
+    def wait_rows(self, sql: str, wanted: list[Any], timeout_s: float = 10) -> None:
+        """Wait until a query finds what is wanted."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.rows(sql)) != wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{sql}: {found}")
+            time.sleep(0.01)
+
     def log(self) -> str:
         return self.bridge.log_path.read_text()
+
+    def wait_log(self, pattern: str, timeout_s: float = 10) -> str:
+        """Return the first log line that matches, once it is written."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in self.log().splitlines():
+                if re.search(pattern, line):
+                    return line
+            time.sleep(0.01)
+        raise TimeoutError(pattern)
 
     def close(self) -> None:
         self.bridge.stop()

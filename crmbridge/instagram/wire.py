@@ -20,7 +20,8 @@ def read(payload: Any, received_at: str) -> Iterator[ChannelEvent]:
 
     `received_at` stands in for a time that is missing or cannot be read.
     """
-    for body in payload if isinstance(payload, list) else [payload]:
+    # Meta posts one object; some of its samples wrap it in an array.
+    for body in payload if isinstance(payload, list) and payload else [payload]:
         entries = body.get("entry") if isinstance(body, dict) else None
         if not isinstance(entries, list) or not entries:
             yield _unsupported("", None, body, received_at)

@@ -48,14 +48,14 @@ class Bridge:
         self.log_path = folder / "bridge.log"
         self.url = ""
         (folder / "crmbridge.ini").write_text(ini)
-        self._environ = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
+        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
         root = str(Path(__file__).resolve().parent.parent.parent)
-        self._environ["PYTHONPATH"] = root
+        self.environ["PYTHONPATH"] = root
         self._process: subprocess.Popen[bytes] | None = None
 
     def command(self, *words: str) -> str:
         """Run one command of the command line and return what it printed."""
-        done = subprocess.run(self._words(words), env=self._environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(self._words(words), env=self.environ, capture_output=True, text=True, check=False)
         if done.returncode:
             raise HopFailed(f"crmbridge {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout.strip()
@@ -64,7 +64,7 @@ class Bridge:
         """Start ``crmbridge serve`` and wait until it listens."""
         with self.log_path.open("ab") as log:
             begin = log.tell()
-            self._process = subprocess.Popen(self._words(words or ("serve",)), env=self._environ, stderr=log)
+            self._process = subprocess.Popen(self._words(words or ("serve",)), env=self.environ, stderr=log)
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             found = _READY.search(self.log_path.read_bytes()[begin:].decode())

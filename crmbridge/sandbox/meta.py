@@ -205,6 +205,11 @@ class Meta:
                 _Fault("/" + path.strip("/"), times, status, body, headers, delay_s, after_effect, drop)
             )
 
+    def clear_faults(self) -> None:
+        """Answer as usual again."""
+        with self._changed:
+            self._faults.clear()
+
     def reset(self) -> None:
         """Forget what was recorded and scripted; settings, accounts and customers stay."""
         with self._changed:

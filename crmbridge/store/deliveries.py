@@ -234,6 +234,16 @@ def unsettled_send(db: Database, account_id: str, contact: str) -> Row | None:
     )
 
 
+def given_up_in_doubt(db: Database, account_id: str, contact: str) -> list[Row]:
+    """Return the sends to a contact that ended without our knowing whether they had gone out."""
+    return db.rows(
+        """
+        SELECT * FROM deliveries WHERE state = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'
+            AND account_id = ? AND contact = ?""",
+        (account_id, contact),
+    )
+
+
 def repair(db: Database, now: str) -> int:
     """Give every lane that lost its head a new one; return how many there were."""
     headless: list[dict[str, Any]] = db.rows(

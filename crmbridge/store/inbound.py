@@ -134,23 +134,24 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
         messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
         return "noted"
     send = deliveries.unsettled_send(db, account["id"], row["contact"])
-    if send is None:
-        return _forward(db, account, row, now, patience)
-    if send["in_doubt"] and _same_text(db, send, row):
-        message = db.row("SELECT * FROM outbound_messages WHERE id = ?", (send["message_id"],))
-        if message is not None:
-            messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
-            deliveries.end(db, send, "done", "echo", None, now)
-            return "noted"
-    return "held"
+    if send is not None and not send["in_doubt"]:
+        return "held"
+    doubtful = [send] if send else deliveries.given_up_in_doubt(db, account["id"], row["contact"])
+    possible = [entry for entry in doubtful if _same_text(db, entry, row)]
+    if len(possible) == 1:
+        message = messages.found(db, possible[0]["message_id"])
+        messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
+        deliveries.end(db, possible[0], "done", "echo", None, now)
+        return "noted"
+    return "held" if send else _forward(db, account, row, now, patience)
 
 
 def _same_text(db: Database, send: Row, echo: Row) -> bool:
-    """Tell whether an echo can be the send in doubt: the same text, and not from before the call."""
+    """Tell whether an echo can be a send in doubt: the same text, and not from before the call."""
     started = db.value("SELECT MAX(started_at) FROM delivery_attempts WHERE delivery_id = ?", (send["id"],))
     if started is None or epoch_s(echo["occurred_at"]) < epoch_s(started) - 5:
         return False
-    sent = json.loads(messages.content(db, send["message_id"])).get("text") or ""
+    sent = json.loads(messages.content(db, send["message_id"]) or "{}").get("text") or ""
     echoed = json.loads(echo["payload"] or "{}").get("text") or ""
     return _folded(sent) == _folded(echoed)
 

@@ -38,7 +38,7 @@ class Request:
 def accept(db: Database, request: Request, patience: Patience, now_s: float) -> tuple[Row, bool]:
     """Store a send and its delivery, or return the one that has its key already; the flag tells if it is new.
 
-    Raises Conflict when the key was used for another request.
+    Raises Conflict when the key was used for another request, or the account is inactive.
     """
 
     def job() -> tuple[Row, bool]:
@@ -52,6 +52,9 @@ def accept(db: Database, request: Request, patience: Patience, now_s: float) -> 
                     f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
                 )
             return known, False
+        account = accounts.find(db, request.account_id)
+        if account is None or account["status"] == "inactive":
+            raise Conflict("The account is inactive: it takes no sends.", code="account_inactive")
         now = instant(now_s)
         message_id = new_id("msg")
         db.insert(
@@ -77,7 +80,7 @@ def accept(db: Database, request: Request, patience: Patience, now_s: float) -> 
         )  # fmt: skip
         expires = instant(now_s + patience.instagram_s)
         deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=True)
-        return _found(db, message_id), True
+        return found(db, message_id), True
 
     return db.write(job)
 
@@ -86,7 +89,7 @@ def settle(
     db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, patience: Patience, now_s: float
 ) -> None:
     """Carry a send's outcome over to its message; runs inside the write that records it."""
-    message, now = _found(db, str(claimed.message_id)), instant(now_s)
+    message, now = found(db, str(claimed.message_id)), instant(now_s)
     if outcome.kind == "done":
         db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, "id = ?", [message["id"]])
         advance(db, message["id"], "sent", at=now, now=now, patience=patience)
@@ -145,7 +148,7 @@ def advance(
 
     `at` is when it happened, `now` when we learned of it.
     """
-    message = _found(db, message_id)
+    message = found(db, message_id)
     proven = message["status"] == "failed" and message["error_code"] == "in_doubt"
     forward = _RANK[status] > _RANK[message["status"]] if message["status"] != "failed" else proven
     if status == "failed":
@@ -159,7 +162,7 @@ def advance(
         changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
     db.update("outbound_messages", changed, "id = ?", [message_id])
     _transition(db, message_id, status, reason, at)
-    _owe_status(db, _found(db, message_id), at, now, patience)
+    _owe_status(db, found(db, message_id), at, now, patience)
 
 
 def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patience) -> None:
@@ -232,9 +235,9 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     }
 
 
-def content(db: Database, message_id: str) -> str:
-    """Return what is to be sent, as JSON."""
-    return str(db.value("SELECT content FROM outbound_messages WHERE id = ?", (message_id,)))
+def content(db: Database, message_id: str) -> str | None:
+    """Return what is to be sent, as JSON, or None once retention took it."""
+    return found(db, message_id)["content"]  # type: ignore[no-any-return]
 
 
 def find_external(db: Database, account_id: str, external_id: str) -> Row | None:
@@ -263,7 +266,8 @@ def _transition(db: Database, message_id: str, status: str, reason: str | None, 
     db.insert("status_transitions", {"message_id": message_id, "status": status, "reason": reason, "at": at})
 
 
-def _found(db: Database, message_id: str) -> Row:
+def found(db: Database, message_id: str) -> Row:
+    """Return a message that is known to exist."""
     row = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
     if row is None:
         raise LookupError(message_id)

@@ -1,6 +1,5 @@
 """One turn of the engine in one transaction: record what came back, claim what is free."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -53,9 +52,11 @@ def take(
     def job() -> Turn:
         turn = Turn()
         for entry in finished:
-            if not deliveries.record(db, entry.claimed, entry.outcome, entry.verdict, now):
+            is_ours = deliveries.record(db, entry.claimed, entry.outcome, entry.verdict, now)
+            if not is_ours:
                 turn.fenced.append(entry.claimed)
-            if entry.claimed.target == "instagram":
+            # That a send went out stays true even when the claim was lost.
+            if entry.claimed.target == "instagram" and (is_ours or entry.outcome.kind == "done"):
                 _settle(db, entry, now_s, patience)
         claimable = [
             (target, account)
@@ -114,7 +115,8 @@ def _claim(
 def _body(db: Database, row: Row, account: Row) -> str:
     if row["target"] == "instagram":
         body = messages.content(db, row["message_id"])
-        json.loads(body)
+        if body is None:
+            raise LookupError(f"the content of {row['message_id']} is gone")
         return body
     return row["body"] if row["body"] is not None else inbound.crm_body(db, account, row)
 

@@ -143,6 +143,9 @@ TABLES = (
         WHERE state = 'pending'""",
     "CREATE INDEX deliveries_claimed ON deliveries (claim_id) WHERE claim_id IS NOT NULL",
     "CREATE INDEX deliveries_dead ON deliveries (target, finished_at) WHERE state = 'dead'",
+    """
+    CREATE INDEX deliveries_in_doubt ON deliveries (account_id, contact)
+        WHERE state = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'""",
     "CREATE INDEX deliveries_message ON deliveries (message_id) WHERE message_id IS NOT NULL",
     "CREATE INDEX deliveries_event ON deliveries (event_id) WHERE event_id IS NOT NULL",
     "CREATE INDEX deliveries_age ON deliveries (finished_at) WHERE state <> 'pending'",

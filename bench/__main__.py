@@ -1,0 +1,194 @@
+"""``python -m bench``: memory, cold start, both flows at a steady rate, and a burst, as a short table.
+
+Exits with 1 when a message was lost or came twice. A MB is 1024 KiB, as in top.
+"""
+
+import argparse
+import contextlib
+import math
+import re
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from bench import load
+from bench.stage import Stage
+
+_IDLE_MB, _LOADED_MB = 52, 64
+_IDLE_S, _WARM_UP_S = 5, 2
+_CONNECTIONS = 16
+_STACK = "import bottle, waitress, requests, peewee, huey, pydantic, cryptography.fernet, bcrypt"
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    figures = {"memory": _memory, "start": _start, "flow": _flow, "burst": _burst}
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure crmbridge beside what it stands on.")
+    parser.add_argument("figure", nargs="*", help=f"of {', '.join(figures)} (default: all)")
+    parser.add_argument("--runs", type=int, default=7, help="cold starts (default: 7)")
+    parser.add_argument("--rate", type=float, default=20, help="messages a second of the flows (default: 20)")
+    parser.add_argument("--seconds", type=float, default=15, help="how long each flow is measured (default: 15)")
+    parser.add_argument("--messages", type=int, default=3000, help="messages of the burst (default: 3000)")
+    parser.add_argument("--folder", default="/var/tmp", help="where the database is written: a disk, not memory")
+    options = parser.parse_args()
+    if unknown := set(options.figure) - set(figures):
+        parser.error(f"unknown figure {', '.join(unknown)}")
+    for name in options.figure or figures:
+        folder = tempfile.TemporaryDirectory(prefix="crmbridge-bench-", dir=options.folder)
+        with folder, Stage(Path(folder.name)) as stage:
+            figures[name](stage, options)
+
+
+def _say(name: str, *columns: object) -> None:
+    print(f"{name:44}" + "".join(f"{column!s:>10}" for column in columns), flush=True)
+
+
+# --- memory and cold start ---
+
+
+def _memory_mb(pid: int) -> tuple[float, float]:
+    """Return a process's PSS and RSS; where no other Python runs, PSS comes close to RSS."""
+    kib = dict(re.findall(r"^(Pss|Rss): +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
+    return int(kib["Pss"]) / 1024, int(kib["Rss"]) / 1024
+
+
+@contextlib.contextmanager
+def _python(code: str) -> Iterator[int]:
+    """Run code in a bare Python; yield its pid once it is through, and then let it end."""
+    words = [sys.executable, "-c", f"{code}\nprint(flush=True); input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        yield process.pid
+        process.stdin.write(b"\n")
+
+
+def _memory(stage: Stage, _: argparse.Namespace) -> None:
+    stage.end_sandbox()
+    time.sleep(_IDLE_S)
+    found = {"crmbridge serve, one account": _memory_mb(stage.pid)}
+    stage.stop()
+    for name, code in (("floor: the packages, imported", _STACK), ("an empty Python", "")):
+        with _python(code) as pid:
+            found[name] = _memory_mb(pid)
+    floor_mb = found["floor: the packages, imported"][0]
+    _say(f"Idle memory, MB (budget {_IDLE_MB})", "PSS", "RSS", "to floor")
+    for name, (pss_mb, rss_mb) in found.items():
+        _say(f"  {name}", f"{pss_mb:.1f}", f"{rss_mb:.1f}", f"{pss_mb / floor_mb:.2f}")
+
+
+def _start(stage: Stage, options: argparse.Namespace) -> None:
+    stage.end_sandbox()
+    bridge, floor = [], []
+    for _ in range(options.runs):
+        stage.stop()
+        bridge.append(stage.start() * 1000)
+        stage.stop()
+        began = time.monotonic()
+        with _python(_STACK):
+            floor.append((time.monotonic() - began) * 1000)
+    _say(f"Cold start, ms, {options.runs} runs", "median", "min", "max", "to floor")
+    for name, times in (("first healthy GET /health", bridge), ("floor: the packages, imported", floor)):
+        median = statistics.median(times)
+        ratio = f"{median / statistics.median(floor):.2f}"
+        _say(f"  {name}", *(f"{ms:.0f}" for ms in (median, min(times), max(times))), ratio)
+
+
+# --- both flows at a steady rate ---
+
+
+def _say_times(name: str, seconds: Iterable[float]) -> float:
+    """Print p50, p90, p99 and the longest; return the p50 in milliseconds."""
+    times = sorted(one * 1000 for one in seconds)
+    ranks = [times[math.ceil(share * len(times)) - 1] for share in (0.5, 0.9, 0.99, 1)]
+    _say(f"  {name}", *(f"{ms:.1f}" for ms in ranks))
+    return ranks[0]
+
+
+def _commits_s(folder: Path) -> Iterator[float]:
+    """Yield how long one commit takes, with the settings of the bridge's database."""
+    with contextlib.closing(sqlite3.connect(folder / "floor.db", isolation_level=None)) as db:
+        for sql in ("PRAGMA journal_mode = wal", "PRAGMA synchronous = full", "CREATE TABLE one (text)"):
+            db.execute(sql)
+        for _ in range(300):
+            began = time.monotonic()
+            db.execute("INSERT INTO one VALUES (?)", ("x" * 500,))
+            yield time.monotonic() - began
+
+
+def _flow(stage: Stage, options: argparse.Namespace) -> None:
+    number = math.ceil(options.rate * (_WARM_UP_S + options.seconds))
+
+    def run(name: str, write: Callable[[Stage, list[str]], list[load.Order]], **more: int) -> list[load.Shot]:
+        orders = write(stage, [f"{name} {turn}" for turn in range(number)])
+        found = _fire(stage, name, orders, more, per_s=options.rate)
+        return found[math.ceil(options.rate * _WARM_UP_S) :]
+
+    _say(f"{options.rate:g} messages a second for {options.seconds:g} s, ms", "p50", "p90", "p99", "max")
+    commit_ms = _say_times("floor: a commit, WAL, synchronous=FULL", _commits_s(stage.bridge.folder))
+    hops = run("straight", load.straight)
+    floor_ms = commit_ms + 2 * _say_times("floor: a hop, due -> CRM", (one.arrived - one.due for one in hops))
+    for name, write, accepted, there, more in (
+        ("inbound", load.webhooks, "200", "CRM", {}),
+        ("outbound", load.sends, "202", "Instagram", {"message.sent": number, "message.delivered": number}),
+    ):
+        shots = run(name, write, **more)
+        _say_times(f"due -> {accepted}", (shot.answered - shot.due for shot in shots))
+        _say_times(f"{accepted} -> {there}", (shot.arrived - shot.answered for shot in shots))
+        p50_ms = _say_times(f"due -> {there}", (shot.arrived - shot.due for shot in shots))
+        _say("  p50 to two hops and a commit", f"{p50_ms / floor_ms:.2f}")
+
+
+def _fire(
+    stage: Stage, name: str, orders: list[load.Order], more: dict[str, int], *, per_s: float = math.inf
+) -> list[load.Shot]:
+    """Send the orders and wait for them, and for as many of `more` events; exit when one is lost or comes twice."""
+    shots = load.fire(orders, connections=_CONNECTIONS, per_s=per_s)
+    came = stage.arrivals(len(orders) + sum(more.values()))
+    accepted = sum(shot.status in (200, 202) for shot in shots)
+    lost = sum(order.text not in came.at for order in orders)
+    twice = sum(times - 1 for times in came.texts.values())
+    _say(f"  {name}", f"{len(orders)} sent", f"{accepted} ok", f"{lost} lost", f"{twice} twice")
+    if more:
+        _say(f"  {' + '.join(more)}", *(came.events[event] for event in more))
+    if accepted < len(orders) or lost or twice or any(came.events[event] != times for event, times in more.items()):
+        sys.exit(1)
+    return [shot.arriving(came.at[shot.text]) for shot in shots]
+
+
+# --- a burst ---
+
+
+def _burst(stage: Stage, options: argparse.Namespace) -> None:
+    over, seen = threading.Event(), [_memory_mb(stage.pid)]
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            seen.append(_memory_mb(stage.pid))
+
+    _say(f"Burst of {options.messages} inbound, {_CONNECTIONS} connections", "s", "per s")
+    orders = load.webhooks(stage, [f"burst {turn}" for turn in range(options.messages)])
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    shots = _fire(stage, "inbound", orders, {})
+    over.set()
+    watcher.join()
+    for name, end in (
+        ("acknowledged", max(shot.answered for shot in shots)),
+        ("at the CRM", max(shot.arrived for shot in shots)),
+    ):
+        _say(f"  all {name}", f"{end - shots[0].due:.2f}", f"{len(shots) / (end - shots[0].due):.0f}")
+    _say(f"  memory, MB (budget {_LOADED_MB})", "PSS", "RSS")
+    _say("  before", *(f"{mb:.1f}" for mb in seen[0]))
+    _say("  at its peak", *(f"{max(mb):.1f}" for mb in zip(*seen, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

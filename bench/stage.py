@@ -1,0 +1,141 @@
+"""What every figure stands on: a bridge started as a user would, and the sandbox in a process of its own."""
+
+import contextlib
+import http.client
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+from crmbridge.sandbox import Sandbox
+from crmbridge.sandbox.crm import WEBHOOK_SECRET
+from crmbridge.sandbox.demo import Bridge, ini
+
+SHOP = "17841400000000001"
+_TOKEN = "IGAA-bench-token"
+_ROOT = Path(__file__).resolve().parent.parent
+_START_S, _WAIT_S, _QUIET_S = 20, 60, 1.5
+
+
+class Arrivals:
+    """What was accepted by the CRM and the Send API: how often each event and text, and when a text came first."""
+
+    def __init__(self, came: list[tuple[str, str | None, float]]) -> None:
+        self.events = Counter(event for event, _, _ in came)
+        self.texts = Counter(text for _, text, _ in came if text)
+        self.at = {text: at for _, text, at in reversed(came) if text}
+
+
+def _sandbox(pipe: Connection, ahead_s: float) -> None:
+    """Run the sandbox and tell over the pipe what arrived, at which time.monotonic()."""
+    with contextlib.suppress(EOFError), Sandbox(clock=lambda: time.monotonic() + ahead_s) as sandbox:
+        meta, crm = sandbox.meta, sandbox.crm
+        meta.add_account(SHOP, token=_TOKEN, app_scoped_id="24000000000000001", username="your_shop")
+        pipe.send((ini(sandbox), sandbox.crm_webhook_url))
+        meta.callback_url = pipe.recv()
+        while True:
+            if pipe.recv() == "count":
+                pipe.send(len(crm.received) + len(meta.sent))
+                continue
+            heard = [one for one in crm.received if one.answered == 200]
+            came = [(str(one.event.get("event")), one.event.get("message"), one.at - ahead_s) for one in heard]
+            pipe.send(Arrivals(came + [("message.send", one.text, one.at - ahead_s) for one in meta.sent]))
+            crm.reset()
+            meta.reset()
+
+
+class Stage:
+    """A bridge with one account, and its sandbox; `folder` holds the database."""
+
+    def __init__(self, folder: Path) -> None:
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, far_end = processes.Pipe()
+        ahead_s = time.time() - time.monotonic()
+        self._sandbox = processes.Process(target=_sandbox, args=(far_end, ahead_s), daemon=True)
+        self._sandbox.start()
+        far_end.close()
+        settings, self.crm_webhook_url = self._pipe.recv()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])
+        self._pipe.send(f"http://127.0.0.1:{self.port}/webhooks/instagram")
+        self.bridge = Bridge(folder, settings.replace("port = 0", f"port = {self.port}"))
+        self.bridge.command("init")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+        shop = {"instagram_account_id": SHOP, "access_token": _TOKEN}
+        crm = {"crm_webhook_url": self.crm_webhook_url, "webhook_secret": WEBHOOK_SECRET}
+        key = self.bridge.command("key", "create", "--name", "bench-admin", "--admin")
+        self.account_id = self._ask("POST", "/api/v1/accounts", {**shop, **crm}, key)["account_id"]
+        self.key = self.bridge.command("key", "create", "--name", "bench", "--account", self.account_id)
+
+    @property
+    def pid(self) -> int:
+        """The bridge's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> float:
+        """Start ``crmbridge serve``; return the seconds until it first answered that it is healthy."""
+        words = [sys.executable, "-m", "crmbridge", "serve", "--config", str(self.bridge.folder / "crmbridge.ini")]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
+        with self.bridge.log_path.open("ab") as log:
+            began = time.monotonic()
+            self._process = subprocess.Popen(words, cwd=_ROOT, env=environ, stderr=log)
+        while time.monotonic() < began + _START_S and self._process.poll() is None:
+            with contextlib.suppress(ConnectionError):
+                self._ask("GET", "/health")
+                return time.monotonic() - began
+            time.sleep(0.002)
+        raise SystemExit(f"the bridge did not start; its log:\n{self.bridge.log_path.read_text()}")
+
+    def stop(self) -> None:
+        """Stop the bridge."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def end_sandbox(self) -> None:
+        """End the sandbox, so that it neither shares the bridge's pages nor takes its time."""
+        self._sandbox.terminate()
+        self._sandbox.join()
+
+    def arrivals(self, number: int) -> Arrivals:
+        """Wait until that many came to the CRM and the Send API together, then a little for more than there should be.
+
+        What came is forgotten.
+        """
+        deadline = time.monotonic() + _WAIT_S
+        self._pipe.send("count")
+        while self._pipe.recv() < number and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._pipe.send("count")
+        time.sleep(_QUIET_S)
+        self._pipe.send("arrivals")
+        found: Arrivals = self._pipe.recv()
+        return found
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, key: str = "") -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"} if key else {}
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=_START_S)) as connection:
+            connection.request(method, path, json.dumps(body) if body else None, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        if answer.status >= 300:
+            raise ConnectionError(f"{method} {path} answered {answer.status}: {text.decode()}")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | types.TracebackType | None) -> None:
+        self.stop()
+        self.end_sandbox()

@@ -1,0 +1,161 @@
+"""The real rooms on a clock that a test sets: SQLite, the engine, and the sandbox over real HTTP; no server process."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crmbridge import __main__ as program
+from crmbridge import config, vault
+from crmbridge.delivery import Engine, Schedule
+from crmbridge.events import instant
+from crmbridge.instagram import webhook
+from crmbridge.sandbox import Sandbox, wire
+from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
+from crmbridge.sandbox.demo import ini
+from crmbridge.store import accounts, database, inbound, messages
+from crmbridge.store.inbound import Kept
+from tests.shop import CUSTOMER, SHOP_ID, TOKEN
+
+START_S = 1_800_000_000.0
+SCHEDULE = {
+    "crm_quick_s": (1.0, 2.0, 4.0, 8.0, 16.0),
+    "crm_slow_s": (60.0, 300.0, 900.0, 1800.0, 3600.0),
+    "instagram_retry_s": (2.0, 10.0, 60.0),
+    "instagram_unavailable_s": (5.0, 15.0, 60.0, 300.0, 900.0),
+    "in_doubt_s": 60.0,
+    "lease_s": 90.0,
+    "senders": 6,
+    "slots_per_endpoint": 3,
+}
+
+
+class Rig:
+    """Time stands still between calls of `pass_s`; nothing runs until `drain` is called."""
+
+    def __init__(self, folder: Path, sandbox: Sandbox, settings: str = "") -> None:
+        self.now_s = START_S
+        self.sandbox = sandbox
+        self.meta, self.crm = sandbox.meta, sandbox.crm
+        self.meta.echo = "never"
+        path = folder / "crmbridge.ini"
+        path.write_text(ini(sandbox) + settings)
+        self.settings = config.load(path, {})
+        vault.create(self.settings.vault.key_file)
+        database.create(self.settings.store.path).migrate()
+        self.rooms = program._open(self.settings)
+        self.db, self.patience = self.rooms.db, self.rooms.patience
+        self.alerts: list[tuple[str, str]] = []
+        self.engine = self.make_engine()
+        self._keys = itertools.count()
+        self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
+
+    def make_engine(self, **changes: Any) -> Engine:
+        """Return an engine on the rig's clock, with real senders; a second one stands for a second worker."""
+        schedule: dict[str, Any] = {**SCHEDULE, "patience": self.patience, **changes}
+        return Engine(
+            self.db,
+            program._senders(self.rooms),
+            Schedule(**schedule),
+            lambda kind, message, **facts: self.alerts.append((kind, message)),
+            clock=lambda: self.now_s,
+            jitter=lambda: 1.0,
+            linger_s=0,
+        )
+
+    def account(self, instagram_account_id: str = SHOP_ID, **changes: Any) -> dict[str, Any]:
+        """Store an account as the API would, without asking Instagram."""
+        values = {
+            "instagram_account_id": instagram_account_id,
+            "username": "your_shop",
+            "access_token_sealed": self.rooms.vault.seal(TOKEN),
+            "webhook_secret_sealed": self.rooms.vault.seal(WEBHOOK_SECRET),
+            "crm_webhook_url": self.sandbox.crm_webhook_url,
+            **changes,
+        }
+        return accounts.create(self.db, values, instant(self.now_s))
+
+    def hear(self, *items: Any, account: str = SHOP_ID) -> list[Kept]:
+        """Keep what Meta would post: messaging items in one entry."""
+        return self.hear_body(wire.webhook_body(wire.envelope(account, int(self.now_s * 1000), *items)))
+
+    def hear_body(self, body: bytes) -> list[Kept]:
+        """Keep a webhook body as the route does."""
+        events = webhook.read(body, instant(self.now_s))
+        return inbound.keep(self.db, events, correlation_id="test", now_s=self.now_s, patience=self.patience)
+
+    def say(self, text: str, mid: str, *, contact: str = CUSTOMER, at_s: float | None = None) -> list[Kept]:
+        """Have a customer write."""
+        return self.hear(self.item({"message": {"mid": mid, "text": text}}, contact=contact, at_s=at_s))
+
+    def item(
+        self, payload: dict[str, Any], *, contact: str = CUSTOMER, at_s: float | None = None, echo: bool = False
+    ) -> dict[str, Any]:
+        """Return a messaging item around a payload key."""
+        parties = (SHOP_ID, contact) if echo else (contact, SHOP_ID)
+        return {
+            "sender": {"id": parties[0]},
+            "recipient": {"id": parties[1]},
+            "timestamp": int((self.now_s if at_s is None else at_s) * 1000),
+            **payload,
+        }
+
+    def echo(self, text: str, mid: str, *, contact: str = CUSTOMER) -> list[Kept]:
+        """Have Meta show a message of the shop in the thread."""
+        return self.hear(
+            self.item({"message": {"mid": mid, "text": text, "is_echo": True}}, contact=contact, echo=True)
+        )
+
+    def send(self, account: dict[str, Any], text: str = "hello", *, contact: str = CUSTOMER) -> str:
+        """Accept a send and return its message id."""
+        key = f"key-{next(self._keys)}"
+        request = messages.Request(account["id"], contact, key, key, {"text": text}, None, "test")
+        row, _ = messages.accept(self.db, request, self.patience, self.now_s)
+        return str(row["id"])
+
+    def drain(self) -> float | None:
+        """Work off what is due now; return how many seconds until the next row is due."""
+        next_s = self.engine.drain()
+        return None if next_s is None else next_s - self.now_s
+
+    def pass_s(self, seconds: float) -> float | None:
+        """Let time pass, then drain."""
+        self.now_s += seconds
+        return self.drain()
+
+    def live_through(self, seconds: float) -> int:
+        """Drain at each due time for a while, as Huey's schedule would; return how many drains that took."""
+        end_s, drains = self.now_s + seconds, 0
+        next_s = self.drain()
+        while next_s is not None and self.now_s + next_s <= end_s:
+            drains += 1
+            next_s = self.pass_s(max(next_s, 0.001))
+        self.now_s = end_s
+        return drains
+
+    def status(self, message_id: str) -> dict[str, Any]:
+        """Return what the status route shows."""
+        found = messages.status(self.db, message_id)
+        assert found is not None
+        return found
+
+    def events(self) -> list[str]:
+        """Return the names of the events that the CRM took, in order of arrival."""
+        return [entry.event["event"] for entry in self.taken()]
+
+    def taken(self) -> list[Received]:
+        """Return what the CRM answered with 2xx."""
+        return [entry for entry in self.crm.received if 200 <= entry.answered < 300]
+
+
+@contextlib.contextmanager
+def opened(folder: Path, settings: str = "") -> Iterator[Rig]:
+    """Yield a rig with its sandbox running."""
+    with Sandbox() as sandbox:
+        rig = Rig(folder, sandbox, settings)
+        try:
+            yield rig
+        finally:
+            rig.engine.stop(0)
+            rig.db.close()

@@ -1,0 +1,406 @@
+"""The engine on a set clock, against the sandbox: schedules, lanes, dead letters, sends in doubt."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crmbridge.delivery import Schedule, decide
+from crmbridge.events import epoch_s, instant
+from crmbridge.sandbox import wire
+from crmbridge.store import accounts, deliveries, turn
+from crmbridge.store.deliveries import Claimed, Outcome
+from crmbridge.store.messages import Patience
+from tests.rig import SCHEDULE, START_S, Rig
+from tests.shop import CUSTOMER
+
+DAY_S = 86_400
+OTHER_CUSTOMER = "900000000000002"
+TRANSIENT = wire.error_body(2, "An unexpected error has occurred. Please retry your request later.")
+schedule = Schedule(**SCHEDULE, patience=Patience(DAY_S, DAY_S))  # type: ignore[arg-type]
+
+
+def claimed(target: str, *, retries: int = 0, waits: int = 0, age_s: float = 0) -> Claimed:
+    return Claimed(
+        id="dlv_1",
+        claim_id="clm_1",
+        target=target,  # type: ignore[arg-type]
+        account_id="acc_1",
+        contact="c",
+        event="message.received",
+        event_id="evt_1",
+        message_id=None,
+        body="{}",
+        number=retries + waits + 1,
+        retries=retries,
+        waits=waits,
+        accepted_at=instant(START_S - age_s),
+        expires_at=instant(START_S - age_s + DAY_S),
+        correlation_id="x",
+        account={},
+    )
+
+
+def delay_s(row: Claimed, outcome: Outcome) -> float | None:
+    verdict = decide(row, outcome, schedule, START_S, lambda: 1.0)
+    return round(epoch_s(verdict.due) - START_S, 3) if verdict.state == "pending" else None
+
+
+@pytest.mark.parametrize(
+    ("target", "counts", "delays"),
+    [
+        ("crm", True, [1, 2, 4, 8, 16, 60, 300, 900, 1800, 3600, 3600, 3600]),
+        ("instagram", True, [2, 10, 60, None]),
+        ("instagram", False, [5, 15, 60, 300, 900, 900]),
+    ],
+)
+def test_failures_follow_the_visible_lists(target: str, counts: bool, delays: list[float | None]) -> None:
+    found = [
+        delay_s(claimed(target, **{"retries" if counts else "waits": past}), Outcome("retry", "x", counts=counts))
+        for past in range(len(delays))
+    ]
+    assert found == delays
+
+
+@pytest.mark.parametrize(("hint_s", "wanted_s"), [(0, 1), (30, 30), (10**9, 21_600)])
+def test_retry_after_wins_within_bounds(hint_s: float, wanted_s: float) -> None:
+    assert delay_s(claimed("crm"), Outcome("retry", "x", after_s=hint_s)) == wanted_s
+
+
+@given(
+    target=st.sampled_from(["crm", "instagram"]),
+    retries=st.integers(0, 200),
+    waits=st.integers(0, 200),
+    counts=st.booleans(),
+    hint_s=st.none() | st.floats(0, 1e9),
+    age_s=st.floats(0, 2 * DAY_S),
+    jitter=st.floats(0.8, 1.2),
+)
+def test_no_row_is_stranded_or_tried_beyond_its_end(
+    target: str, retries: int, waits: int, counts: bool, hint_s: float | None, age_s: float, jitter: float
+) -> None:
+    row = claimed(target, retries=retries, waits=waits, age_s=age_s)
+    verdict = decide(row, Outcome("retry", "x", counts=counts, after_s=hint_s), schedule, START_S, lambda: jitter)
+    if age_s >= DAY_S + 0.001:
+        assert verdict.state == "dead"
+    if verdict.state == "pending":
+        assert epoch_s(verdict.due) + 0.001 > START_S
+        assert verdict.due <= row.expires_at
+        assert epoch_s(verdict.due) - START_S <= 21_600.001
+
+
+def test_a_crm_that_recovers_gets_the_event_with_the_same_bytes_and_id(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer(500, times=3)
+    rig.say("hello", "mid-1")
+    rig.live_through(60)
+    assert [entry.answered for entry in rig.crm.received] == [500, 500, 500, 200]
+    assert len({entry.body for entry in rig.crm.received}) == 1
+    assert len({entry.headers["Webhook-Id"] for entry in rig.crm.received}) == 1
+    assert all(entry.verified for entry in rig.crm.received)
+
+
+def test_a_crm_down_for_25_hours_ends_in_the_dead_letter_queue_with_an_alert(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(503)
+    rig.say("hello", "mid-1")
+    rig.live_through(25 * 3600)
+    row = rig.db.row("SELECT * FROM deliveries")
+    assert row is not None
+    assert (row["state"], row["last_code"], row["last_http_status"]) == ("dead", "crm_error", 503)
+    assert epoch_s(row["finished_at"]) - START_S == pytest.approx(DAY_S, abs=1)
+    assert len(rig.crm.received) == row["attempts"] == 34
+    assert [kind for kind, _ in rig.alerts] == ["dead_letter"]
+
+
+def test_a_401_is_final_at_once_and_alerts(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer(401)
+    rig.say("hello", "mid-1")
+    assert rig.drain() is None
+    assert rig.db.value("SELECT state FROM deliveries") == "dead"
+    assert [kind for kind, _ in rig.alerts] == ["crm_unauthorized"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 400, 403, 404, 410, 429, 500, 502, 503])
+def test_everything_else_is_tried_again(rig: Rig, status: int) -> None:
+    rig.account()
+    rig.crm.answer(status, headers={"Location": rig.sandbox.url})
+    rig.say("hello", "mid-1")
+    rig.live_through(10)
+    assert [entry.answered for entry in rig.crm.received] == [status, 200]
+
+
+def test_a_failing_head_holds_its_lane_in_order_then_steps_aside(rig: Rig) -> None:
+    rig.account()
+    for number in range(3):
+        rig.say(f"text {number}", f"mid-{number}")
+    rig.crm.answer(500, times=6)  # the first try and the quick retries of the first message
+    rig.live_through(40)
+    assert [entry.event["message"] for entry in rig.taken()] == ["text 1", "text 2"]
+    rig.live_through(90)
+    assert [entry.event["message"] for entry in rig.taken()] == ["text 1", "text 2", "text 0"]
+    assert [entry.event["sequence"] for entry in rig.taken()] == [2, 3, 1]
+
+
+def test_lanes_do_not_wait_for_each_other(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer(500, times=1)
+    rig.say("blocked", "mid-1")
+    rig.drain()
+    rig.say("behind it", "mid-2")
+    rig.say("free", "mid-3", contact=OTHER_CUSTOMER)
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()] == ["free"]
+    rig.live_through(5)
+    assert [entry.event["message"] for entry in rig.taken()] == ["free", "blocked", "behind it"]
+
+
+def test_what_arrives_together_is_ordered_by_its_own_time(rig: Rig) -> None:
+    rig.account()
+    rig.hear(
+        *(rig.item({"message": {"mid": f"mid-{late}", "text": str(late)}}, at_s=START_S + late) for late in (3, 1, 2))
+    )
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()] == ["1", "2", "3"]
+
+
+def test_a_send_goes_out_and_the_crm_hears_of_it(rig: Rig) -> None:
+    message_id = rig.send(rig.account(), "good day")
+    rig.drain()
+    (sent,) = rig.meta.sent
+    assert (sent.recipient_id, sent.text) == (CUSTOMER, "good day")
+    status = rig.status(message_id)
+    assert (status["status"], status["instagram_message_id"]) == ("sent", sent.mid)
+    assert [step["status"] for step in status["status_history"]] == ["pending", "sent"]
+    assert rig.events() == ["message.sent"]
+
+
+def test_three_retries_then_failed_and_the_crm_is_told(rig: Rig) -> None:
+    message_id = rig.send(rig.account())
+    rig.meta.fault("messages", times=10, status=500, body=TRANSIENT)
+    rig.live_through(300)
+    status = rig.status(message_id)
+    assert status["status"] == "failed"
+    assert status["error"]["code"] == "instagram_unavailable"
+    assert (status["attempt_count"], status["retry_count"]) == (4, 3)
+    assert [entry["outcome"] for entry in status["attempts"]] == ["retry"] * 4
+    assert rig.events() == ["message.failed"]
+    assert rig.taken()[0].event["error"]["code"] == "instagram_unavailable"
+
+
+def test_a_permanent_error_fails_at_once(rig: Rig) -> None:
+    message_id = rig.send(rig.account())
+    window = wire.error_body(10, "This message is sent outside of allowed window.", subcode=2534022)
+    rig.meta.fault("messages", status=403, body=window)
+    rig.drain()
+    status = rig.status(message_id)
+    assert (status["status"], status["error"]["code"], status["error"]["retryable"]) == (
+        "failed",
+        "window_closed",
+        False,
+    )
+    assert len(rig.meta.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers"),
+    [
+        (502, "<html>bad gateway</html>", None),
+        (429, "", {"Retry-After": "7"}),
+        (400, wire.error_body(4, "Application request limit reached"), None),
+        (400, wire.error_body(190, "Error validating access token", subcode=463), None),
+    ],
+)
+def test_an_unavailable_instagram_uses_up_no_retry(
+    rig: Rig, status: int, body: dict | str, headers: dict | None
+) -> None:
+    message_id = rig.send(rig.account())
+    rig.meta.fault("messages", times=8, status=status, body=body, headers=headers)
+    rig.live_through(2 * 3600)
+    found = rig.status(message_id)
+    assert found["status"] == "sent"
+    assert len(rig.meta.sent) == 1
+    assert rig.db.value("SELECT retries FROM deliveries WHERE target = 'instagram'") == 0
+
+
+def test_instagram_unavailable_for_longer_than_a_day_ends_as_failed(rig: Rig) -> None:
+    message_id = rig.send(rig.account())
+    rig.meta.fault("messages", times=10_000, status=503, body="")
+    rig.live_through(25 * 3600)
+    assert rig.status(message_id)["status"] == "failed"
+
+
+def test_sends_to_one_customer_keep_their_order(rig: Rig) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", status=500, body=TRANSIENT)
+    rig.send(account, "one")
+    rig.drain()
+    rig.send(account, "two")
+    rig.send(account, "three")
+    rig.send(account, "elsewhere", contact=OTHER_CUSTOMER)
+    rig.live_through(30)
+    assert [entry.text for entry in rig.meta.sent if entry.recipient_id == CUSTOMER] == ["one", "two", "three"]
+    assert rig.meta.sent[0].text == "elsewhere"
+
+
+def test_a_send_in_doubt_is_not_repeated_and_its_echo_settles_it(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "cafe\u0301 ")  # the echo comes back composed and trimmed
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    assert rig.status(message_id)["status"] == "pending"
+    rig.send(account, "the next one")
+    rig.pass_s(10)
+    assert len(rig.meta.sent) == 1  # the lane waits
+    mid = str(rig.meta.sent[0].mid)
+    rig.echo("café", mid)
+    rig.drain()
+    status = rig.status(message_id)
+    assert (status["status"], status["instagram_message_id"]) == ("delivered", mid)
+    assert [entry.text for entry in rig.meta.sent] == ["cafe\u0301 ", "the next one"]
+
+
+def test_a_send_that_stays_in_doubt_fails_as_such_and_a_late_echo_still_proves_it(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.live_through(120)
+    status = rig.status(message_id)
+    assert (status["status"], status["error"]["code"]) == ("failed", "in_doubt")
+    assert [kind for kind, _ in rig.alerts] == ["in_doubt"]
+    rig.echo("hello", str(rig.meta.sent[0].mid))
+    rig.drain()
+    assert rig.status(message_id)["status"] == "delivered"
+    assert rig.events() == ["message.failed", "message.delivered"]
+    assert len(rig.meta.sent) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 200, "body": {"error": {"message": "x", "type": "OAuthException", "code": 2}}},
+        {"status": 500, "body": wire.error_body(1, "x", subcode=1357046)},
+        {"status": 200, "body": "{}"},
+    ],
+)
+def test_answers_that_may_follow_a_delivery_are_in_doubt(rig: Rig, fault: dict) -> None:
+    rig.send(rig.account())
+    rig.meta.fault("messages", after_effect=True, **fault)
+    rig.pass_s(30)
+    assert rig.db.value("SELECT in_doubt FROM deliveries WHERE target = 'instagram'") == 1
+    assert len(rig.meta.sent) == 1
+
+
+def test_an_echo_before_the_answer_waits_and_then_confirms(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    held = rig.db.write(
+        lambda: deliveries.claim(
+            rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=instant(rig.now_s + 90)
+        )
+    )
+    assert rig.echo("hello", "mid-of-ours")[0].state == "held"
+    assert rig.echo("typed in the app", "mid-of-the-app")[0].state == "held"
+    verdict = decide(held, Outcome("done"), schedule, rig.now_s, lambda: 1.0)
+    turn.take(
+        rig.db,
+        [turn.Finished(held, Outcome("done", external_id="mid-of-ours"), verdict)],
+        free=lambda endpoint: 0,
+        senders=0,
+        now_s=rig.now_s,
+        lease_s=90,
+        in_doubt_s=60,
+        patience=rig.patience,
+    )
+    assert rig.status(message_id)["status"] == "delivered"
+    rig.drain()
+    assert rig.events() == ["message.sent", "message.delivered", "message.echo"]
+    assert rig.taken()[-1].event["message"] == "typed in the app"
+
+
+def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    message_id = rig.send(account, "reply")
+    for target in turn.TARGETS:
+        (row,) = deliveries.due(rig.db, target, account["id"], instant(rig.now_s), 1)
+        lease = instant(rig.now_s + 90)
+        rig.db.write(
+            lambda row=row, lease=lease: deliveries.claim(
+                rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=lease
+            )  # type: ignore[misc]
+        )
+    assert rig.drain() == pytest.approx(90)  # leased: nobody else takes them
+    assert rig.engine.recover() == 2
+    rig.db.run("UPDATE deliveries SET body = NULL WHERE target = 'crm'")
+    rig.drain()
+    assert rig.events() == ["message.received"]
+    assert rig.meta.sent == []
+    rig.live_through(120)
+    assert rig.status(message_id)["error"]["code"] == "in_doubt"
+
+
+def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    (row,) = deliveries.due(rig.db, "crm", account["id"], instant(rig.now_s), 1)
+    old = rig.db.write(
+        lambda: deliveries.claim(
+            rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=instant(rig.now_s + 90)
+        )
+    )
+    rig.engine.recover()
+    verdict = decide(old, Outcome("done"), schedule, rig.now_s, lambda: 1.0)
+    assert not rig.db.write(lambda: deliveries.record(rig.db, old, Outcome("done"), verdict, instant(rig.now_s)))
+    assert rig.db.value("SELECT state FROM deliveries") == "pending"
+
+
+def test_an_inactive_account_loses_nothing(rig: Rig) -> None:
+    account = rig.account()
+    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s))
+    rig.say("hello", "mid-1")
+    assert rig.drain() is None
+    assert rig.crm.received == []
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s))
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_an_account_without_url_is_not_called(rig: Rig) -> None:
+    rig.account(crm_webhook_url=None)
+    rig.say("hello", "mid-1")
+    assert rig.drain() is None
+    assert rig.db.row("SELECT state, last_code FROM deliveries") == {"state": "done", "last_code": "not_pushed"}
+
+
+def test_a_lane_without_a_head_is_repaired(rig: Rig) -> None:
+    rig.account()
+    rig.say("hello", "mid-1")
+    rig.db.write(lambda: rig.db.run("UPDATE deliveries SET ready = 0"))
+    assert rig.drain() is None
+    assert turn.repair(rig.db, rig.now_s) == 1
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_row_that_cannot_be_rendered_stops_no_other(rig: Rig) -> None:
+    rig.account()
+    rig.say("lost", "mid-1")
+    rig.say("fine", "mid-2", contact=OTHER_CUSTOMER)
+    rig.db.write(lambda: rig.db.run("UPDATE inbound_events SET payload = NULL WHERE instagram_message_id = 'mid-1'"))
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()] == ["fine"]
+    assert [kind for kind, _ in rig.alerts] == ["system_fault"]
+
+
+def test_a_wrong_vault_key_is_our_fault_and_burns_no_retry(rig: Rig) -> None:
+    account = rig.account(webhook_secret_sealed="gAAAAABnot-a-seal")
+    rig.say("hello", "mid-1")
+    assert rig.drain() == pytest.approx(60)
+    row = rig.db.row("SELECT retries, state, last_code FROM deliveries")
+    assert row == {"retries": 0, "state": "pending", "last_code": "misconfigured"}
+    values = {"webhook_secret_sealed": rig.rooms.vault.seal("sandbox-webhook-secret")}
+    accounts.update(rig.db, account["id"], values, instant(rig.now_s))
+    rig.pass_s(60)
+    assert rig.events() == ["message.received"]
