@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -74,14 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     account = commands.add_parser("account", help="look at accounts").add_subparsers(required=True, metavar="…")
     command(account, "list", _account_list, "list the accounts")
 
-    demo = commands.add_parser("demo", help="show both flows against the bundled sandbox")
+    demo = command(commands, "demo", _demo, "show both flows against the bundled sandbox; brings its own configuration")
     demo.add_argument("--once", action="store_true", help="exit after the round trip, 0 when every hop arrived")
-    demo.set_defaults(run=_demo)
-    sandbox = commands.add_parser("sandbox", help="run the local Meta and the sample CRM alone")
+    sandbox = command(
+        commands, "sandbox", _sandbox, "run the local Meta and the sample CRM alone; needs no configuration"
+    )
     sandbox.add_argument("--host", default="127.0.0.1", help="a loopback address")
     sandbox.add_argument("--port", type=int, default=8090)
     sandbox.add_argument("--callback-url", help="where webhooks go, e.g. http://127.0.0.1:8080/webhooks/instagram")
-    sandbox.set_defaults(run=_sandbox)
     return top
 
 
@@ -118,6 +119,8 @@ def _init(options: argparse.Namespace) -> None:
     steps = db.migrate()
     db.close()
     print(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+    if is_new:
+        print("next: crmbridge key create --name admin --admin, then crmbridge serve")
 
 
 def _migrate(options: argparse.Namespace) -> None:
@@ -278,7 +281,7 @@ def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
 def _make_worker(rooms: _Rooms) -> Any:
     from crmbridge.delivery import Engine, Schedule
     from crmbridge.upkeep import Upkeep
-    from crmbridge.worker import SWEEP_S, Job, Worker
+    from crmbridge.worker import Job, Worker
 
     if not rooms.db.take_worker_lock():
         raise Misconfigured(f"another worker is running on {rooms.settings.store.path}")
@@ -302,13 +305,18 @@ def _make_worker(rooms: _Rooms) -> Any:
     upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience)
     worker: Worker
 
-    def sweep() -> None:
-        upkeep.sweep()
+    def ring() -> None:
         worker.ring()
 
-    jobs = [Job("sweep", SWEEP_S, sweep), Job("beat", 10, upkeep.beat), Job("prune", 3600, upkeep.prune)]
+    jobs = [
+        Job("ring", 5, ring),
+        Job("beat", 10, upkeep.beat),
+        Job("sweep", 60, upkeep.sweep),
+        Job("prune", 3600, upkeep.prune),
+    ]
     worker = Worker(engine, rooms.settings.store.queue_path, jobs, on_thread=rooms.db.checkpoint_here)
     upkeep.beat()
+    upkeep.sweep()
     return worker
 
 
@@ -337,9 +345,9 @@ def _serve(options: argparse.Namespace) -> None:
     rooms = _open(settings)
     worker: Any = None
     if options.no_worker:
-        from crmbridge.worker import RemoteBell
+        from crmbridge.worker import ring_remote
 
-        wake = RemoteBell(settings.store.queue_path).wake
+        wake = functools.partial(ring_remote, settings.store.queue_path)
     else:
         worker = _make_worker(rooms)
         wake = worker.wake

@@ -23,7 +23,7 @@ from huey.storage import SqliteStorage
 from crmbridge import log
 from crmbridge.delivery import Engine
 
-SWEEP_S = 5
+TICK_S = 5
 _HEALTH_S = 10
 _IDLE_WAIT_S = 5.0
 
@@ -78,7 +78,7 @@ class _Json(Serializer):  # type: ignore[misc]
 
 
 class _Scheduler(Scheduler):  # type: ignore[misc]
-    periodic_task_seconds = SWEEP_S
+    periodic_task_seconds = TICK_S
 
 
 class _Consumer(Consumer):  # type: ignore[misc]
@@ -90,7 +90,7 @@ class _Consumer(Consumer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of upkeep that runs every so often. `every_s` is a multiple of the sweep's period."""
+    """A piece of upkeep that runs every `every_s` seconds, give or take a tick of five."""
 
     name: str
     every_s: int
@@ -141,10 +141,15 @@ class Worker:
         )
 
     def _register(self, job: Job) -> None:
-        turns = max(job.every_s // SWEEP_S, 1)
+        last = time.monotonic()
 
-        def is_due(now: datetime.datetime) -> bool:
-            return int(now.replace(tzinfo=datetime.UTC).timestamp()) // SWEEP_S % turns == 0
+        def is_due(_: datetime.datetime) -> bool:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < job.every_s - TICK_S / 2:
+                return False
+            last = now
+            return True
 
         def run() -> None:
             job.run()
@@ -238,18 +243,12 @@ def _listen(path: Path) -> socket.socket:
     return bell
 
 
-class RemoteBell:
-    """Rings the worker in another process; if it does not hear, its sweep finds the rows."""
-
-    def __init__(self, queue_path: Path) -> None:
-        self._path = bell_path(queue_path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-
-    def wake(self) -> None:
-        """Ring once."""
+def ring_remote(queue_path: Path) -> None:
+    """Ring the worker in another process; if it does not hear, its next look finds the rows."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
+        bell.setblocking(False)
         try:
-            _at(self._path, lambda address: self._socket.sendto(b"!", address))
+            _at(bell_path(queue_path), lambda address: bell.sendto(b"!", address))
         except OSError as error:
             log.debug("bell.unheard", error=type(error).__name__)
 

@@ -58,13 +58,13 @@ class Database:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Return all rows of a query as dictionaries."""
-        cursor = self._db.execute_sql(sql, tuple(parameters))
+        cursor = self._execute(sql, parameters)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
         """Return the first row of a query, or None."""
-        cursor = self._db.execute_sql(sql, tuple(parameters))
+        cursor = self._execute(sql, parameters)
         row = cursor.fetchone()
         if row is None:
             return None
@@ -74,16 +74,22 @@ class Database:
 
     def value(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """Return the first column of the first row, or None."""
-        cursor = self._db.execute_sql(sql, tuple(parameters))
+        cursor = self._execute(sql, parameters)
         row = cursor.fetchone()
         cursor.close()
         return row[0] if row else None
+
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
+        try:
+            return self._db.execute_sql(sql, tuple(parameters))
+        except peewee.OperationalError as error:
+            raise _unavailable(error) from error
 
     # --- writing ---
 
     def run(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Run one statement inside a write; return how many rows it touched."""
-        return int(self._db.execute_sql(sql, tuple(parameters)).rowcount)
+        return int(self._execute(sql, parameters).rowcount)
 
     def insert(self, table: str, values: Row, *, once: bool = False) -> bool:
         """Insert one row inside a write; with `once`, a row that is there already is left, and False returned."""
@@ -185,9 +191,12 @@ class Database:
 
 
 def _named(error: BaseException) -> BaseException:
-    if isinstance(error, peewee.OperationalError):
-        return Unavailable(f"the database cannot be written now: {error}", code="storage_unavailable", after_s=5)
-    return error
+    """BEGIN and COMMIT fail with Peewee's own error; inside a job it is named already."""
+    return _unavailable(error) if isinstance(error, peewee.OperationalError) else error
+
+
+def _unavailable(error: peewee.OperationalError) -> Unavailable:
+    return Unavailable(f"the database cannot be used now: {error}", code="storage_unavailable", after_s=5)
 
 
 def open_existing(path: Path) -> Database:

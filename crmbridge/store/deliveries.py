@@ -4,7 +4,7 @@ Every function runs inside a write of its caller.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from crmbridge.events import new_id
 from crmbridge.store.contacts import Target
@@ -244,9 +244,9 @@ def given_up_in_doubt(db: Database, account_id: str, contact: str) -> list[Row]:
     )
 
 
-def repair(db: Database, now: str) -> int:
-    """Give every lane that lost its head a new one; return how many there were."""
-    headless: list[dict[str, Any]] = db.rows(
+def headless(db: Database) -> list[Row]:
+    """Return the lanes in which rows wait behind nobody."""
+    return db.rows(
         """
         SELECT DISTINCT target, account_id, contact FROM deliveries AS waiting
         WHERE state = 'pending' AND ready = 0 AND NOT EXISTS (
@@ -254,9 +254,6 @@ def repair(db: Database, now: str) -> int:
             WHERE head.state = 'pending' AND head.target = waiting.target AND head.account_id = waiting.account_id
                 AND head.contact = waiting.contact AND head.ready = 1)"""
     )
-    for lane in headless:
-        promote(db, lane["target"], lane["account_id"], lane["contact"], now)
-    return len(headless)
 
 
 def end_account(db: Database, account_id: str, now: str) -> None:

@@ -188,10 +188,17 @@ def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
                 _apply(db, account, row, instant(now_s), patience)
             return len(waiting)
 
+        if not _waits(db, account):
+            return total
         done = db.write(job)
         total += done
         if done < _ADOPT_AT_ONCE:
             return total
+
+
+def _waits(db: Database, account: Row) -> bool:
+    sql = "SELECT 1 FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ? LIMIT 1"
+    return db.value(sql, (account["instagram_account_id"],)) is not None
 
 
 def crm_body(db: Database, account: Row, delivery: Row) -> str:

@@ -152,7 +152,17 @@ def recover(db: Database, now_s: float, in_doubt_s: float) -> int:
 
 def repair(db: Database, now_s: float) -> int:
     """Give lanes without a head a new one; return how many there were."""
-    return db.write(lambda: deliveries.repair(db, instant(now_s)))
+    # The search looks at every waiting row, so it happens outside the write lock; promoting checks again.
+    lanes = deliveries.headless(db)
+    if not lanes:
+        return 0
+
+    def job() -> int:
+        for lane in lanes:
+            deliveries.promote(db, lane["target"], lane["account_id"], lane["contact"], instant(now_s))
+        return len(lanes)
+
+    return db.write(job)
 
 
 def latency_s(claimed: Claimed, now_s: float) -> float:

@@ -1,0 +1,126 @@
+"""The command line, run as a program in a folder of its own."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "crmbridge", *words],
+        cwd=folder,
+        env={**clean, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    assert run(tmp_path, "init").returncode == 0
+    return tmp_path
+
+
+def test_init_makes_what_is_missing_and_changes_nothing_twice(tmp_path: Path) -> None:
+    first = run(tmp_path, "init")
+    assert first.stdout.count("made ") == 3
+    key_file = tmp_path / "var" / "crmbridge.key"
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    assert (tmp_path / "crmbridge.ini").read_text() == (ROOT / "crmbridge.ini").read_text()
+    before = key_file.read_bytes()
+    again = run(tmp_path, "init")
+    assert (again.returncode, again.stdout.count("kept ")) == (0, 3)
+    assert key_file.read_bytes() == before
+
+
+def test_check_says_whether_it_can_run(made: Path) -> None:
+    good = run(made, "check", CRMBRIDGE_INSTAGRAM_VERIFY_TOKEN="dont-show-me")
+    assert good.returncode == 0, good.stdout
+    assert "fit to run" in good.stdout
+    assert "dont-show-me" not in good.stdout
+    (made / "var" / "crmbridge.key").chmod(0o644)
+    bad = run(made, "check")
+    assert bad.returncode == 1
+    assert "chmod 600" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("serve",), "no configuration at crmbridge.ini"),
+        (("check", "--config", "elsewhere.ini"), "no configuration at elsewhere.ini"),
+        (("key", "list"), "run 'crmbridge init'"),
+    ],
+)
+def test_a_missing_configuration_is_named(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    done = run(tmp_path, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+
+
+def test_keys_are_made_listed_and_revoked(made: Path) -> None:
+    done = run(made, "key", "create", "--name", "the boss", "--admin", "--expires-days", "1")
+    assert re.fullmatch(r"crmb_[0-9a-z]{12}_[0-9A-Za-z]{38}\n", done.stdout)
+    key_id = "key_" + done.stdout.split("_")[1]
+    listed = run(made, "key", "list").stdout
+    assert key_id in listed
+    assert "active" in listed
+    assert done.stdout.split("_")[2].strip() not in listed
+    assert run(made, "key", "revoke", key_id).returncode == 0
+    assert "revoked" in run(made, "key", "list").stdout
+    for words in (
+        ("revoke", "key_none"),
+        ("create", "--name", "x"),
+        ("create", "--name", "x", "--account", "acc_none"),
+    ):
+        failed = run(made, "key", *words)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert failed.stderr.startswith("crmbridge: ")
+        assert "Traceback" not in failed.stderr
+
+
+def test_a_server_does_not_start_on_another_schema(made: Path) -> None:
+    subprocess.run(["sqlite3", "var/bridge.db", "DELETE FROM schema_migration"], cwd=made, check=True)
+    older = run(made, "serve")
+    assert older.returncode == 1
+    assert "crmbridge migrate" in older.stderr
+    subprocess.run(
+        [
+            "sqlite3",
+            "var/bridge.db",
+            "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2030-01-01')",
+        ],
+        cwd=made,
+        check=True,
+    )
+    assert "newer version" in run(made, "serve").stderr
+
+
+@pytest.mark.parametrize("words", [(), ("nonsense",), ("key",), ("key", "create"), ("serve", "--nonsense")])
+def test_wrong_usage_is_2(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(tmp_path, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: crmbridge")
+
+
+def test_version_and_lists(made: Path) -> None:
+    assert re.fullmatch(r"crmbridge \d+\.\d+\.\d+\n", run(made, "--version").stdout)
+    assert run(made, "account", "list").stdout == ""
+    assert run(made, "migrate").stdout == "nothing to do\n"
+    assert run(made, "check", CRMBRIDGE_CONFIG=str(made / "crmbridge.ini")).returncode == 0
+
+
+def test_the_sandbox_binds_loopback_alone(tmp_path: Path) -> None:
+    done = run(tmp_path, "sandbox", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 1
+    assert "loopback" in done.stderr

@@ -1,0 +1,177 @@
+"""Ids, times, keys, the vault, signatures, the log, alerts and retention."""
+
+import base64
+import hashlib
+import hmac
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crmbridge import alerts, apikey, crm, events, log, net, signing, vault
+from crmbridge.errors import Misconfigured
+from crmbridge.sandbox import LoopbackServer, SampleCrm
+from crmbridge.store import vitals
+from tests.rig import START_S, Rig
+
+
+def test_ids_rise_and_do_not_repeat() -> None:
+    made = [events.new_id("evt") for _ in range(20_000)]
+    assert made == sorted(set(made))
+    assert all(len(one) == 30 for one in made)
+
+
+@given(st.floats(0, 253_402_300_799))
+def test_times_are_read_back_to_the_millisecond(epoch_s: float) -> None:
+    assert abs(events.epoch_s(events.instant(epoch_s)) - epoch_s) < 0.00101
+
+
+def test_a_time_that_rounds_up_does_not_break() -> None:
+    assert events.instant(1.9999) == "1970-01-01T00:00:02.000Z"
+    assert events.instant(-5) == "1970-01-01T00:00:00.000Z"
+
+
+def test_an_api_key_is_recognised_by_its_form_before_its_secret_is_checked() -> None:
+    key, key_id, secret_hash = apikey.make()
+    parts = apikey.split(key)
+    assert parts is not None
+    assert parts.id == key_id
+    assert apikey.Verifier().matches(parts.secret, secret_hash)
+    assert not apikey.Verifier().matches("x" * 32, secret_hash)
+    assert apikey.split(key[:-1] + ("a" if key[-1] != "a" else "b")) is None
+    assert apikey.split(key + "\n") is None
+
+
+def test_a_sealed_secret_opens_with_any_of_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    assert vault.create(path)
+    assert not vault.create(path)
+    old = vault.load(path)
+    sealed = old.seal("the token")
+    assert "the token" not in sealed
+    vault.create(tmp_path / "new")
+    path.write_text((tmp_path / "new").read_text() + path.read_text())
+    rotated = vault.load(path)
+    assert rotated.open(sealed) == "the token"
+    with pytest.raises(Misconfigured):
+        vault.load(tmp_path / "new").open(sealed)
+
+
+@pytest.mark.parametrize("content", ["", "not a key", "é"])
+def test_a_file_that_is_no_key_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "key"
+    path.write_text(content)
+    path.chmod(0o600)
+    with pytest.raises(Misconfigured, match="key"):
+        vault.load(path)
+
+
+def test_signatures_follow_both_schemes() -> None:
+    body, key = b'{"a":1}', bytes(range(32))
+    secret = "whsec_" + base64.b64encode(key).decode()
+    assert (
+        signing.hub_signature(secret, body) == "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    )
+    assert signing.standard_key(secret) == key
+    signed = hmac.new(key, b'evt_1.1700000000.{"a":1}', hashlib.sha256).digest()
+    expected = "v1," + base64.b64encode(signed).decode()
+    assert signing.standard_signature([key], "evt_1", 1_700_000_000, body) == expected
+    for other in ("plain", "whsec_%%%", "whsec_" + base64.b64encode(b"short").decode()):
+        assert signing.standard_key(other) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted_s"),
+    [
+        (None, None), ("", None), ("7", 7), (" 120 ", 120), ("-1", None), ("soon", None), ("²", None),
+        ("Fri, 15 Jan 2027 08:00:30 GMT", 30), ("Fri, 15 Jan 2027 07:00:00 GMT", 0), ("9" * 40, None),
+    ],
+)  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(header: str | None, wanted_s: float | None) -> None:
+    assert crm.retry_after_s(header, START_S) == wanted_s
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    stream, root = io.StringIO(), logging.getLogger()
+    before, level = root.handlers[:], logging.getLogger("crmbridge").level
+    log.setup("info", stream)
+    yield stream
+    root.handlers[:] = before
+    logging.getLogger("crmbridge").setLevel(level)
+
+
+def test_a_log_line_is_one_line_with_secrets_struck_out(lines: io.StringIO) -> None:
+    with log.correlated("req_1"):
+        log.info(
+            "thing.done", text="two\nlines", token="IGAAabcdefghijkl", key="crmb_abcdefghijkl_" + "x" * 38, ms=1.25
+        )
+    log.debug("thing.unseen")
+    (line,) = lines.getvalue().splitlines()
+    assert line.endswith('info thing.done text="two\\nlines" token=[secret] key=[secret] ms=1.25 correlation=req_1')
+
+
+def test_a_logged_exception_shows_where_but_not_what(lines: io.StringIO) -> None:
+    try:
+        raise ValueError("what the customer wrote")
+    except ValueError:
+        log.exception("thing.failed")
+    assert "exception=ValueError" in lines.getvalue()
+    assert "test_small_rooms.py" in lines.getvalue()
+    assert "customer wrote" not in lines.getvalue()
+
+
+def test_an_alert_reaches_command_and_url_once_until_it_is_due_again(tmp_path: Path, lines: io.StringIO) -> None:
+    out, now = tmp_path / "alerts.txt", [1000.0]
+    crm_server = SampleCrm()
+    with LoopbackServer(crm_server.app) as server:
+        raised = alerts.Alerts(
+            command=f"cat >> '{out}'",
+            url=server.url + "/webhook",
+            repeat_after_s=60,
+            session=net.Session(net.Reach(any_address=True, http=True), connect_timeout_s=2, timeout_s=5),
+            clock=lambda: now[0],
+        )
+        for _ in range(3):
+            raised.alert("dead_letter", "a delivery is dead", account="acc_1", delivery="dlv_1")
+        now[0] += 61
+        raised.alert("dead_letter", "a delivery is dead", account="acc_1", delivery="dlv_2")
+        raised.alert("dead_letter", "a delivery is dead", account="acc_2", delivery="dlv_3")
+        raised.flush()
+    assert out.read_text().count("alert: dead_letter") == 3
+    assert [entry.event["delivery"] for entry in crm_server.received] == ["dlv_1", "dlv_2", "dlv_3"]
+    assert lines.getvalue().count("error alert.dead_letter") == 3
+
+
+def test_retention_erases_texts_then_rows_and_never_what_is_owed(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("old and delivered", "mid-1")
+    rig.send(account, "old and sent")
+    rig.drain()
+    rig.drain()
+    rig.crm.answer_always(500)
+    rig.say("old and owed", "mid-2", contact="900000000000002")
+    day_s = 86_400
+
+    def prune(days: float) -> None:
+        rig.now_s = START_S + days * day_s
+        before = {"texts_before": 7, "rows_before": 90, "unrouted_before": 7}
+        vitals.prune(rig.db, **{name: events.instant(rig.now_s - age * day_s) for name, age in before.items()})
+
+    prune(8)
+    stored = [path.read_bytes() for path in rig.db.path.parent.glob("bridge.db")]
+    texts = rig.db.rows("SELECT payload FROM inbound_events ORDER BY id")
+    assert [bool(row["payload"]) for row in texts] == [False, True], stored
+    assert rig.db.value("SELECT content FROM outbound_messages") is None
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE body IS NOT NULL AND state <> 'pending'") == 0
+    prune(91)
+    assert rig.db.value("SELECT COUNT(*) FROM inbound_events") == 1
+    for table in ("outbound_messages", "status_transitions", "delivery_attempts"):
+        assert rig.db.value(f"SELECT COUNT(*) FROM {table}") == 0
+    rig.crm.answer_always(None)
+    rig.drain()
+    assert rig.taken()[-1].event["message"] == "old and owed"

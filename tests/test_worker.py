@@ -1,0 +1,115 @@
+"""Huey as the bell: heard at once, coalesced, kept for later; its queue is no record."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from crmbridge.worker import Job, Worker, ring_remote
+
+
+class FakeEngine:
+    """Stands for the engine: counts drains, and returns when it wants to be called again."""
+
+    def __init__(self) -> None:
+        self.drains: list[float] = []
+        self.next_s: float | None = None
+        self.changed = threading.Condition()
+
+    def tell(self) -> bool:
+        return False
+
+    def drain(self) -> float | None:
+        with self.changed:
+            self.drains.append(time.time())
+            self.changed.notify_all()
+            next_s, self.next_s = self.next_s, None
+            return next_s
+
+    def stop(self, grace_s: float) -> bool:
+        return True
+
+    def wait(self, number: int, timeout_s: float = 10) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.drains) >= number, timeout_s), self.drains
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[FakeEngine, Worker]]]:
+    started = []
+
+    def begin(*jobs: Job) -> tuple[FakeEngine, Worker]:
+        engine = FakeEngine()
+        worker = Worker(engine, tmp_path / "queue.db", list(jobs))  # type: ignore[arg-type]
+        worker.start()
+        started.append(worker)
+        engine.wait(1)  # a start rings once
+        return engine, worker
+
+    yield begin
+    for worker in started:
+        worker.stop(0)
+
+
+def test_a_bell_is_heard(start: Callable[..., tuple[FakeEngine, Worker]]) -> None:
+    engine, worker = start()
+    for number in range(2, 12):
+        worker.wake()
+        engine.wait(number, timeout_s=2)
+
+
+def test_many_bells_before_a_drain_are_one(start: Callable[..., tuple[FakeEngine, Worker]]) -> None:
+    engine, worker = start()
+    with engine.changed:  # the first drain is stuck here, so the others are unheard
+        for _ in range(50):
+            worker.wake()
+    engine.wait(2)
+    worker.wake()
+    engine.wait(3)
+    assert len(engine.drains) <= 4
+
+
+@pytest.mark.slow
+def test_a_drain_comes_back_when_the_next_row_is_due(start: Callable[..., tuple[FakeEngine, Worker]]) -> None:
+    engine, worker = start()
+    asked = time.time()
+    engine.next_s = asked + 2.5
+    worker.wake()
+    engine.wait(3)
+    assert engine.drains[2] - asked >= 2.4
+
+
+def test_another_process_can_ring_and_a_missing_worker_is_no_error(
+    start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path
+) -> None:
+    ring_remote(tmp_path / "nobody.db")
+    engine, _ = start()
+    ring_remote(tmp_path / "queue.db")
+    engine.wait(2, timeout_s=3)
+
+
+def test_a_socket_path_longer_than_the_kernel_takes_still_works(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    engine = FakeEngine()
+    worker = Worker(engine, folder / "queue.db", [])  # type: ignore[arg-type]
+    worker.start()
+    engine.wait(1)
+    ring_remote(folder / "queue.db")
+    engine.wait(2, timeout_s=3)
+    worker.stop(0)
+
+
+@pytest.mark.slow
+def test_jobs_run_again_and_again_and_one_that_fails_stops_no_other(
+    start: Callable[..., tuple[FakeEngine, Worker]],
+) -> None:
+    ran = threading.Semaphore(0)
+
+    def broken() -> None:
+        raise ValueError("planned")
+
+    start(Job("broken", 5, broken), Job("fine", 5, ran.release))
+    assert ran.acquire(timeout=12)
+    assert ran.acquire(timeout=12)
