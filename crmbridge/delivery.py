@@ -129,15 +129,15 @@ class Engine:
                 self._news = True
                 return None
             self._draining = True
-        next_s: float | None = None
         try:
             while True:
                 next_s = self._turn()
                 if not self._wait(next_s):
                     return next_s
-        finally:
+        except BaseException:
             with self._changed:
                 self._draining = False
+            raise
 
     def stop(self, grace_s: float) -> bool:
         """Claim no more and wait for the calls in flight; False when some were left to their lease."""
