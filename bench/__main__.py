@@ -53,7 +53,7 @@ def _say(name: str, *columns: object) -> None:
 
 
 def _memory_mb(pid: int) -> tuple[float, float]:
-    """Return a process's PSS and RSS; where no other Python runs, PSS comes close to RSS."""
+    """Return a process's PSS and RSS. PSS falls with every other Python that runs: alone it would be close to RSS."""
     kib = dict(re.findall(r"^(Pss|Rss): +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
     return int(kib["Pss"]) / 1024, int(kib["Rss"]) / 1024
 
@@ -112,12 +112,13 @@ def _say_times(name: str, seconds: Iterable[float]) -> float:
     return ranks[0]
 
 
-def _commits_s(folder: Path) -> Iterator[float]:
-    """Yield how long one commit takes, with the settings of the bridge's database."""
+def _commits_s(folder: Path, per_s: float) -> Iterator[float]:
+    """Yield how long one commit takes, with the settings of the bridge's database and as often."""
     with contextlib.closing(sqlite3.connect(folder / "floor.db", isolation_level=None)) as db:
         for sql in ("PRAGMA journal_mode = wal", "PRAGMA synchronous = full", "CREATE TABLE one (text)"):
             db.execute(sql)
-        for _ in range(300):
+        for _ in range(100):
+            time.sleep(1 / per_s)
             began = time.monotonic()
             db.execute("INSERT INTO one VALUES (?)", ("x" * 500,))
             yield time.monotonic() - began
@@ -132,7 +133,7 @@ def _flow(stage: Stage, options: argparse.Namespace) -> None:
         return found[math.ceil(options.rate * _WARM_UP_S) :]
 
     _say(f"{options.rate:g} messages a second for {options.seconds:g} s, ms", "p50", "p90", "p99", "max")
-    commit_ms = _say_times("floor: a commit, WAL, synchronous=FULL", _commits_s(stage.bridge.folder))
+    commit_ms = _say_times("floor: a commit, WAL, synchronous=FULL", _commits_s(stage.bridge.folder, options.rate))
     hops = run("straight", load.straight)
     floor_ms = commit_ms + 2 * _say_times("floor: a hop, due -> CRM", (one.arrived - one.due for one in hops))
     for name, write, accepted, there, more in (

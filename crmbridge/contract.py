@@ -3,9 +3,10 @@
 Requests are strict: no unknown field, no silent conversion. Knows no database and no channel.
 """
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from crmbridge.errors import Invalid
@@ -36,12 +37,20 @@ class _Answer(BaseModel):
 # --- requests ---
 
 
+def _finite(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("must hold no NaN or Infinity: they are no JSON") from None
+    return value
+
+
 class SendRequest(_Request):
     account_id: Annotated[str, Field(min_length=1, max_length=64)]
     recipient_id: ExternalId
     message: Annotated[str, Field(min_length=1, max_length=1000)]
     idempotency_key: Printable
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any] | None, AfterValidator(_finite)] = None
 
 
 class AccountCreate(_Request):
@@ -276,7 +285,7 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
     details = [
         {
             "field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)",
-            "problem": _SAID.get(problem["type"], problem["msg"]),
+            "problem": _SAID.get(problem["type"], problem["msg"].removeprefix("Value error, ")),
         }
         for problem in problems[:50]
     ]

@@ -217,7 +217,16 @@ def test_accounts_are_listed_in_pages(shop: Shop) -> None:
     assert (everyone["has_more"], everyone["next_cursor"]) == (False, None)
     page = shop.call("GET", f"{ACCOUNTS}?limit=1", key=shop.admin_key).json()
     assert len(page["accounts"]) == 1
-    for query in ("limit=0", "limit=x", "limit=201", "limit=", "color=red", "limit=²"):
+    for query in (
+        "limit=0",
+        "limit=x",
+        "limit=201",
+        "limit=",
+        "color=red",
+        "limit=²",
+        "limit=0001999",
+        "limit=0000000009",
+    ):
         error(shop.call("GET", f"{ACCOUNTS}?{query}"), 400)
 
 
@@ -335,6 +344,27 @@ def test_a_body_that_is_no_request_is_refused(
 )
 def test_paths_and_methods_that_do_not_exist(shop: Shop, method: str, path: str, status: int) -> None:
     error(shop.call(method, path), status)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_metadata_is_json_and_json_has_no_infinity(shop: Shop, number: str) -> None:
+    body = json.dumps(
+        {"account_id": shop.account_id, "recipient_id": CUSTOMER, "message": "x", "idempotency_key": number}
+    )
+    headers = {"Authorization": f"Bearer {shop.key}", "Content-Type": "application/json"}
+    odd = body[:-1] + ', "metadata": {"a": [' + number + "]}}"
+    assert fields(requests.post(shop.url + SEND, data=odd, headers=headers, timeout=10)) == {"metadata"}
+
+
+def test_bytes_that_are_no_text_are_no_fault_of_ours(shop: Shop) -> None:
+    for path in ("/health?%ff", "/webhooks/instagram?hub.mode=%ff", f"{ACCOUNTS}?cursor=%ff", "/health?a=%zz"):
+        error(shop.call("GET", path), 400)
+    odd = b"\xff".decode("latin-1")
+    error(requests.get(shop.url + ACCOUNTS, headers={"Authorization": b"Bearer \xff"}, timeout=10), 401)
+    headers = {"Authorization": f"Bearer {shop.key}", "Content-Type": f"application/json{odd}".encode("latin-1")}
+    error(requests.post(shop.url + SEND, data=b"{}", headers=headers, timeout=10), 415)
+    forged = {"X-Hub-Signature-256": b"\xff"}
+    error(requests.post(shop.url + "/webhooks/instagram", data=b"{}", headers=forged, timeout=10), 401)
 
 
 @pytest.mark.parametrize("odd", ["%00", "msg_%F0%9F%92%A1", "..%2f..%2fetc", "'%20OR%201=1", "x" * 4000])

@@ -160,7 +160,7 @@ class AccountRoutes:
 def _limit(given: str | None) -> int:
     if given is None:
         return _PAGE
-    if not (given.isascii() and given.isdigit() and 1 <= int(given[:6]) <= _PAGE_MOST):
+    if not (given.isascii() and given.isdigit() and len(given) <= 3 and 1 <= int(given) <= _PAGE_MOST):
         detail = {"field": "limit", "problem": f"must be a whole number from 1 to {_PAGE_MOST}"}
         raise Invalid("limit is not a whole number in range.", details=[detail])
     return int(given)

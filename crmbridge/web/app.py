@@ -4,7 +4,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
+from urllib.parse import parse_qsl
 
 import bottle
 
@@ -42,6 +43,29 @@ _STATUS: tuple[tuple[type[BridgeError], int], ...] = (
 bottle.BaseRequest.MEMFILE_MAX = 16 * 1024 * 1024
 
 
+class _Headers:
+    """A request's headers as WSGI has them: any byte is a character, so that none is an error."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
+
+    @overload
+    def get(self, name: str) -> str | None: ...
+    @overload
+    def get(self, name: str, default: str) -> str: ...
+    def get(self, name: str, default: str | None = None) -> str | None:
+        key = name.upper().replace("-", "_")
+        found: str | None = self._environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", default)
+        return found
+
+
+def _query(text: str) -> dict[str, str]:
+    try:
+        return dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
+    except ValueError:
+        raise Invalid("The query is not UTF-8 text.") from None
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer: a JSON object, or text or a file of another type."""
@@ -59,7 +83,7 @@ class Call:
     key: Row | None
     path: Mapping[str, str]
     query: Mapping[str, str]
-    headers: Mapping[str, str]
+    headers: "_Headers"
     body: bytes
     remote: str
     correlation_id: str
@@ -158,10 +182,11 @@ class App:
 
     def _call(self, route: Route, path: Mapping[str, str]) -> Call:
         request = bottle.request
-        key = self._authorize(route, request.headers.get("Authorization", "")) if route.permission else None
+        headers = _Headers(request.environ)
+        key = self._authorize(route, headers.get("Authorization", "")) if route.permission else None
         if self.busy():
             raise Unavailable("More requests are waiting than are being answered.", code="overloaded")
-        query = request.query.decode("utf-8") if request.query_string else {}
+        query = _query(request.query_string)
         unknown = set(query) - route.query if route.query is not None else set()
         if unknown:
             details = [
@@ -175,7 +200,7 @@ class App:
             key=key,
             path=path,
             query=query,
-            headers=request.headers,
+            headers=headers,
             body=request.environ["wsgi.input"].read(request.content_length) if request.content_length > 0 else b"",
             remote=request.environ.get("REMOTE_ADDR", ""),
             correlation_id=log.correlation_id(),

@@ -1,0 +1,199 @@
+"""A running server answers as api-spec.yaml says: requests of all kinds from Schemathesis, and what a CRM received."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+import requests
+import schemathesis
+import yaml
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.core.parameters import ParameterLocation
+
+from crmbridge import config, contract, signing
+from crmbridge.sandbox.crm import WEBHOOK_SECRET
+from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
+from tests import shop as shops
+from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
+
+pytestmark = pytest.mark.contract
+
+SPEC: dict[str, Any] = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())
+EXAMPLES = 30
+load_all_checks()
+ALWAYS = CHECKS.get_by_names(
+    [
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+        "response_headers_conformance",
+        "unsupported_method",
+        "allow_header_conformance",
+        "missing_required_header",
+        "ignored_auth",
+        "negative_data_rejection",
+        "positive_data_acceptance",
+    ]
+)
+# Left out: use_after_free, ensure_resource_availability and object_level_authorization look at chains of requests,
+# which this API's own tests script; max_response_time measures the machine.
+[positive_data_acceptance] = CHECKS.get_by_names(["positive_data_acceptance"])
+[negative_data_rejection] = CHECKS.get_by_names(["negative_data_rejection"])
+
+api = schemathesis.openapi.from_path(
+    config.ROOT / "api-spec.yaml",
+    config=schemathesis.Config.from_dict(
+        {
+            "seed": 1,
+            "suppress-health-check": ["all"],
+            "generation": {"max-examples": EXAMPLES, "deterministic": True, "database": "none"},
+        }
+    ),
+)
+
+
+@api.parametrize()
+def test_any_request_gets_a_documented_answer(case: Any, shop: Shop) -> None:
+    excluded = []
+    if case.operation.label == "POST /api/v1/accounts":
+        # A token of the right form is seldom one that Instagram takes, and a URL may lead where it must not.
+        excluded = [positive_data_acceptance]
+    case.call_and_validate(
+        shop.url,
+        headers={"Authorization": f"Bearer {shop.admin_key}"},
+        checks=ALWAYS,
+        excluded_checks=excluded,
+        allow_redirects=False,
+    )
+
+
+@api.parametrize()
+def test_requests_that_name_what_exists_get_a_documented_answer(case: Any, shop: Shop, message_id: str) -> None:
+    """The same requests, with ids, tokens and signatures that are good wherever they were valid in form."""
+    excluded, auth = [], None
+    if valid(case, ParameterLocation.PATH) and "account_id" in case.path_parameters:
+        case.path_parameters["account_id"] = shop.account_id if case.method != "DELETE" else spare_account(shop)
+    if valid(case, ParameterLocation.PATH) and "message_id" in case.path_parameters:
+        case.path_parameters["message_id"] = message_id
+    if valid(case, ParameterLocation.QUERY) and "hub.verify_token" in case.query:
+        case.query["hub.verify_token"] = VERIFY_TOKEN
+    if valid(case, ParameterLocation.HEADER) and "X-Hub-Signature-256" in (case.headers or {}):
+        auth = Signature()
+        # Whatever Meta signs is taken and kept, also what is neither object nor array.
+        excluded = [negative_data_rejection]
+    if valid(case, ParameterLocation.BODY) and isinstance(case.body, dict):
+        substitute(case.operation.label, case.body, shop)
+    case.call_and_validate(
+        shop.url,
+        headers={"Authorization": f"Bearer {shop.admin_key}"},
+        checks=ALWAYS,
+        excluded_checks=excluded,
+        allow_redirects=False,
+        auth=auth,
+    )
+
+
+class Signature(requests.auth.AuthBase):
+    """Signs a request as Meta does, over the bytes that go out."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        body = request.body or b""
+        raw = body.encode() if isinstance(body, str) else body
+        request.headers["X-Hub-Signature-256"] = signing.hub_signature(APP_SECRET, raw)
+        return request
+
+
+def valid(case: Any, location: ParameterLocation) -> bool:
+    """Tell whether this part of a request is there and was meant to be valid."""
+    component = case.meta.components.get(location)
+    return component is not None and component.mode.is_positive
+
+
+def substitute(operation: str, body: dict[str, Any], shop: Shop) -> None:
+    """Put in what no schema can tell: ids and tokens that exist, a URL that is allowed, few enough bytes."""
+    if operation == "POST /api/v1/messages/send":
+        body["account_id"] = shop.account_id
+        body["message"] = body["message"][:250]
+    elif operation == "POST /api/v1/accounts":
+        body |= {"instagram_account_id": OTHER_ID, "access_token": OTHER_TOKEN, "webhook_secret": WEBHOOK_SECRET}
+    elif operation == "PUT /api/v1/accounts/{account_id}":
+        body["webhook_secret"] = body.get("webhook_secret") or WEBHOOK_SECRET
+        if "access_token" in body:
+            body["access_token"] = TOKEN
+    if body.get("crm_webhook_url"):
+        body["crm_webhook_url"] = shop.sandbox.crm_webhook_url
+
+
+def spare_account(shop: Shop) -> str:
+    """Return an account that may be deleted."""
+    shop.connect(instagram_account_id=OTHER_ID, access_token=OTHER_TOKEN)
+    found = shop.call("GET", "/api/v1/accounts", key=shop.admin_key).json()["accounts"]
+    [spare] = [account["account_id"] for account in found if account["instagram_account_id"] == OTHER_ID]
+    return str(spare)
+
+
+@pytest.fixture(scope="module")
+def message_id(shop: Shop) -> str:
+    return str(shop.send("hello", "conformance").json()["message_id"])
+
+
+# --- what a CRM receives ---
+
+
+@pytest.fixture(scope="module")
+def received(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    """Every kind of event once or more, as a CRM received it."""
+    with shops.opened(tmp_path_factory.mktemp("crm"), shops.QUICK) as shop:
+        meta, crm = shop.meta, shop.crm
+        story = {"story": {"id": "18000000000000002", "url": "https://cdn.example/story"}}
+        picture = {"type": "image", "payload": {"url": "https://cdn.example/picture"}}
+        first = meta.customer_says(SHOP_ID, CUSTOMER, "Hello!")
+        meta.customer_says(SHOP_ID, CUSTOMER, attachments=[picture])
+        meta.customer_says(SHOP_ID, CUSTOMER, "About this:", reply_to=first.mid)
+        meta.customer_says(SHOP_ID, CUSTOMER, "Nice story", reply_to=story)
+        at_ms = 1_770_113_730_512
+        parties = {"sender": {"id": SHOP_ID}, "recipient": {"id": CUSTOMER}, "timestamp": at_ms}
+        echo = {**parties, "message": {"mid": "aWdfmidofanecho", "text": "typed in the app", "is_echo": True}}
+        reaction = {
+            "sender": {"id": CUSTOMER},
+            "recipient": {"id": SHOP_ID},
+            "timestamp": at_ms,
+            "reaction": {"mid": first.mid, "action": "react", "reaction": "love", "emoji": "❤"},
+        }
+        entry = {"id": SHOP_ID, "time": at_ms, "messaging": [echo, reaction, "neither"]}
+        meta.post({"object": "instagram", "entry": [entry]})
+        meta.auto_read = True
+        assert shop.send("Good day!", "one", metadata={"ticket": 4711, "nested": {"a": [None, 1.5]}}).status_code == 202
+        crm.wait(1, where=lambda one: one.event["event"] == "message.read")
+        refusal = {"message": "outside of allowed window", "code": 10, "error_subcode": 2534022}
+        meta.fault("/messages", status=400, body={"error": refusal})
+        assert shop.send("Too late", "two").status_code == 202
+        crm.wait(1, where=lambda one: one.event["event"] == "message.failed")
+        yield crm.wait(11)
+
+
+def test_a_round_trip_brings_every_event(received: list[Any]) -> None:
+    assert {one.event["event"] for one in received} == set(contract.CRM_EVENTS)
+    assert all(one.verified for one in received)
+
+
+@pytest.mark.parametrize("event", contract.CRM_EVENTS)
+def test_every_body_and_header_that_a_crm_received_is_as_documented(event: str, received: list[Any]) -> None:
+    operation = SPEC["webhooks"][event]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    parameters = SPEC["components"]["parameters"]
+    headers = [parameters[entry["$ref"].rsplit("/", 1)[1]] for entry in operation["parameters"]]
+    bodies = [one for one in received if one.event["event"] == event]
+    for one in bodies:
+        validator = jsonschema.Draft202012Validator({**schema, "components": SPEC["components"]})
+        validator.validate(one.event)
+        # Nothing may come that is not documented, though a later version may add to it.
+        documented = SPEC["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]["properties"]
+        assert set(one.event) == set(documented)
+        came = {name.lower(): value for name, value in one.headers.items()}
+        assert came["webhook-id"] == one.event["event_id"]
+        for header in headers:
+            if header.get("required") or header["name"] in came:
+                jsonschema.Draft202012Validator(header["schema"]).validate(came[header["name"].lower()])

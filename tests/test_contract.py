@@ -1,0 +1,348 @@
+"""api-spec.yaml, the Pydantic models and the routes say the same, in both directions."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openapi_spec_validator
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from crmbridge import __main__ as command_line
+from crmbridge import apikey, config, contract, errors
+from crmbridge.instagram import codes
+from crmbridge.store.messages import Patience
+from crmbridge.web import app as web_app
+
+SPEC: dict[str, Any] = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())
+ABOUT: str = SPEC["info"]["description"]
+METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
+MODELS: dict[str, type[BaseModel]] = {
+    name: model
+    for name, model in vars(contract).items()
+    if inspect.isclass(model) and issubclass(model, BaseModel) and model is not BaseModel and not name.startswith("_")
+}
+# What stands in the spec for people, or says nothing.
+NOISE = {"title", "description", "example", "examples"}
+
+
+def resolve(node: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference inside the spec."""
+    while "$ref" in node:
+        found: Any = SPEC
+        for step in node["$ref"].removeprefix("#/").split("/"):
+            found = found[step]
+        node = found
+    return node
+
+
+def operations() -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (method.upper(), path): operation
+        for path, item in SPEC["paths"].items()
+        for method, operation in item.items()
+        if method in METHODS
+    }
+
+
+def events() -> dict[str, dict[str, Any]]:
+    return {event: item["post"] for event, item in SPEC["webhooks"].items()}
+
+
+def routes() -> dict[tuple[str, str], web_app.Route]:
+    """Return the routes of the application as the command line wires it, without a database."""
+    nothing: Any = None
+    rooms = command_line._Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
+    app = command_line._make_app(rooms, lambda: None)
+    return {(route.method, re.sub(r"<(\w+)>", r"{\1}", route.path)): route for route in app.routes}
+
+
+def errors_of(operation: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    answers = {int(status): resolve(answer) for status, answer in operation["responses"].items()}
+    return {status: answer for status, answer in answers.items() if status >= 400}
+
+
+def error_table() -> dict[int, set[str]]:
+    """Return the slugs of the table under "Errors", by status."""
+    found: dict[int, set[str]] = {}
+    for status, slugs in re.findall(r"^\| (\d{3}) \| ([^|]*) \|", ABOUT, re.MULTILINE):
+        found.setdefault(int(status), set()).update(re.findall(r"`([a-z_]+)`", slugs))
+    return found
+
+
+def code_table() -> set[str]:
+    """Return the codes of the tables of failed messages and of Instagram's refusals."""
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \|", ABOUT, re.MULTILINE)
+    return {code for row in rows for code in re.findall(r"`([a-z_]+)`", row)}
+
+
+OPERATIONS, EVENTS, ROUTES = operations(), events(), routes()
+
+
+# --- the file ---
+
+
+def test_the_spec_is_valid_openapi() -> None:
+    openapi_spec_validator.validate(SPEC)
+    assert SPEC["openapi"] == "3.1.0"
+    assert SPEC["servers"] == [{"url": "/"}]
+
+
+def test_every_part_that_is_defined_is_used() -> None:
+    text = json.dumps(SPEC)
+    for kind, parts in SPEC["components"].items():
+        for name in parts:
+            # 405 answers any path and belongs to no operation.
+            used = f'"#/components/{kind}/{name}"' in text or name == "MethodNotAllowed"
+            assert used or kind == "securitySchemes", f"{kind}/{name} is used nowhere"
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, *EVENTS], ids=lambda name: " ".join(name) if name[0].isupper() else name)
+def test_every_operation_says_what_it_is(name: Any) -> None:
+    operation = OPERATIONS.get(name) or EVENTS[name]
+    assert operation["summary"]
+    assert len(operation["description"]) > 40
+    assert set(operation["tags"]) <= {tag["name"] for tag in SPEC["tags"]}
+    everything = [*OPERATIONS.values(), *EVENTS.values()]
+    assert [other["operationId"] for other in everything].count(operation["operationId"]) == 1
+
+
+# --- schemas and models ---
+
+
+def plain(schema: Any) -> Any:
+    """Reduce a JSON schema to what it demands, however it is written."""
+    if isinstance(schema, bool):
+        return schema
+    found = {key: value for key, value in schema.items() if key not in NOISE}
+    if found.get("default", ...) is None:
+        del found["default"]
+    if "$ref" in found:
+        found["$ref"] = found["$ref"].rsplit("/", 1)[1]
+    options = found.get("anyOf", [])
+    if len(options) == 2 and options[1] == {"type": "null"} and "$ref" not in options[0]:
+        merged = {**plain(options[0]), **{key: value for key, value in found.items() if key != "anyOf"}}
+        merged["type"] = sorted([*merged["type"], "null"])
+        if "enum" in merged:
+            merged["enum"] = [*merged["enum"], None]
+        found = merged
+    for key, value in found.items():
+        if key in ("properties", "$defs"):
+            found[key] = {name: plain(inner) for name, inner in value.items()}
+        elif key in ("items", "additionalProperties"):
+            found[key] = plain(value)
+        elif key in ("anyOf", "oneOf", "allOf"):
+            found[key] = [plain(inner) for inner in value]
+        elif key == "type":
+            found[key] = [value] if isinstance(value, str) else sorted(value)
+        elif key in ("enum", "required"):
+            found[key] = sorted(value, key=str)
+    return found
+
+
+def test_every_schema_has_its_model_and_every_model_its_schema() -> None:
+    assert set(SPEC["components"]["schemas"]) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_schema_and_model_are_equal(name: str) -> None:
+    _, generated = models_json_schema([(model, "validation") for model in MODELS.values()])
+    assert plain(SPEC["components"]["schemas"][name]) == plain(generated["$defs"][name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_schema_and_field_is_described(name: str) -> None:
+    schema = SPEC["components"]["schemas"][name]
+    assert schema["description"]
+    for field, inner in schema["properties"].items():
+        # A reference has its own description; a single constant needs none.
+        assert "description" in inner or "$ref" in inner or "const" in inner or "enum" in inner, field
+
+
+# --- operations and routes ---
+
+
+def test_every_route_has_its_operation_and_every_operation_its_route() -> None:
+    assert set(OPERATIONS) == set(ROUTES)
+
+
+@pytest.mark.parametrize("name", ROUTES, ids=" ".join)
+def test_an_operation_takes_what_its_route_takes(name: tuple[str, str]) -> None:
+    operation, route = OPERATIONS[name], ROUTES[name]
+    parameters = [resolve(entry) for entry in [*SPEC["paths"][name[1]]["parameters"], *operation.get("parameters", [])]]
+    places = {(entry["in"], entry["name"]) for entry in parameters}
+    assert {entry for place, entry in places if place == "path"} == set(re.findall(r"{(\w+)}", name[1]))
+    if route.query is not None:
+        assert {entry for place, entry in places if place == "query"} == route.query
+    assert ("header", "X-Request-Id") in places
+    assert ("requestBody" in operation) == (name[0] in ("POST", "PUT"))
+
+
+@pytest.mark.parametrize("name", ROUTES, ids=" ".join)
+def test_an_operation_names_its_permission_and_the_answers_that_follow(name: tuple[str, str]) -> None:
+    operation, permission = OPERATIONS[name], ROUTES[name].permission
+    expected = {400, 500, 503}
+    if permission is None:
+        assert operation["security"] == []
+    else:
+        assert "security" not in operation
+        stated = re.search(r"\*\*Permission:\*\* `?([a-z:]+)`?\.", operation["description"])
+        assert stated is not None
+        assert stated[1] == permission
+        expected |= {401, 403}
+    if "requestBody" in operation:
+        expected |= {413} if permission is None else {413, 415}
+    if "{" in name[1]:
+        expected |= {404}
+    assert expected <= set(errors_of(operation))
+
+
+@pytest.mark.parametrize("name", OPERATIONS, ids=" ".join)
+def test_every_answer_has_its_headers_and_errors_their_form(name: tuple[str, str]) -> None:
+    answers = {int(status): resolve(answer) for status, answer in OPERATIONS[name]["responses"].items()}
+    for status, answer in answers.items():
+        assert "X-Correlation-Id" in answer["headers"], status
+        assert ("WWW-Authenticate" in answer["headers"]) == (status == 401), status
+        assert ("Retry-After" in answer["headers"]) == (status == 503), status
+        assert ("Location" in answer["headers"]) == (status in (201, 302)), status
+        if status >= 400:
+            assert "ErrorAnswer" in json.dumps(answer["content"]["application/json"]["schema"]), status
+
+
+def test_permissions_are_documented() -> None:
+    rows = set(re.findall(r"^\| `([a-z]+:[a-z]+)` \|", ABOUT, re.MULTILINE))
+    assert rows == set(apikey.PERMISSIONS)
+
+
+# --- errors ---
+
+
+def test_every_error_class_has_a_documented_status() -> None:
+    table, status_of = error_table(), dict(web_app._STATUS)
+    classes = {cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, errors.BridgeError)}
+    inside = {cls for cls in classes if issubclass(cls, errors.AttemptFailed)} | {errors.Misconfigured}
+    for cls in classes - inside - {errors.BridgeError}:
+        assert cls.code in table[status_of[cls]], cls.__name__
+    assert not inside & set(status_of)
+
+
+def test_every_slug_that_the_code_raises_is_documented() -> None:
+    documented = set().union(*error_table().values()) | code_table()
+    rooms = [path for path in Path(command_line.__file__).parent.rglob("*.py") if "sandbox" not in path.parts]
+    for path in rooms:
+        if path.name == "crm.py":  # what CRMs answer is told to the administrator, not to CRMs
+            continue
+        raised = re.findall(r'(?:\bcode=|CallFailed\(\s*)"([a-z_]+)"', path.read_text())
+        assert set(raised) <= documented, path.name
+
+
+def test_every_meaning_of_metas_codes_is_documented() -> None:
+    others = {"in_doubt", "account_deleted", "system_fault", "abandoned"}
+    assert {meaning.slug for meaning in codes._TABLE.values()} | others <= code_table()
+
+
+@pytest.mark.parametrize("name", OPERATIONS, ids=" ".join)
+def test_error_examples_use_documented_slugs(name: tuple[str, str]) -> None:
+    table = error_table()
+    for status, answer in errors_of(OPERATIONS[name]).items():
+        for slug, example in answer["content"]["application/json"]["examples"].items():
+            value = example["value"]
+            if "error" not in value:  # /health
+                continue
+            assert value["error"] == slug
+            assert slug in table[status]
+            # Where several slugs may come, the answer's own description names each.
+            assert f"`{slug}`" in answer["description"]
+
+
+def test_the_documented_schedules_are_the_defaults() -> None:
+    delivery, crm = config.Delivery(), config.Crm()
+    quick, slow = [f"{delay:g}" for delay in delivery.crm_quick_s], [f"{delay / 60:g}" for delay in delivery.crm_slow_s]
+    counted = [f"{delay:g}" for delay in delivery.instagram_retry_s]
+    waits = [f"{delay:g}" for delay in delivery.instagram_unavailable_s]
+    for told in (ABOUT, SPEC["components"]["responses"]["EventRepeated"]["description"]):
+        told = " ".join(told.split())
+        assert f"after {', '.join(quick[:-1])} and {quick[-1]} s" in told
+        assert f"after {', '.join(slow[:-2])} and {slow[-2]} minutes" in told
+        assert f"{crm.timeout_s:g} s" in told
+    assert slow[-1] == "60"
+    assert f"after {', '.join(counted[:-1])} and {counted[-1]} s" in ABOUT
+    assert f"after {', '.join(waits[:-1])} s and then every {waits[-1]} s" in ABOUT
+    assert delivery.crm_give_up_s == delivery.instagram_give_up_s == 24 * 3600
+
+
+# --- examples ---
+
+
+def contents() -> list[tuple[str, dict[str, Any]]]:
+    """Return every body in the spec with its place."""
+    found = []
+    for name, operation in [*OPERATIONS.items(), *EVENTS.items()]:
+        place = " ".join(name) if isinstance(name, tuple) else name
+        parts = [("request", operation.get("requestBody", {})), *operation["responses"].items()]
+        for part, node in parts:
+            for kind, content in resolve(node).get("content", {}).items():
+                found.append((f"{place} {part} {kind}", content))
+    lone = SPEC["components"]["responses"]["MethodNotAllowed"]["content"]["application/json"]
+    return [*found, ("405", lone)]
+
+
+def conform(schema: dict[str, Any], value: Any) -> None:
+    jsonschema.Draft202012Validator({**schema, "components": SPEC["components"]}).validate(value)
+
+
+@pytest.mark.parametrize(("place", "content"), [pytest.param(*entry, id=entry[0]) for entry in contents()])
+def test_every_body_has_examples_and_they_conform(place: str, content: dict[str, Any]) -> None:
+    if "image/png" in place:
+        return
+    assert content["examples"]
+    for example in content["examples"].values():
+        conform(content["schema"], example["value"])
+        options = content["schema"].get("anyOf", [content["schema"]])
+        names = [option["$ref"].rsplit("/", 1)[1] for option in options if "$ref" in option]
+        fitting = [name for name in names if set(MODELS[name].model_fields) >= set(example["value"])]
+        assert bool(names) == bool(fitting)
+        for name in fitting:
+            MODELS[name].model_validate_json(json.dumps(example["value"]))
+
+
+def test_parameters_and_headers_have_examples_that_conform() -> None:
+    """An optional parameter may go without: Swagger UI would send its example with every try."""
+    nodes = [resolve(entry) for item in SPEC["paths"].values() for entry in item["parameters"]]
+    for operation in [*OPERATIONS.values(), *EVENTS.values()]:
+        nodes += [resolve(entry) for entry in operation.get("parameters", [])]
+    nodes += SPEC["components"]["headers"].values()
+    for node in nodes:
+        assert "example" in node or not node.get("required"), node
+        if "example" in node:
+            conform(node["schema"], node["example"])
+
+
+# --- what CRMs receive ---
+
+
+def test_every_crm_event_is_a_webhook_and_every_webhook_an_event() -> None:
+    assert set(EVENTS) == set(contract.CRM_EVENTS)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_webhook_has_its_schema_headers_and_answers(event: str) -> None:
+    operation = EVENTS[event]
+    content = operation["requestBody"]["content"]["application/json"]
+    assert content["schema"] == {"$ref": f"#/components/schemas/{contract.CRM_EVENTS[event].__name__}"}
+    assert all(example["value"]["event"] == event for example in content["examples"].values())
+    assert operation["security"] == []
+    headers = {entry["name"]: entry.get("required", False) for entry in map(resolve, operation["parameters"])}
+    assert headers == {
+        "webhook-id": True,
+        "X-Hub-Signature-256": True,
+        "X-Correlation-Id": True,
+        "webhook-timestamp": False,
+        "webhook-signature": False,
+    }
+    assert set(operation["responses"]) == {"2XX", "401", "default"}
