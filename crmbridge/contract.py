@@ -7,7 +7,6 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic.json_schema import SkipJsonSchema
 
 from crmbridge.errors import Invalid
 
@@ -62,11 +61,11 @@ class AccountCreate(_Request):
 
 
 class AccountUpdate(_Request):
-    # None stands for "not given" where the schema has no null; the route refuses a null.
-    access_token: Secret | SkipJsonSchema[None] = None
+    # May be left out, but not be null; model_fields_set tells which of them were given.
+    access_token: Secret = Field(default=None)
     crm_webhook_url: WebhookUrl | None = None
     webhook_secret: Secret | None = None
-    status: Literal["active", "inactive"] | SkipJsonSchema[None] = None
+    status: Literal["active", "inactive"] = Field(default=None)
 
 
 # --- answers ---

@@ -361,9 +361,12 @@ def test_bytes_that_are_no_text_are_no_fault_of_ours(shop: Shop) -> None:
         error(shop.call("GET", path), 400)
     odd = b"\xff".decode("latin-1")
     error(requests.get(shop.url + ACCOUNTS, headers={"Authorization": b"Bearer \xff"}, timeout=10), 401)
-    headers = {"Authorization": f"Bearer {shop.key}", "Content-Type": f"application/json{odd}".encode("latin-1")}
+    headers: dict[str, str | bytes | None] = {
+        "Authorization": f"Bearer {shop.key}",
+        "Content-Type": f"application/json{odd}".encode("latin-1"),
+    }
     error(requests.post(shop.url + SEND, data=b"{}", headers=headers, timeout=10), 415)
-    forged = {"X-Hub-Signature-256": b"\xff"}
+    forged: dict[str, str | bytes | None] = {"X-Hub-Signature-256": b"\xff"}
     error(requests.post(shop.url + "/webhooks/instagram", data=b"{}", headers=forged, timeout=10), 401)
 
 

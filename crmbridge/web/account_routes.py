@@ -86,10 +86,6 @@ class AccountRoutes:
         row = call.account(call.path["account_id"])
         request = call.read(contract.AccountUpdate)
         given = request.model_fields_set
-        nulls = [name for name in ("access_token", "status") if name in given and getattr(request, name) is None]
-        if nulls:
-            details = [{"field": name, "problem": "must not be null"} for name in nulls]
-            raise Invalid(f"Must not be null: {', '.join(nulls)}.", details=details)
         values: dict[str, Any] = {}
         secret = request.webhook_secret if "webhook_secret" in given else row["webhook_secret_sealed"]
         if given & {"crm_webhook_url", "webhook_secret"}:
@@ -98,9 +94,9 @@ class AccountRoutes:
             values["crm_webhook_url"] = url
         if "webhook_secret" in given:
             values["webhook_secret_sealed"] = self._vault.seal(secret) if secret else None
-        if request.status is not None:
+        if "status" in given:
             values["status"], values["status_reason"] = request.status, None
-        if request.access_token is not None:
+        if "access_token" in given:
             identity = self._identify(request.access_token, {row["instagram_account_id"]})
             now = instant(call.now_s)
             values |= {
@@ -110,11 +106,11 @@ class AccountRoutes:
                 "token_checked_at": now,
                 "token_expires_at": None,
             }
-            if row["status"] == "error" and request.status is None:
+            if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
         row = accounts.update(call.db, row["id"], values, instant(call.now_s))
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
-        if request.access_token is not None:
+        if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
         self._wake()
         return Reply(_shown(row))
