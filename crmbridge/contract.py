@@ -60,12 +60,14 @@ class AccountCreate(_Request):
     webhook_secret: Secret | None = None
 
 
+_LEFT_OUT: Any = None  # for a field that may be left out but not be null; model_fields_set tells which were given
+
+
 class AccountUpdate(_Request):
-    # May be left out, but not be null; model_fields_set tells which of them were given.
-    access_token: Secret = Field(default=None)
+    access_token: Secret = _LEFT_OUT
     crm_webhook_url: WebhookUrl | None = None
     webhook_secret: Secret | None = None
-    status: Literal["active", "inactive"] = Field(default=None)
+    status: Literal["active", "inactive"] = _LEFT_OUT
 
 
 # --- answers ---

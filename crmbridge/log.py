@@ -21,6 +21,7 @@ _SECRETS = re.compile(
     r"crmb_[0-9a-z]{4,}_[0-9A-Za-z]+|\b(?:IGAA|EAA)[0-9A-Za-z_-]{8,}|whsec_[0-9A-Za-z+/=]+"
     r"|(?<=access_token=)[^&\s\"']+|(?<=Bearer )[^\s\"']+"
 )
+_MARKS = ("crmb_", "IGAA", "EAA", "whsec_", "access_token=", "Bearer ")
 _PLAIN = re.compile(r"[\w.:/@+%*,<>~()\[\]{}-]+\Z", re.ASCII)
 
 
@@ -84,7 +85,9 @@ class _Line(logging.Formatter):
         parts += [f"{key}={_value(value)}" for key, value in facts.items() if value is not None]
         if "correlation" not in facts and (correlation := _correlation.get()):
             parts.append(f"correlation={correlation}")
-        return _SECRETS.sub("[secret]", " ".join(parts))
+        line = " ".join(parts)
+        # Looking for the marks first costs a tenth of the substitution, and nearly no line has one.
+        return _SECRETS.sub("[secret]", line) if any(mark in line for mark in _MARKS) else line
 
 
 def _value(value: object) -> str:
