@@ -225,6 +225,7 @@ def _open(settings: config.Settings) -> _Rooms:
         connect_timeout_s=settings.instagram.connect_timeout_s,
         timeout_s=settings.instagram.timeout_s,
         connections=settings.delivery.senders,
+        read_bytes=512 * 1024,  # a conversation's newest twenty messages
     )
     return _Rooms(
         settings=settings,
@@ -246,6 +247,8 @@ def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
     import json
 
     from crmbridge import crm, net
+    from crmbridge.errors import Refused
+    from crmbridge.store import messages
     from crmbridge.store.deliveries import Claimed, Outcome
 
     settings = rooms.settings
@@ -275,11 +278,25 @@ def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
         sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
         return Outcome("done", http_status=sent.http_status, external_id=sent.external_id)
 
-    return {"crm": to_crm, "instagram": to_instagram}
+    def look_up(claimed: Claimed) -> Outcome:
+        token = rooms.vault.open(claimed.account["access_token_sealed"])
+        shown = rooms.client.look_up(token, claimed.account["instagram_account_id"], claimed.contact)
+        try:
+            possible = messages.matching(rooms.db, claimed, shown)
+        finally:
+            rooms.db.close_thread()
+        if len(possible) > 1:
+            raise Refused("the conversation shows more than one message that it may be", code="in_doubt")
+        if not possible:
+            return Outcome("absent", "absent", "Instagram's conversation does not show it")
+        return Outcome("done", "found", external_id=possible[0].external_id)
+
+    return {"crm": to_crm, "instagram": to_instagram, "look_up": look_up}
 
 
 def _make_worker(rooms: _Rooms) -> Any:
     from crmbridge.delivery import Engine, Schedule
+    from crmbridge.endpoints import Limits
     from crmbridge.upkeep import Upkeep
     from crmbridge.worker import Job, Worker
 
@@ -292,17 +309,22 @@ def _make_worker(rooms: _Rooms) -> Any:
         crm_slow_s=delivery.crm_slow_s,
         instagram_retry_s=delivery.instagram_retry_s,
         instagram_unavailable_s=delivery.instagram_unavailable_s,
-        in_doubt_s=delivery.in_doubt_s,
+        look_up_s=delivery.look_up_s,
         lease_s=longest_s + 60,  # name resolution has no deadline of its own
         senders=delivery.senders,
-        slots_per_endpoint=delivery.slots_per_endpoint,
         patience=rooms.patience,
     )
-    engine = Engine(rooms.db, _senders(rooms), schedule, rooms.alerts.alert)
+    limits = Limits(
+        slots=delivery.slots_per_endpoint,
+        for_first_tries=1,
+        probe_s=delivery.probe_s,
+        per_s={"instagram": delivery.instagram_sends_per_s},
+    )
+    engine = Engine(rooms.db, _senders(rooms), schedule, limits, rooms.alerts.alert)
     recovered = engine.recover()
     if recovered:
         log.warning("worker.recovered", deliveries=recovered)
-    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts.alert)
     worker: Worker
 
     def ring() -> None:
@@ -312,6 +334,7 @@ def _make_worker(rooms: _Rooms) -> Any:
         Job("ring", 5, ring),
         Job("beat", 10, upkeep.beat),
         Job("sweep", 60, upkeep.sweep),
+        Job("expire", 60, upkeep.expire),
         Job("prune", 3600, upkeep.prune),
     ]
     worker = Worker(engine, rooms.settings.store.queue_path, jobs, on_thread=rooms.db.checkpoint_here)

@@ -107,7 +107,7 @@ class Attempt(_Answer):
     number: int
     started_at: Timestamp
     finished_at: Timestamp | None
-    outcome: Literal["done", "retry", "refused", "in_doubt", "fault", "abandoned"] | None
+    outcome: Literal["done", "retry", "refused", "in_doubt", "fault", "abandoned", "absent"] | None
     code: str | None
     http_status: int | None
     error: str | None

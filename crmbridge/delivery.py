@@ -6,69 +6,81 @@ Senders are passed in: functions that make one call and return its Outcome, or r
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from crmbridge import log
+from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import turn
-from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database
 from crmbridge.store.deliveries import Claimed, Outcome, Verdict
 from crmbridge.store.messages import Patience
-from crmbridge.store.turn import Endpoint, Finished
+from crmbridge.store.turn import Finished, Terms, Turn
 
 Sender = Callable[[Claimed], Outcome]
 Alert = Callable[..., None]
 
 HINT_MIN_S, HINT_MAX_S = 1.0, 21_600.0
+FLOORS_S = {"timeout": 5.0, "rate_limited": 30.0}  # by outcome code: no sooner than this, whatever the list says
 FAULT_S = 60.0
 SLOW_S = 5.0
+CLOCK_SET_S = 30.0
 _LOOK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The visible lists of delays, in seconds, and the engine's sizes."""
+    """The visible lists of delays, in seconds.
+
+    `look_up_s` are the pauses after a call that ended in doubt, and between looking for what it sent.
+    """
 
     crm_quick_s: tuple[float, ...]
     crm_slow_s: tuple[float, ...]
     instagram_retry_s: tuple[float, ...]
     instagram_unavailable_s: tuple[float, ...]
-    in_doubt_s: float
+    look_up_s: tuple[float, ...]
     lease_s: float
     senders: int
-    slots_per_endpoint: int
     patience: Patience
 
 
 def decide(
-    claimed: Claimed, outcome: Outcome, schedule: Schedule, now_s: float, jitter: Callable[[], float]
+    claimed: Claimed,
+    outcome: Outcome,
+    schedule: Schedule,
+    now_s: float,
+    jitter: Callable[[], float],
+    *,
+    endpoint_works: bool = True,
 ) -> Verdict:
     """Return what becomes of a delivery. `jitter` yields a factor around 1 for the listed delays.
 
-    A Retry-After of the far side wins over the list, within 1 s and 6 h. The last try comes no later
-    than the row's `expires_at`, so that no change of the lists can strand a row.
+    The next delay is the list's, raised to the floor of its code; a Retry-After of the far side wins over both,
+    within 1 s and 6 h. The last try comes no later than the row's `expires_at`, so that no change of the lists
+    can strand a row. A CRM lane's head whose quick retries are used up steps aside only while its endpoint works.
     """
     now = instant(now_s)
     if outcome.kind == "done":
         return Verdict("done", now)
     if outcome.kind == "refused":
         return Verdict("dead", now)
-    if outcome.kind == "in_doubt":
-        return Verdict("pending", instant(now_s + schedule.in_doubt_s), in_doubt=True)
     if outcome.kind == "fault":
-        return Verdict("pending", instant(now_s + FAULT_S * jitter()))
+        return Verdict("pending", instant(now_s + FAULT_S * jitter()), in_doubt=claimed.kind == "look_up")
+    if outcome.kind == "in_doubt":
+        return Verdict("pending", instant(now_s + schedule.look_up_s[0]), in_doubt=True)
+    if outcome.kind == "absent":
+        return _after_absence(claimed, schedule, now_s)
     expires_s = epoch_s(claimed.expires_at)
     if now_s >= expires_s:
         return Verdict("dead", now)
     steps_aside = False
     if claimed.target == "crm":
         delays, tried = schedule.crm_quick_s + schedule.crm_slow_s, claimed.retries
-        steps_aside = tried >= len(schedule.crm_quick_s)
+        steps_aside = endpoint_works and is_worn(claimed, schedule)
     elif outcome.counts:
         delays, tried = schedule.instagram_retry_s, claimed.retries
         if tried >= len(delays):
@@ -78,8 +90,23 @@ def decide(
     if outcome.after_s is not None:
         delay_s = min(max(outcome.after_s, HINT_MIN_S), HINT_MAX_S)
     else:
-        delay_s = delays[min(tried, len(delays) - 1)] * jitter()
-    return Verdict("pending", instant(min(now_s + delay_s, expires_s)), steps_aside=steps_aside)
+        delay_s = max(delays[min(tried, len(delays) - 1)], FLOORS_S.get(outcome.code or "", 0)) * jitter()
+    due = instant(min(now_s + delay_s, expires_s))
+    return Verdict("pending", due, steps_aside=steps_aside, in_doubt=claimed.kind == "look_up")
+
+
+def _after_absence(claimed: Claimed, schedule: Schedule, now_s: float) -> Verdict:
+    """The channel does not show a doubtful send: look again, then take it as not sent."""
+    looked = claimed.look_ups + 1
+    if looked < len(schedule.look_up_s):
+        return Verdict("pending", instant(now_s + schedule.look_up_s[looked]), in_doubt=True)
+    worn = claimed.retries > len(schedule.instagram_retry_s) or now_s >= epoch_s(claimed.expires_at)
+    return Verdict("dead" if worn else "pending", instant(now_s))
+
+
+def is_worn(claimed: Claimed, schedule: Schedule) -> bool:
+    """Tell whether a row to a CRM has used up its quick retries."""
+    return claimed.target == "crm" and claimed.retries >= len(schedule.crm_quick_s)
 
 
 class Engine:
@@ -88,11 +115,13 @@ class Engine:
     def __init__(
         self,
         db: Database,
-        senders: Mapping[Target, Sender],
+        senders: Mapping[str, Sender],
         schedule: Schedule,
+        limits: Limits,
         alert: Alert,
         *,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
         linger_s: float = 2.0,
     ) -> None:
@@ -101,12 +130,17 @@ class Engine:
         self._schedule = schedule
         self._alert = alert
         self._clock = clock
+        self._monotonic = monotonic
         self._jitter = jitter
         self._linger_s = linger_s  # a drain sleeps this long for the next due row; Huey's schedule is coarser
+        self._endpoints = Endpoints(limits)
         self._pool = ThreadPoolExecutor(schedule.senders, thread_name_prefix="sender")
         self._changed = threading.Condition()
         self._finished: list[tuple[Claimed, Outcome]] = []
-        self._in_flight: Counter[Endpoint] = Counter()
+        self._unrecorded: list[Finished] = []
+        self._in_flight: dict[str, Claimed] = {}
+        self._hasten: set[Endpoint] = set()
+        self._clock_ahead_s = clock() - monotonic()
         self._draining = False
         self._news = False
         self._stopping = False
@@ -120,7 +154,7 @@ class Engine:
 
     def recover(self) -> int:
         """Take back what a worker that no longer runs had claimed. Only for the holder of the worker lock."""
-        return turn.recover(self._db, self._clock(), self._schedule.in_doubt_s)
+        return turn.recover(self._db, self._clock(), self._schedule.look_up_s[0])
 
     def drain(self) -> float | None:
         """Work until nothing is due or in flight; return when to come back, in seconds since the epoch."""
@@ -152,62 +186,107 @@ class Engine:
         return clean
 
     def _busy(self) -> bool:
-        return bool(self._in_flight.total() or self._finished)
+        return bool(self._in_flight or self._finished or self._unrecorded)
+
+    # --- a turn: bookkeeping in one transaction, then calls ---
 
     def _turn(self) -> float | None:
         """Do one round of bookkeeping and start the calls it claimed; return when the next row is due."""
         with self._changed:
             self._news = False
             finished, self._finished = self._finished, []
-            free = self._schedule.senders - self._in_flight.total()
+            free = 0 if self._stopping else self._schedule.senders - len(self._in_flight)
+            in_flight = frozenset(self._in_flight)
+        self._follow_clock()
         now_s = self._clock()
-        settled = [
-            Finished(claimed, outcome, decide(claimed, outcome, self._schedule, now_s, self._jitter))
-            for claimed, outcome in finished
-        ]
-        try:
-            found = turn.take(
-                self._db,
-                settled,
-                free=self._free_slots,
-                senders=0 if self._stopping else free,
-                now_s=now_s,
-                lease_s=self._schedule.lease_s,
-                in_doubt_s=self._schedule.in_doubt_s,
-                patience=self._schedule.patience,
-            )
-        except BaseException:
-            with self._changed:  # what came back must be recorded by the next drain
-                self._finished = finished + self._finished
-            raise
+        # Judged once, and kept until it is recorded, by a later drain if this one fails.
+        self._unrecorded += [self._judge(claimed, outcome, now_s) for claimed, outcome in finished]
+        schedule = self._schedule
+        found = turn.take(
+            self._db,
+            self._unrecorded,
+            Terms(now_s, schedule.lease_s, schedule.look_up_s[0], schedule.patience),
+            room=lambda endpoint: self._room(endpoint, now_s),
+            senders=free,
+            hasten=self._hasten,
+            in_flight=in_flight,
+        )
+        settled, self._unrecorded = self._unrecorded, []
         for claimed in found.claimed:
             with self._changed:
-                self._in_flight[claimed.target, claimed.account_id] += 1
+                self._in_flight[claimed.claim_id] = claimed
+            self._endpoints.started(_endpoint(claimed), is_retry=claimed.number > 1)
             self._pool.submit(self._attempt, claimed)
+        self._hasten -= {endpoint for endpoint, rows in found.hastened.items() if rows < turn.HASTEN_AT_ONCE}
         for entry in settled:
             self._report(entry, now_s)
-        for claimed in found.fenced:
-            log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
-        for row in found.in_doubt:
-            self._alert("in_doubt", f"send {row['message_id']} ended in doubt", delivery=row["id"])
-        for row in found.unrendered:
-            self._alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
-        return epoch_s(found.next_due) if found.next_due else None
+        self._report_oddities(found)
+        return self._next_s(found, now_s)
 
-    def _free_slots(self, endpoint: Endpoint) -> int:
-        return self._schedule.slots_per_endpoint - self._in_flight[endpoint]
+    def _room(self, endpoint: Endpoint, now_s: float) -> Room:
+        return NO_ROOM if self._stopping else self._endpoints.room(endpoint, now_s)
+
+    def _judge(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Finished:
+        """Note what a call says about its endpoint, and decide what becomes of its delivery."""
+        endpoint, change = _endpoint(claimed), None
+        self._endpoints.ended(endpoint, is_retry=claimed.number > 1)
+        if outcome.rest_s:
+            self._endpoints.rest(endpoint, now_s + outcome.rest_s)
+        if outcome.kind == "done":
+            change = self._endpoints.worked(endpoint, now_s)
+        elif outcome.kind == "retry" and (claimed.target == "crm" or not outcome.counts):
+            change = self._endpoints.failed(
+                endpoint,
+                now_s,
+                http_status=outcome.http_status,
+                is_worn=is_worn(claimed, self._schedule),
+                previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
+                contact=claimed.contact,
+                was_head=claimed.ready > 0,
+            )
+            if outcome.after_s is not None and claimed.target == "instagram":
+                self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))
+        if change is not None:
+            log.warning(f"endpoint.{change}", target=claimed.target, account=claimed.account_id, code=outcome.code)
+        if change == "recovered":
+            self._hasten.add(endpoint)
+        works = not self._endpoints.is_broken(endpoint)
+        verdict = decide(claimed, outcome, self._schedule, now_s, self._jitter, endpoint_works=works)
+        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind == "retry":
+            outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
+        return Finished(claimed, outcome, verdict)
+
+    def _next_s(self, found: Turn, now_s: float) -> float | None:
+        """Return when there may be something to do: a row is due and its endpoint may be called."""
+        if self._hasten & set(found.hastened):
+            return now_s
+        looks = [
+            max(epoch_s(due), self._endpoints.rests_until_s(endpoint, now_s)) for endpoint, due in found.dues.items()
+        ]
+        return min(looks, default=None)
+
+    def _follow_clock(self) -> None:
+        """When the clock was set, move all times along: nothing becomes due, or dies, by that."""
+        ahead_s = self._clock() - self._monotonic()
+        jump_s = ahead_s - self._clock_ahead_s
+        if abs(jump_s) < CLOCK_SET_S:
+            return
+        log.warning("clock.set", seconds=jump_s)
+        turn.follow_clock(self._db, jump_s)
+        self._endpoints.shift(jump_s)
+        self._clock_ahead_s = ahead_s
 
     def _wait(self, next_s: float | None) -> bool:
         """Sleep until there is something to do; False when the drain should end."""
         with self._changed:
             if self._finished:
                 return True
-            if self._stopping and not self._in_flight.total():
+            if self._stopping and not self._in_flight:
                 return self._leave()
             if self._news and not self._stopping:
                 return True
             left_s = None if next_s is None else next_s - self._clock()
-            if self._in_flight.total():
+            if self._in_flight:
                 self._changed.wait(_LOOK_AGAIN_S if left_s is None or left_s <= 0 else min(left_s, _LOOK_AGAIN_S))
                 return True
             if left_s is None or left_s > self._linger_s:
@@ -220,25 +299,29 @@ class Engine:
         self._draining = False
         return False
 
+    # --- a call, on a thread of its own ---
+
     def _attempt(self, claimed: Claimed) -> None:
         started = time.monotonic()
         with log.correlated(claimed.correlation_id):
             try:
-                outcome = self._senders[claimed.target](claimed)
+                outcome = self._senders[claimed.target if claimed.kind == "call" else claimed.kind](claimed)
             except AttemptFailed as failure:
                 outcome = _outcome(failure)
             except BridgeError as failure:
                 outcome = Outcome("fault", failure.code, failure.message, counts=False)
             except Exception as error:
                 log.exception("delivery.fault", delivery=claimed.id, target=claimed.target)
-                # A send may have gone out before our own code failed.
-                kind = "in_doubt" if claimed.target == "instagram" else "fault"
-                outcome = Outcome(kind, "system_fault", type(error).__name__, counts=False)  # type: ignore[arg-type]
+                outcome = Outcome("fault", "system_fault", type(error).__name__, counts=False)
+                if claimed.target == "instagram":  # it may have gone out before our own code failed
+                    outcome = replace(outcome, kind="in_doubt")
         outcome = replace(outcome, ms=int((time.monotonic() - started) * 1000))
         with self._changed:
-            self._in_flight[claimed.target, claimed.account_id] -= 1
+            del self._in_flight[claimed.claim_id]
             self._finished.append((claimed, outcome))
             self._changed.notify()
+
+    # --- what is told ---
 
     def _report(self, entry: Finished, now_s: float) -> None:
         claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
@@ -248,6 +331,7 @@ class Engine:
             "delivery.attempted",
             delivery=claimed.id,
             target=claimed.target,
+            kind=claimed.kind if claimed.kind != "call" else None,
             event=claimed.event,
             account=claimed.account_id,
             event_id=claimed.event_id,
@@ -272,13 +356,26 @@ class Engine:
                 latency_ms=int(latency_s * 1000),
                 correlation=claimed.correlation_id,
             )
-        if outcome.kind in ("fault", "in_doubt") and outcome.code == "system_fault":
+        if outcome.code == "system_fault":
             self._alert("system_fault", f"our own code failed at delivery {claimed.id}", delivery=claimed.id)
         if outcome.alert:
             self._alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
         elif verdict.state == "dead" and claimed.target == "crm":
             problem = f"a delivery to the CRM of {claimed.account_id} is dead: {outcome.message}"
             self._alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
+        elif verdict.state == "dead" and claimed.kind == "look_up":
+            problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
+            self._alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
+
+    def _report_oddities(self, found: Turn) -> None:
+        for claimed in found.fenced:
+            log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
+        for row in found.unrendered:
+            self._alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
+
+
+def _endpoint(claimed: Claimed) -> Endpoint:
+    return claimed.target, claimed.account_id
 
 
 def _outcome(failure: AttemptFailed) -> Outcome:

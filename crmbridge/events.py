@@ -49,8 +49,7 @@ def instant(epoch_s: float) -> str:
     Times outside the years 1970 to 9999 are pulled to the nearer end, so that the text always sorts.
     """
     millis = min(max(int(epoch_s * 1000 + 0.5), 0), 253_402_300_799_999)
-    moment = datetime.fromtimestamp(millis // 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{millis % 1000:03d}Z"
+    return f"{datetime.fromtimestamp(millis // 1000, UTC).isoformat()[:19]}.{millis % 1000:03d}Z"
 
 
 def epoch_s(text: str) -> float:
@@ -78,6 +77,15 @@ class ReplyTo:
     external_id: str | None = None
     story_id: str | None = None
     story_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A message of the shop as the channel shows it in a thread, made at `at_s` seconds since the epoch."""
+
+    external_id: str
+    text: str
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)

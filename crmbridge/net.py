@@ -26,7 +26,7 @@ from crmbridge.errors import Invalid
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _IDLE_S = 15.0
-_READ_BYTES = 16_384
+READ_BYTES = 16_384
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
 # 6to4, NAT64 and their like carry an IPv4 address inside; an "is global" test does not see through them.
 _TUNNELS = [ipaddress.ip_network(net) for net in ("2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32")]
@@ -96,7 +96,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Answer:
-    """A bounded answer: at most 16 KiB of body."""
+    """A bounded answer: no more of the body than the session reads."""
 
     status: int
     headers: Mapping[str, str]
@@ -249,7 +249,16 @@ class _Adapter(HTTPAdapter):
 class Session:
     """Makes bounded calls; safe for threads. Never follows a redirect, never reads the environment's proxies."""
 
-    def __init__(self, reach: Reach, *, connect_timeout_s: float, timeout_s: float, connections: int = 8) -> None:
+    def __init__(
+        self,
+        reach: Reach,
+        *,
+        connect_timeout_s: float,
+        timeout_s: float,
+        connections: int = 8,
+        read_bytes: int = READ_BYTES,
+    ) -> None:
+        self._read_bytes = read_bytes
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._session = requests.Session()
@@ -285,7 +294,7 @@ class Session:
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                text = response.raw.read(_READ_BYTES, decode_content=False)
+                text = response.raw.read(self._read_bytes, decode_content=False)
                 answer = Answer(response.status_code, response.headers, text, _ms_since(started))
             if call.was_cut:
                 raise CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=True)

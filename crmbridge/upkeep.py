@@ -17,11 +17,18 @@ class Upkeep:
     """The jobs, with the database and the clock they work by."""
 
     def __init__(
-        self, db: Database, retention: Retention, patience: Patience, *, clock: Callable[[], float] = time.time
+        self,
+        db: Database,
+        retention: Retention,
+        patience: Patience,
+        alert: Callable[..., None],
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._db = db
         self._retention = retention
         self._patience = patience
+        self._alert = alert
         self._clock = clock
 
     def sweep(self) -> None:
@@ -33,6 +40,12 @@ class Upkeep:
             adopted = inbound.adopt(self._db, account, self._clock(), self._patience)
             if adopted:
                 log.info("account.adopted", account=account["id"], events=adopted)
+
+    def expire(self) -> None:
+        """End what could not even be tried in its time."""
+        for account, rows in turn.expire(self._db, self._clock(), self._patience).items():
+            problem = f"{rows} deliveries of {account} are dead: the far side was unavailable for too long"
+            self._alert("dead_letter", problem, account=account)
 
     def beat(self) -> None:
         """Write the worker's heartbeat."""

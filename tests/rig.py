@@ -9,6 +9,7 @@ from typing import Any
 from crmbridge import __main__ as program
 from crmbridge import config, vault
 from crmbridge.delivery import Engine, Schedule
+from crmbridge.endpoints import Limits
 from crmbridge.events import instant
 from crmbridge.instagram import webhook
 from crmbridge.sandbox import Sandbox, wire
@@ -24,11 +25,11 @@ SCHEDULE = {
     "crm_slow_s": (60.0, 300.0, 900.0, 1800.0, 3600.0),
     "instagram_retry_s": (2.0, 10.0, 60.0),
     "instagram_unavailable_s": (5.0, 15.0, 60.0, 300.0, 900.0),
-    "in_doubt_s": 60.0,
+    "look_up_s": (5.0, 30.0),
     "lease_s": 90.0,
     "senders": 6,
-    "slots_per_endpoint": 3,
 }
+LIMITS = Limits(slots=3, for_first_tries=1, probe_s=(5.0, 10.0, 30.0, 60.0), per_s={})
 
 
 class Rig:
@@ -36,6 +37,7 @@ class Rig:
 
     def __init__(self, folder: Path, sandbox: Sandbox, settings: str = "") -> None:
         self.now_s = START_S
+        self.clock_is_wrong_by_s = 0.0
         self.sandbox = sandbox
         self.meta, self.crm = sandbox.meta, sandbox.crm
         self.meta.echo = "never"
@@ -58,8 +60,10 @@ class Rig:
             self.db,
             program._senders(self.rooms),
             Schedule(**schedule),
+            LIMITS,
             lambda kind, message, **facts: self.alerts.append((kind, message)),
-            clock=lambda: self.now_s,
+            clock=lambda: self.now_s + self.clock_is_wrong_by_s,
+            monotonic=lambda: self.now_s,
             jitter=lambda: 1.0,
             linger_s=0,
         )
@@ -152,8 +156,10 @@ class Rig:
 @contextlib.contextmanager
 def opened(folder: Path, settings: str = "") -> Iterator[Rig]:
     """Yield a rig with its sandbox running."""
-    with Sandbox() as sandbox:
+    now: list[Rig] = []
+    with Sandbox(clock=lambda: now[0].now_s if now else START_S) as sandbox:
         rig = Rig(folder, sandbox, settings)
+        now.append(rig)
         try:
             yield rig
         finally:

@@ -27,7 +27,8 @@ crm_quick_s = 0.3 0.3 0.3 0.3 0.3
 crm_slow_s = 0.5
 instagram_retry_s = 0.3 0.3 0.3
 instagram_unavailable_s = 0.3
-in_doubt_s = 2
+look_up_s = 0.3 0.7
+probe_s = 0.3
 """
 
 

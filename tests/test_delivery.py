@@ -1,17 +1,20 @@
 """The engine on a set clock, against the sandbox: schedules, lanes, dead letters, sends in doubt."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crmbridge.delivery import Schedule, decide
+from crmbridge.endpoints import NO_ROOM
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
 from crmbridge.store import accounts, deliveries, turn
 from crmbridge.store.deliveries import Claimed, Outcome
 from crmbridge.store.messages import Patience
 from tests.rig import SCHEDULE, START_S, Rig
-from tests.shop import CUSTOMER
+from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 
 DAY_S = 86_400
 OTHER_CUSTOMER = "900000000000002"
@@ -19,25 +22,30 @@ TRANSIENT = wire.error_body(2, "An unexpected error has occurred. Please retry y
 schedule = Schedule(**SCHEDULE, patience=Patience(DAY_S, DAY_S))  # type: ignore[arg-type]
 
 
-def claimed(target: str, *, retries: int = 0, waits: int = 0, age_s: float = 0) -> Claimed:
-    return Claimed(
-        id="dlv_1",
-        claim_id="clm_1",
-        target=target,  # type: ignore[arg-type]
-        account_id="acc_1",
-        contact="c",
-        event="message.received",
-        event_id="evt_1",
-        message_id=None,
-        body="{}",
-        number=retries + waits + 1,
-        retries=retries,
-        waits=waits,
-        accepted_at=instant(START_S - age_s),
-        expires_at=instant(START_S - age_s + DAY_S),
-        correlation_id="x",
-        account={},
-    )
+def claimed(target: str, *, retries: int = 0, waits: int = 0, age_s: float = 0, **changes: Any) -> Claimed:
+    known: dict[str, Any] = {
+        "id": "dlv_1",
+        "claim_id": "clm_1",
+        "target": target,
+        "account_id": "acc_1",
+        "contact": "c",
+        "event": "message.received",
+        "event_id": "evt_1",
+        "message_id": None,
+        "body": "{}",
+        "kind": "call",
+        "number": retries + waits + 1,
+        "ready": 1,
+        "retries": retries,
+        "waits": waits,
+        "look_ups": 0,
+        "previous_at": None,
+        "accepted_at": instant(START_S - age_s),
+        "expires_at": instant(START_S - age_s + DAY_S),
+        "correlation_id": "x",
+        "account": {},
+    }
+    return Claimed(**{**known, **changes})
 
 
 def delay_s(row: Claimed, outcome: Outcome) -> float | None:
@@ -134,12 +142,93 @@ def test_a_failing_head_holds_its_lane_in_order_then_steps_aside(rig: Rig) -> No
     rig.account()
     for number in range(3):
         rig.say(f"text {number}", f"mid-{number}")
-    rig.crm.answer(500, times=6)  # the first try and the quick retries of the first message
-    rig.live_through(40)
+    rig.crm.answer(500, times=8, containing="text 0")  # the first try, the quick retries, and two more
+    rig.live_through(30)
+    assert rig.taken() == []
+    rig.live_through(10)
     assert [entry.event["message"] for entry in rig.taken()] == ["text 1", "text 2"]
-    rig.live_through(90)
+    rig.live_through(1300)
     assert [entry.event["message"] for entry in rig.taken()] == ["text 1", "text 2", "text 0"]
     assert [entry.event["sequence"] for entry in rig.taken()] == [2, 3, 1]
+
+
+def test_a_message_that_the_crm_cannot_take_holds_up_no_later_one(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer(500, times=1000, containing="poison")
+    rig.say("poison", "mid-0")
+    rig.live_through(7200)
+    rig.say("a day later", "mid-1")
+    rig.live_through(1)
+    assert [entry.event["message"] for entry in rig.taken()] == ["a day later"]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_outage_changes_no_order_and_is_asked_by_single_probes(rig: Rig, status: int) -> None:
+    rig.account()
+    rig.crm.answer_always(status)
+    for number in range(40):
+        rig.say(f"{number}", f"mid-{number}", contact=f"80{number % 4}")
+    rig.live_through(1800)
+    during = len(rig.crm.received)
+    rig.say("40", "mid-40", contact="800")
+    rig.live_through(600)
+    assert during < 80
+    assert len(rig.crm.received) - during < 20
+    rig.crm.answer_always(None)
+    rig.live_through(3700)
+    assert len(rig.taken()) == 41
+    for contact in range(4):
+        texts = [int(entry.event["message"]) for entry in rig.taken() if entry.event["sender_id"] == f"80{contact}"]
+        assert texts == sorted(texts)
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE ready = 2") == 0
+
+
+def test_a_new_message_finds_out_that_the_crm_is_back(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(503)
+    rig.say("old", "mid-1")
+    rig.live_through(7000)  # the next try of its own is most of an hour away
+    rig.crm.answer_always(None)
+    rig.say("new", "mid-2")
+    rig.live_through(1)
+    assert [entry.event["message"] for entry in rig.taken()] == ["old", "new"]
+
+
+def test_what_could_never_be_tried_ends_after_a_day(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(503)
+    for number in range(5):
+        rig.say(f"{number}", f"mid-{number}")
+    rig.live_through(DAY_S + 60)
+    assert turn.expire(rig.db, rig.now_s + 121, rig.patience)
+    assert rig.db.rows("SELECT DISTINCT state FROM deliveries") == [{"state": "dead"}]
+
+
+def test_time_while_inactive_does_not_age_what_is_owed(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    rig.say("hello", "mid-1")
+    rig.live_through(60)
+    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s))
+    rig.live_through(30 * 3600)
+    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    rig.crm.answer_always(None)
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s))
+    rig.live_through(10)
+    assert rig.events() == ["message.received"]
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_clock_that_is_set_neither_delays_nor_kills_what_is_owed(rig: Rig, hours: int) -> None:
+    rig.account()
+    rig.crm.answer(503, times=3)
+    rig.say("hello", "mid-1")
+    rig.live_through(5)
+    rig.clock_is_wrong_by_s = hours * 3600.0
+    rig.now_s += 3
+    rig.drain()
+    assert rig.events() == ["message.received"]
+    assert turn.expire(rig.db, rig.now_s + rig.clock_is_wrong_by_s, rig.patience) == {}
 
 
 def test_lanes_do_not_wait_for_each_other(rig: Rig) -> None:
@@ -250,7 +339,7 @@ def test_a_send_in_doubt_is_not_repeated_and_its_echo_settles_it(rig: Rig) -> No
     rig.drain()
     assert rig.status(message_id)["status"] == "pending"
     rig.send(account, "the next one")
-    rig.pass_s(10)
+    rig.pass_s(3)
     assert len(rig.meta.sent) == 1  # the lane waits
     mid = str(rig.meta.sent[0].mid)
     rig.echo("café", mid)
@@ -260,11 +349,70 @@ def test_a_send_in_doubt_is_not_repeated_and_its_echo_settles_it(rig: Rig) -> No
     assert [entry.text for entry in rig.meta.sent] == ["cafe\u0301 ", "the next one"]
 
 
+def test_a_send_in_doubt_without_an_echo_is_found_in_the_conversation(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.live_through(60)
+    status = rig.status(message_id)
+    assert (status["status"], status["instagram_message_id"]) == ("sent", rig.meta.sent[0].mid)
+    assert len(rig.meta.sent) == 1
+    assert [entry["outcome"] for entry in status["attempts"]] == ["in_doubt", "done"]
+    assert status["attempt_count"] == 1
+
+
+def test_a_send_in_doubt_that_never_arrived_is_sent_again_after_two_look_ups(rig: Rig) -> None:
+    message_id = rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", drop=True)
+    rig.live_through(34)
+    assert rig.meta.sent == []
+    rig.live_through(10)
+    assert [entry.text for entry in rig.meta.sent] == ["hello"]
+    status = rig.status(message_id)
+    assert status["status"] == "sent"
+    assert [entry["outcome"] for entry in status["attempts"]] == ["in_doubt", "absent", "absent", "done"]
+
+
+def test_sends_that_never_arrive_end_as_failed_after_their_retries(rig: Rig) -> None:
+    message_id = rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", times=100, drop=True)
+    rig.live_through(3600)
+    status = rig.status(message_id)
+    assert (status["status"], status["error"]["code"], status["attempt_count"]) == ("failed", "connection_lost", 4)
+    assert rig.meta.sent == []
+
+
+def test_an_earlier_message_with_the_same_text_is_not_taken_for_the_one_in_doubt(rig: Rig) -> None:
+    account = rig.account()
+    rig.send(account, "ok")
+    rig.drain()
+    rig.now_s += 1
+    second = rig.send(account, "ok")
+    rig.meta.fault("messages", drop=True)
+    rig.live_through(60)
+    assert len(rig.meta.sent) == 2
+    assert rig.status(second)["instagram_message_id"] == rig.meta.sent[1].mid
+
+
+def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "ok")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    rig.rooms.client.send(TOKEN, SHOP_ID, CUSTOMER, {"text": "ok"})  # the shop typed the same in the app
+    rig.live_through(120)
+    status = rig.status(message_id)
+    assert (status["status"], status["error"]["code"]) == ("failed", "in_doubt")
+    assert [kind for kind, _ in rig.alerts] == ["in_doubt"]
+    assert len(rig.meta.sent) == 2
+
+
 def test_a_send_that_stays_in_doubt_fails_as_such_and_a_late_echo_still_proves_it(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
     rig.meta.fault("messages", after_effect=True, drop=True)
-    rig.live_through(120)
+    rig.meta.fault("conversations", times=10_000, status=503, body="")
+    rig.live_through(25 * 3600)
     status = rig.status(message_id)
     assert (status["status"], status["error"]["code"]) == ("failed", "in_doubt")
     assert [kind for kind, _ in rig.alerts] == ["in_doubt"]
@@ -286,8 +434,9 @@ def test_a_send_that_stays_in_doubt_fails_as_such_and_a_late_echo_still_proves_i
 def test_answers_that_may_follow_a_delivery_are_in_doubt(rig: Rig, fault: dict) -> None:
     rig.send(rig.account())
     rig.meta.fault("messages", after_effect=True, **fault)
-    rig.pass_s(30)
+    rig.pass_s(3)
     assert rig.db.value("SELECT in_doubt FROM deliveries WHERE target = 'instagram'") == 1
+    rig.live_through(60)
     assert len(rig.meta.sent) == 1
 
 
@@ -302,17 +451,10 @@ def test_an_echo_before_the_answer_waits_and_then_confirms(rig: Rig) -> None:
     )
     assert rig.echo("hello", "mid-of-ours")[0].state == "held"
     assert rig.echo("typed in the app", "mid-of-the-app")[0].state == "held"
-    verdict = decide(held, Outcome("done"), schedule, rig.now_s, lambda: 1.0)
-    turn.take(
-        rig.db,
-        [turn.Finished(held, Outcome("done", external_id="mid-of-ours"), verdict)],
-        free=lambda endpoint: 0,
-        senders=0,
-        now_s=rig.now_s,
-        lease_s=90,
-        in_doubt_s=60,
-        patience=rig.patience,
-    )
+    outcome = Outcome("done", external_id="mid-of-ours")
+    verdict = decide(held, outcome, schedule, rig.now_s, lambda: 1.0)
+    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
+    turn.take(rig.db, [turn.Finished(held, outcome, verdict)], terms, room=lambda endpoint: NO_ROOM, senders=0)
     assert rig.status(message_id)["status"] == "delivered"
     rig.drain()
     assert rig.events() == ["message.sent", "message.delivered", "message.echo"]
@@ -337,8 +479,11 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
     rig.drain()
     assert rig.events() == ["message.received"]
     assert rig.meta.sent == []
-    rig.live_through(120)
-    assert rig.status(message_id)["error"]["code"] == "in_doubt"
+    rig.live_through(30)
+    assert rig.meta.sent == []
+    rig.live_through(30)
+    assert len(rig.meta.sent) == 1
+    assert rig.status(message_id)["status"] == "sent"
 
 
 def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:

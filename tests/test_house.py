@@ -12,6 +12,7 @@ FLOORS = (
     {"errors", "events", "__init__"},
     {"log"},
     {"config", "vault", "signing", "contract", "net", "apikey"},
+    {"endpoints"},
     {"store", "instagram", "crm", "alerts"},
     {"delivery", "upkeep", "ops"},
     {"worker", "web"},

@@ -8,6 +8,7 @@ from typing import Any
 
 from crmbridge import __version__, net
 from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
+from crmbridge.events import Shown, epoch_s
 from crmbridge.instagram import codes
 
 _LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
@@ -96,6 +97,31 @@ class Client:
             raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
         return answer.status, found
 
+    def look_up(self, token: str, user_id: str, contact: str) -> list[Shown]:
+        """Return what the shop wrote to a contact, as the Conversations API shows it: the newest 20 messages.
+
+        Raises Retry when it cannot be asked.
+        """
+        try:
+            query = [("platform", "instagram"), ("user_id", contact)]
+            _, found = self._ask("GET", f"/{user_id}/conversations", token, query)
+            conversations = [entry.get("id") for entry in _list(found.get("data"))]
+            if not conversations:
+                return []
+            fields = "messages{id,created_time,from,to,message}"
+            _, thread = self._ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
+        except (Invalid, Unavailable) as error:
+            raise Retry(error.message, code="look_up_failed", counts=False) from None
+        messages = thread.get("messages")
+        try:
+            return [
+                Shown(str(entry["id"]), str(entry.get("message") or ""), epoch_s(entry["created_time"]))
+                for entry in _list(messages.get("data") if isinstance(messages, dict) else None)
+                if _from(entry) != contact
+            ]
+        except (KeyError, TypeError, ValueError):
+            raise Retry("the conversation cannot be read", code="look_up_failed", counts=False) from None
+
     def send(self, token: str, user_id: str, recipient_id: str, content: Mapping[str, Any]) -> Sent:
         """Send one message. Raises Retry, Refused or InDoubt; only Sent means that Instagram took it."""
         body = {"recipient": {"id": recipient_id}, "message": {"text": content["text"]}}
@@ -132,6 +158,15 @@ class Client:
             code="instagram_refused",
             http_status=answer.status,
         )
+
+
+def _list(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _from(entry: dict[str, Any]) -> str:
+    sender = entry.get("from")
+    return str(sender.get("id")) if isinstance(sender, dict) else ""
 
 
 def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:

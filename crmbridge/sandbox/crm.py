@@ -43,6 +43,7 @@ class _Script:
     headers: dict[str, str] | None
     delay_s: float
     event: str | None
+    containing: str | None
 
 
 class SampleCrm:
@@ -86,12 +87,16 @@ class SampleCrm:
         headers: dict[str, str] | None = None,
         delay_s: float = 0,
         event: str | None = None,
+        containing: str | None = None,
     ) -> None:
-        """Script the answers to the next verified deliveries, of one event if named; the oldest script goes first."""
+        """Script the answers to the next verified deliveries, of one event or with a text in their body if named.
+
+        The oldest script that fits goes first.
+        """
         if times < 1 or not 200 <= status <= 599 or not 0 <= delay_s <= 3600:
             raise ValueError("an answer needs times >= 1, status 200..599 and delay_s >= 0")
         with self._changed:
-            self._scripts.append(_Script(status, times, body, headers, delay_s, event))
+            self._scripts.append(_Script(status, times, body, headers, delay_s, event, containing))
 
     def answer_always(
         self, status: int | None, *, body: str = "", headers: dict[str, str] | None = None, delay_s: float = 0
@@ -100,7 +105,7 @@ class SampleCrm:
         if status is not None and not 200 <= status <= 599:
             raise ValueError("an answer needs a status 200..599")
         with self._changed:
-            self._always = None if status is None else _Script(status, 1, body, headers, delay_s, None)
+            self._always = None if status is None else _Script(status, 1, body, headers, delay_s, None, None)
 
     def wait(self, n: int, *, timeout_s: float = 10, where: Callable[[Received], bool] | None = None) -> list[Received]:
         """Wait until at least n deliveries match; return all that do."""
@@ -152,7 +157,7 @@ class SampleCrm:
         header = request.get_header("X-Hub-Signature-256")
         verified = signing.hub_signature_matches([self.secrets.get(path, self.secret)], header, body)
         event = _object(body)
-        script = self._next_script(event.get("event")) if verified else None
+        script = self._next_script(event.get("event"), body.decode("utf-8", "replace")) if verified else None
         if script is not None:
             self._closing.wait(script.delay_s)
         status = 401 if not verified else 200 if script is None else script.status
@@ -162,9 +167,10 @@ class SampleCrm:
             self._changed.notify_all()
         return server.answer(script.body if script else "", status, script.headers if script else None)
 
-    def _next_script(self, event: str | None) -> _Script | None:
+    def _next_script(self, event: str | None, body: str) -> _Script | None:
         with self._changed:
-            script = next((one for one in self._scripts if one.event in (None, event)), None)
+            fitting = (one for one in self._scripts if one.event in (None, event) and (one.containing or "") in body)
+            script = next(fitting, None)
             if script is None:
                 return self._always
             script.times -= 1
@@ -195,7 +201,9 @@ class SampleCrm:
 
     def _script(self) -> dict[str, Any]:
         """Script answers; with `"always": true` for good, and then status null means 200 again."""
-        given = server.read_object(optional=["status", "times", "body", "headers", "delay_s", "event", "always"])
+        given = server.read_object(
+            optional=["status", "times", "body", "headers", "delay_s", "event", "containing", "always"]
+        )
         if given.pop("always", False):
             self.answer_always(given.pop("status", None), **given)
         else:

@@ -27,6 +27,8 @@ FIELDS = frozenset(
 ECHO = ("after", "before", "never")
 ME_FORM = ("flat", "data")
 _RETRY_DELAYS_S = (0.05, 0.2, 0.5, 1.0)
+_CONVERSATION = "aWdfZAG06"
+_NEWEST = 20  # Meta gives details of no more
 _WEBHOOK_TIMEOUT_S = 10
 
 
@@ -426,6 +428,10 @@ class Meta:
                 return self._refresh(account), []
             case "GET", "" if own:
                 return self._me(account), []
+            case "GET", "conversations" if own:
+                return self._conversations(account), []
+            case "GET", "" if head.startswith(_CONVERSATION):
+                return self._conversation(account, head), []
             case "GET", "" if head.isdigit():
                 return self._profile(head), []
             case "POST", "messages" if own:
@@ -464,6 +470,33 @@ class Meta:
             raise graph.GraphError(230, "User consent is required to access user profile")
         also = "profile_pic follower_count is_user_follow_business is_business_follow_user is_verified_user"
         return graph.chosen({**self.customers[igsid], "id": igsid}, also)
+
+    def _conversations(self, account: Account) -> dict[str, Any]:
+        wanted = bottle.request.query.user_id
+        with self._changed:
+            latest = {one["igsid"]: one["at"] for one in self.messages if one["user_id"] == account.user_id}
+        found = [
+            {"id": _CONVERSATION + igsid, "updated_time": wire.iso_time(at)}
+            for igsid, at in latest.items()
+            if wanted in ("", igsid)
+        ]
+        return {"data": found}
+
+    def _conversation(self, account: Account, name: str) -> dict[str, Any]:
+        igsid = name.removeprefix(_CONVERSATION)
+        with self._changed:
+            thread = [one for one in self.messages if (one["user_id"], one["igsid"]) == (account.user_id, igsid)]
+        newest = [
+            {
+                "id": one["mid"],
+                "created_time": wire.iso_time(one["at"]),
+                "from": {"id": igsid if one["from"] == "customer" else account.user_id},
+                "to": {"data": [{"id": account.user_id if one["from"] == "customer" else igsid}]},
+                "message": one["text"] or "",
+            }
+            for one in reversed(thread[-_NEWEST:])
+        ]
+        return {"messages": {"data": newest}, "id": name}
 
     def _refresh(self, account: Account) -> dict[str, Any]:
         if bottle.request.query.grant_type != "ig_refresh_token":

@@ -10,6 +10,7 @@ import itertools
 import json
 import secrets
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from crmbridge import signing
@@ -107,3 +108,8 @@ def _echo_attachment(sent: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "template" and isinstance(payload, dict):
         payload = {"generic": {"elements": payload.get("elements", [])}}
     return {"type": kind} | ({"payload": payload} if payload is not None else {})
+
+
+def iso_time(epoch_s: float) -> str:
+    """Render a time as the Graph API does: whole seconds, and an offset without a colon."""
+    return datetime.fromtimestamp(int(epoch_s), UTC).strftime("%Y-%m-%dT%H:%M:%S+0000")

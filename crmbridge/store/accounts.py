@@ -3,7 +3,8 @@
 from typing import Any
 
 from crmbridge.errors import Conflict
-from crmbridge.events import new_id
+from crmbridge.events import epoch_s, new_id
+from crmbridge.store import deliveries
 from crmbridge.store.database import Database, Row
 
 _LIVE = "deleted_at IS NULL"
@@ -44,7 +45,14 @@ def create(db: Database, values: dict[str, Any], now: str) -> Row:
                 f"The Instagram account {values['instagram_account_id']} is already here, as {taken['id']}.",
                 code="account_exists",
             )
-        row = {**values, "id": new_id("acc"), "status": "active", "created_at": now, "updated_at": now}
+        row = {
+            **values,
+            "id": new_id("acc"),
+            "status": "active",
+            "status_since": now,
+            "created_at": now,
+            "updated_at": now,
+        }
         db.insert("accounts", row)
         return found(db, row["id"])
 
@@ -52,10 +60,16 @@ def create(db: Database, values: dict[str, Any], now: str) -> Row:
 
 
 def update(db: Database, account_id: str, values: dict[str, Any], now: str) -> Row:
-    """Change columns of an account and return it."""
+    """Change columns of an account and return it; what it is owed does not age while it is not active."""
 
     def job() -> Row:
-        db.update("accounts", {**values, "updated_at": now}, "id = ?", [account_id])
+        before, changed = found(db, account_id), {**values, "updated_at": now}
+        if values.get("status", before["status"]) != before["status"]:
+            changed["status_since"] = now
+            if values["status"] == "active":
+                paused_s = epoch_s(now) - epoch_s(before["status_since"])
+                deliveries.postpone(db, paused_s, "account_id = ?", [account_id])
+        db.update("accounts", changed, "id = ?", [account_id])
         return found(db, account_id)
 
     return db.write(job)

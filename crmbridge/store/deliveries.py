@@ -3,19 +3,25 @@
 Every function runs inside a write of its caller.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from crmbridge.events import new_id
+from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 
-OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault"]
+OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault", "absent"]
+CallKind = Literal["call", "look_up"]
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A delivery whose call may be made now by the holder of `claim_id`, with all that the call needs."""
+    """A delivery whose call may be made now by the holder of `claim_id`, with all that the call needs.
+
+    A `look_up` asks the channel whether the last call, number `number`, took effect.
+    """
 
     id: str
     claim_id: str
@@ -26,9 +32,13 @@ class Claimed:
     event_id: str | None
     message_id: str | None
     body: str
+    kind: CallKind
     number: int  # of this attempt, from 1
+    ready: int
     retries: int
     waits: int
+    look_ups: int
+    previous_at: str | None  # when the call before this one began
     accepted_at: str
     expires_at: str
     correlation_id: str
@@ -37,7 +47,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call came to. `external_id` is the channel's id of what was sent."""
+    """What one call came to. `external_id` is the channel's id of what was sent.
+
+    `rest_s` is how long the far side asks to be left alone altogether.
+    """
 
     kind: OutcomeKind
     code: str | None = None
@@ -47,6 +60,7 @@ class Outcome:
     counts: bool = True
     alert: bool = False
     external_id: str | None = None
+    rest_s: float = 0
     ms: int = 0
 
 
@@ -60,7 +74,9 @@ class Verdict:
     in_doubt: bool = False
 
 
-_CARRIED = {entry.name for entry in fields(Claimed)} - {"claim_id", "body", "number", "account"}
+_CARRIED = {entry.name for entry in fields(Claimed)} - {
+    "claim_id", "body", "kind", "number", "previous_at", "account",
+}  # fmt: skip
 _BLOCKED = """
     SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready < 2
     LIMIT 1"""
@@ -116,12 +132,52 @@ _DUE = """
     ORDER BY due LIMIT ?"""
 
 
-def due(db: Database, target: Target, account_id: str, now: str, limit: int) -> list[Row]:
+def due(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
     """Return the rows of an endpoint that are due, earliest first."""
     return db.rows(_DUE, (target, account_id, now, limit))
 
 
-def next_due(db: Database, target: Target, account_id: str) -> str | None:
+def first_behind(db: Database, target: str, account_id: str, contact: str) -> Row | None:
+    """Return the first row that waits behind a lane's head."""
+    return db.row(
+        """
+        SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 0
+        ORDER BY sequence LIMIT 1""",
+        (target, account_id, contact),
+    )
+
+
+def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None:
+    """Return the head behind which the newest untried row waits, if it came after the head's last call."""
+    newest = db.row(
+        """
+        SELECT contact, accepted_at FROM deliveries
+        WHERE state = 'pending' AND ready = 0 AND attempts = 0 AND target = ? AND account_id = ?
+        ORDER BY position DESC LIMIT 1""",
+        (target, account_id),
+    )
+    if newest is None:
+        return None
+    return db.row(
+        """
+        SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1
+            AND claim_id IS NULL AND tried_at < ?""",
+        (target, account_id, newest["contact"], newest["accepted_at"]),
+    )
+
+
+def hasten(db: Database, target: str, account_id: str, now: str, limit: int) -> int:
+    """Make up to `limit` rows that wait for a later try due now; return how many there were."""
+    return db.run(
+        """
+        UPDATE deliveries SET due = ? WHERE id IN (
+            SELECT id FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
+                AND due > ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
+        (now, target, account_id, now, limit),
+    )
+
+
+def next_due(db: Database, target: str, account_id: str) -> str | None:
     """Return when an endpoint's next row is due, or when the lease of one in flight ends."""
     found = db.value(
         "SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?",
@@ -132,29 +188,40 @@ def next_due(db: Database, target: Target, account_id: str) -> str | None:
 
 def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_until: str) -> Claimed:
     """Lease a due row to a fresh claim id and write the attempt, before the call is made."""
-    claim_id, number = new_id("clm"), row["attempts"] + 1
-    leased: Row = {"claim_id": claim_id, "due": lease_until, "attempts": number}
+    claim_id, kind = new_id("clm"), _kind(row)
+    leased: Row = {"claim_id": claim_id, "due": lease_until}
+    number = row["attempts"]
+    if kind == "call":
+        number += 1
+        leased |= {"attempts": number, "tried_at": now, "look_ups": 0}
     if row["target"] == "crm":
         leased["body"] = body
     db.update("deliveries", leased, "id = ?", [row["id"]])
-    db.insert("delivery_attempts", {"delivery_id": row["id"], "number": number, "started_at": now})
+    attempt = {"delivery_id": row["id"], "claim_id": claim_id, "kind": kind, "number": number, "started_at": now}
+    db.insert("delivery_attempts", attempt)
+    carried = {name: row[name] for name in _CARRIED}
     return Claimed(
-        claim_id=claim_id, body=body, number=number, account=account, **{name: row[name] for name in _CARRIED}
+        claim_id=claim_id, body=body, kind=kind, number=number, previous_at=row["tried_at"], account=account, **carried
     )
+
+
+def _kind(row: Row) -> CallKind:
+    return "look_up" if row["in_doubt"] else "call"
 
 
 def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, now: str) -> bool:
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
     finished = None if verdict.state == "pending" else now
-    failed = outcome.kind != "done"
+    failed = outcome.kind not in ("done", "absent")
     touched = db.update(
         "deliveries",
         {
             "state": verdict.state,
             "due": verdict.due,
             "claim_id": None,
-            "ready": 2 if verdict.steps_aside else 1,
+            "ready": 2 if verdict.steps_aside else claimed.ready,
             "in_doubt": int(verdict.in_doubt),
+            "look_ups": claimed.look_ups + int(outcome.kind == "absent"),
             "retries": claimed.retries + int(failed and outcome.counts),
             "waits": claimed.waits + int(failed and not outcome.counts),
             "last_code": outcome.code,
@@ -175,9 +242,13 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
             "error": outcome.message,
             "duration_ms": outcome.ms,
         },
-        "delivery_id = ? AND number = ?",
-        [claimed.id, claimed.number],
+        "delivery_id = ? AND claim_id = ?",
+        [claimed.id, claimed.claim_id],
     )
+    if touched and claimed.ready == 0 and verdict.state == "done":
+        # It went past its lane's head: so the far side works, and the head steps aside.
+        where = "state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1"
+        db.update("deliveries", {"ready": 2}, where, [claimed.target, claimed.account_id, claimed.contact])
     if touched and (finished or verdict.steps_aside):
         promote(db, claimed.target, claimed.account_id, claimed.contact, now)
     return bool(touched)
@@ -212,15 +283,13 @@ def abandoned(db: Database) -> list[Row]:
 
 def release(db: Database, row: Row, *, due: str, in_doubt: bool, now: str) -> None:
     """Take a row back from a worker that never reported; its call may have taken effect."""
-    db.run(
-        "UPDATE deliveries SET claim_id = NULL, due = ?, in_doubt = ?, last_code = 'abandoned' WHERE id = ?",
-        (due, int(in_doubt), row["id"]),
-    )
+    released = {"claim_id": None, "due": due, "in_doubt": int(in_doubt), "last_code": "abandoned"}
+    db.update("deliveries", released, "id = ?", [row["id"]])
     db.run(
         """
         UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'abandoned'
-        WHERE delivery_id = ? AND number = ? AND outcome IS NULL""",
-        (now, row["id"], row["attempts"]),
+        WHERE delivery_id = ? AND claim_id = ?""",
+        (now, row["id"], row["claim_id"]),
     )
 
 
@@ -254,6 +323,33 @@ def headless(db: Database) -> list[Row]:
             WHERE head.state = 'pending' AND head.target = waiting.target AND head.account_id = waiting.account_id
                 AND head.contact = waiting.contact AND head.ready = 1)"""
     )
+
+
+def expired(db: Database, before: str, limit: int) -> list[Row]:
+    """Return rows of active accounts whose time ended before then without a call in flight."""
+    return db.rows(
+        """
+        SELECT deliveries.* FROM deliveries JOIN accounts ON accounts.id = account_id
+        WHERE state = 'pending' AND expires_at < ? AND claim_id IS NULL AND accounts.status = 'active'
+        ORDER BY expires_at LIMIT ?""",
+        (before, limit),
+    )
+
+
+def postpone(db: Database, seconds: float, where: str, parameters: Sequence[Any]) -> None:
+    """Move the end of what is pending, for time that does not count or a clock that was set."""
+    shifted = sqlite.shifted("expires_at")
+    db.run(
+        f"UPDATE deliveries SET expires_at = {shifted} WHERE state = 'pending' AND {where}",
+        (f"{seconds:+.3f}", *parameters),
+    )
+
+
+def follow_clock(db: Database, seconds: float) -> None:
+    """Move all times that lie ahead along with a clock that was set."""
+    due, expires = sqlite.shifted("due"), sqlite.shifted("expires_at")
+    shift = f"{seconds:+.3f}"
+    db.run(f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'", (shift, shift))
 
 
 def end_account(db: Database, account_id: str, now: str) -> None:

@@ -1,7 +1,6 @@
 """What a channel told us: keep it once, route it to its account, and owe the CRM what it must hear."""
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -147,17 +146,10 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
 
 
 def _same_text(db: Database, send: Row, echo: Row) -> bool:
-    """Tell whether an echo can be a send in doubt: the same text, and not from before the call."""
-    started = db.value("SELECT MAX(started_at) FROM delivery_attempts WHERE delivery_id = ?", (send["id"],))
-    if started is None or epoch_s(echo["occurred_at"]) < epoch_s(started) - 5:
-        return False
+    """Tell whether an echo can be a send in doubt."""
     sent = json.loads(messages.content(db, send["message_id"]) or "{}").get("text") or ""
     echoed = json.loads(echo["payload"] or "{}").get("text") or ""
-    return _folded(sent) == _folded(echoed)
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()
+    return messages.may_be(sent, send["tried_at"], echoed, epoch_s(echo["occurred_at"]))
 
 
 def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:

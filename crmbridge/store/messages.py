@@ -1,17 +1,23 @@
 """Outbound messages: accept them, follow what becomes of them, tell the CRM of every change."""
 
 import json
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crmbridge import contract
 from crmbridge.errors import Conflict
-from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.events import Shown, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
 
 _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
+
+
+# The channel's clock is not ours, and its Conversations API tells whole seconds.
+SKEW_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,20 +100,15 @@ def settle(
         db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, "id = ?", [message["id"]])
         advance(db, message["id"], "sent", at=now, now=now, patience=patience)
         return
-    retried = int(verdict.state == "pending" and not verdict.in_doubt)
-    db.update(
-        "outbound_messages",
-        {
-            "retry_count": message["retry_count"] + retried,
-            "error_code": outcome.code,
-            "error_message": outcome.message,
-            "error_retryable": int(outcome.kind == "retry"),
-        },
-        "id = ?",
-        [message["id"]],
-    )
+    again = verdict.state == "pending" and not verdict.in_doubt
+    changed: Row = {"retry_count": message["retry_count"] + int(again)}
+    if claimed.kind == "call" or (verdict.state == "dead" and outcome.kind != "absent"):
+        retryable = int(outcome.kind in ("retry", "in_doubt") and claimed.kind == "call")
+        changed |= {"error_code": outcome.code, "error_message": outcome.message, "error_retryable": retryable}
+    db.update("outbound_messages", changed, "id = ?", [message["id"]])
     if verdict.state == "dead":
-        advance(db, message["id"], "failed", at=now, now=now, patience=patience, reason=outcome.code)
+        reason = changed.get("error_code", message["error_code"])
+        advance(db, message["id"], "failed", at=now, now=now, patience=patience, reason=reason)
 
 
 def fail(db: Database, message_id: str, code: str, problem: str, now: str, patience: Patience) -> None:
@@ -233,6 +234,30 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
         "error": error_of(message),
         "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
     }
+
+
+def matching(db: Database, claimed: Claimed, shown: Sequence[Shown]) -> list[Shown]:
+    """Return those of the messages in a thread that can be what a doubtful call sent.
+
+    That is: the same text, not from before the call, and not known as another send's.
+    """
+    started = db.value("SELECT tried_at FROM deliveries WHERE id = ?", (claimed.id,))
+    text = json.loads(claimed.body).get("text") or ""
+    return [
+        entry
+        for entry in shown
+        if may_be(text, started, entry.text, entry.at_s)
+        and find_external(db, claimed.account_id, entry.external_id) is None
+    ]
+
+
+def may_be(sent: str, started: str | None, shown: str, shown_s: float) -> bool:
+    """Tell whether a text in the thread can be what a call that began at `started` sent."""
+    return started is not None and shown_s >= epoch_s(started) - SKEW_S and _folded(sent) == _folded(shown)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def content(db: Database, message_id: str) -> str | None:

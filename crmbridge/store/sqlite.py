@@ -45,6 +45,11 @@ def file_bytes(path: Path) -> int:
     return sum(part.stat().st_size for part in (path, path.with_name(path.name + "-wal")) if part.exists())
 
 
+def shifted(column: str) -> str:
+    """Return an expression that moves a time column by the seconds given as its parameter."""
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, ? || ' seconds')"
+
+
 class FileLock:
     """An advisory lock on a file beside the database, for processes to queue at; held by a thread at a time."""
 

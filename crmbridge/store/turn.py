@@ -1,8 +1,9 @@
 """One turn of the engine in one transaction: record what came back, claim what is free."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from crmbridge.endpoints import Endpoint, Room
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import accounts, deliveries, inbound, messages
 from crmbridge.store.contacts import Target
@@ -11,7 +12,10 @@ from crmbridge.store.deliveries import Claimed, Outcome, Verdict
 from crmbridge.store.messages import Patience
 
 TARGETS: tuple[Target, ...] = ("crm", "instagram")
-Endpoint = tuple[Target, str]
+HASTEN_AT_ONCE = 500
+_EXPIRE_AT_ONCE = 200
+_EXPIRY_GRACE_S = 120.0  # the last try falls on the end itself
+_LOOK_FURTHER = 16
 _UNRENDERED_S = 300.0
 
 
@@ -26,28 +30,40 @@ class Finished:
 
 @dataclass
 class Turn:
-    """What a turn brought: calls to make, when to look again, and what a person should know."""
+    """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know."""
 
     claimed: list[Claimed] = field(default_factory=list)
-    next_due: str | None = None
+    dues: dict[Endpoint, str] = field(default_factory=dict)
+    hastened: dict[Endpoint, int] = field(default_factory=dict)
     fenced: list[Claimed] = field(default_factory=list)
-    in_doubt: list[Row] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a turn goes by: the time, how long a lease lasts, how soon a doubtful send is looked for."""
+
+    now_s: float
+    lease_s: float
+    look_up_s: float
+    patience: Patience
 
 
 def take(
     db: Database,
     finished: Sequence[Finished],
+    terms: Terms,
     *,
-    free: Callable[[Endpoint], int],
+    room: Callable[[Endpoint], Room],
     senders: int,
-    now_s: float,
-    lease_s: float,
-    in_doubt_s: float,
-    patience: Patience,
+    hasten: Collection[Endpoint] = (),
+    in_flight: Collection[str] = (),
 ) -> Turn:
-    """Record the finished calls and claim up to `senders` new ones, `free(endpoint)` for each endpoint at most."""
-    now = instant(now_s)
+    """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint)` allows for each.
+
+    `hasten` names endpoints that recovered; `in_flight` the claims that this process holds, however late they are.
+    """
+    now = instant(terms.now_s)
 
     def job() -> Turn:
         turn = Turn()
@@ -57,59 +73,75 @@ def take(
                 turn.fenced.append(entry.claimed)
             # That a send went out stays true even when the claim was lost.
             if entry.claimed.target == "instagram" and (is_ours or entry.outcome.kind == "done"):
-                _settle(db, entry, now_s, patience)
-        claimable = [
-            (target, account)
-            for account in accounts.everyone(db)
-            for target in TARGETS
-            if account["status"] == "active" or (target == "crm" and account["status"] == "error")
-        ]
-        for target, account in claimable:
-            room = min(free((target, account["id"])), senders - len(turn.claimed))
-            for row in deliveries.due(db, target, account["id"], now, room) if room > 0 else ():
-                _claim(db, turn, row, account, now_s, lease_s, in_doubt_s, patience)
-        dues = [deliveries.next_due(db, target, account["id"]) for target, account in claimable]
-        turn.next_due = min((due for due in dues if due), default=None)
+                messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
+                inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
+        for target, account in _served(db):
+            endpoint = (target, account["id"])
+            if endpoint in hasten:
+                turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, now, HASTEN_AT_ONCE)
+            left = senders - len(turn.claimed)
+            for row in _choose(db, endpoint, room(endpoint), left, now) if left > 0 else ():
+                if row["claim_id"] not in in_flight:
+                    _claim(db, turn, row, account, terms)
+            due = deliveries.next_due(db, *endpoint)
+            if due:
+                turn.dues[endpoint] = due
         return turn
 
     return db.write_last(job)
 
 
-def _settle(db: Database, entry: Finished, now_s: float, patience: Patience) -> None:
-    claimed = entry.claimed
-    messages.settle(db, claimed, entry.outcome, entry.verdict, patience, now_s)
-    inbound.release_held(db, claimed.account_id, claimed.contact, instant(now_s), patience)
+def _served(db: Database) -> list[tuple[Target, Row]]:
+    return [
+        (target, account)
+        for account in accounts.everyone(db)
+        for target in TARGETS
+        if account["status"] == "active" or (target == "crm" and account["status"] == "error")
+    ]
 
 
-def _claim(
-    db: Database,
-    turn: Turn,
-    row: Row,
-    account: Row,
-    now_s: float,
-    lease_s: float,
-    in_doubt_s: float,
-    patience: Patience,
-) -> None:
-    now = instant(now_s)
+def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, now: str) -> list[Row]:
+    """Return the rows that an endpoint may get now."""
+    calls = min(room.calls, most)
+    if calls <= 0:
+        return []
+    if room.probe == "behind":
+        behind = deliveries.first_behind(db, *endpoint, room.contact)
+        return [behind] if behind else []
+    rows = deliveries.due(db, *endpoint, now, calls if room.probe else calls + _LOOK_FURTHER)
+    if room.probe and not rows:
+        head = deliveries.head_of_the_newest(db, *endpoint)
+        return [head] if head else []
+    chosen: list[Row] = []
+    retries = room.retries
+    for row in rows:
+        if row["attempts"]:
+            if retries <= 0:
+                continue
+            retries -= 1
+        chosen.append(row)
+        if len(chosen) == calls:
+            break
+    return chosen
+
+
+def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> None:
+    now = instant(terms.now_s)
     if row["claim_id"] is not None:
-        _abandon(db, row, now_s, in_doubt_s)
+        _abandon(db, row, terms.now_s, terms.look_up_s)
         if row["target"] == "instagram":
             return
-    if row["in_doubt"]:
-        give_up_in_doubt(db, row, now, patience)
-        turn.in_doubt.append(row)
-        return
     try:
         body = _body(db, row, account)
     except (LookupError, ValueError, TypeError) as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
-        later = instant(now_s + _UNRENDERED_S)
+        later = instant(terms.now_s + _UNRENDERED_S)
         problem = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
         db.update("deliveries", problem, "id = ?", [row["id"]])
         turn.unrendered.append(row)
         return
-    turn.claimed.append(deliveries.claim(db, row, account, body, now=now, lease_until=instant(now_s + lease_s)))
+    lease_until = instant(terms.now_s + terms.lease_s)
+    turn.claimed.append(deliveries.claim(db, row, account, body, now=now, lease_until=lease_until))
 
 
 def _body(db: Database, row: Row, account: Row) -> str:
@@ -121,21 +153,13 @@ def _body(db: Database, row: Row, account: Row) -> str:
     return row["body"] if row["body"] is not None else inbound.crm_body(db, account, row)
 
 
-def give_up_in_doubt(db: Database, row: Row, now: str, patience: Patience) -> None:
-    """End a send whose outcome stayed unknown: for a person or the CRM to decide, never to repeat blindly."""
-    problem = "Instagram did not say whether it took the message, and no echo came"
-    deliveries.end(db, row, "dead", "in_doubt", problem, now)
-    messages.fail(db, row["message_id"], "in_doubt", problem, now, patience)
-    inbound.release_held(db, row["account_id"], row["contact"], now, patience)
-
-
-def _abandon(db: Database, row: Row, now_s: float, in_doubt_s: float) -> None:
+def _abandon(db: Database, row: Row, now_s: float, look_up_s: float) -> None:
     doubtful = row["target"] == "instagram"
-    due = instant(now_s + in_doubt_s) if doubtful else instant(now_s)
+    due = instant(now_s + look_up_s) if doubtful else instant(now_s)
     deliveries.release(db, row, due=due, in_doubt=doubtful, now=instant(now_s))
 
 
-def recover(db: Database, now_s: float, in_doubt_s: float) -> int:
+def recover(db: Database, now_s: float, look_up_s: float) -> int:
     """Take back what a worker that no longer runs had claimed; return how many rows there were.
 
     A send whose call may have reached the channel is in doubt; a CRM's event may safely be repeated.
@@ -144,10 +168,32 @@ def recover(db: Database, now_s: float, in_doubt_s: float) -> int:
     def job() -> int:
         rows = deliveries.abandoned(db)
         for row in rows:
-            _abandon(db, row, now_s, in_doubt_s)
+            _abandon(db, row, now_s, look_up_s)
         return len(rows)
 
     return db.write(job)
+
+
+def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
+    """End what waited past its time without being tried; return how many rows of each account that were."""
+    ended: dict[str, int] = {}
+    now, before = instant(now_s), instant(now_s - _EXPIRY_GRACE_S)
+    problem = "not delivered in time: the far side was unavailable"
+
+    def job() -> int:
+        rows = deliveries.expired(db, before, _EXPIRE_AT_ONCE)
+        for row in rows:
+            code = "in_doubt" if row["in_doubt"] else "expired"
+            deliveries.end(db, row, "dead", code, problem, now)
+            if row["target"] == "instagram":
+                messages.fail(db, row["message_id"], code, problem, now, patience)
+                inbound.release_held(db, row["account_id"], row["contact"], now, patience)
+            ended[row["account_id"]] = ended.get(row["account_id"], 0) + 1
+        return len(rows)
+
+    while db.write_last(job) == _EXPIRE_AT_ONCE:
+        pass
+    return ended
 
 
 def repair(db: Database, now_s: float) -> int:
@@ -163,6 +209,11 @@ def repair(db: Database, now_s: float) -> int:
         return len(lanes)
 
     return db.write(job)
+
+
+def follow_clock(db: Database, seconds: float) -> None:
+    """Move every time that lies ahead along with a clock that was set."""
+    db.write(lambda: deliveries.follow_clock(db, seconds))
 
 
 def latency_s(claimed: Claimed, now_s: float) -> float:

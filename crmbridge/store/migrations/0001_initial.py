@@ -12,6 +12,7 @@ TABLES = (
         username              TEXT,
         status                TEXT NOT NULL,         -- active | inactive | error
         status_reason         TEXT,
+        status_since          TEXT NOT NULL,
         access_token_sealed   TEXT,                  -- NULL once the account is deleted
         webhook_secret_sealed TEXT,
         crm_webhook_url       TEXT,                  -- NULL: nothing is pushed
@@ -126,7 +127,9 @@ TABLES = (
         attempts         INTEGER NOT NULL DEFAULT 0, -- calls made
         retries          INTEGER NOT NULL DEFAULT 0, -- failures that use up the schedule
         waits            INTEGER NOT NULL DEFAULT 0, -- failures that do not: the far side was unavailable
+        tried_at         TEXT,                       -- when the last call began
         in_doubt         INTEGER NOT NULL DEFAULT 0, -- 1: the last call may have taken effect
+        look_ups         INTEGER NOT NULL DEFAULT 0, -- how often the channel was asked whether it did
         last_code        TEXT,
         last_http_status INTEGER,
         last_error       TEXT,
@@ -141,6 +144,10 @@ TABLES = (
     """
     CREATE INDEX deliveries_lane ON deliveries (target, account_id, contact, ready, sequence)
         WHERE state = 'pending'""",
+    """
+    CREATE INDEX deliveries_untried ON deliveries (target, account_id, position)
+        WHERE state = 'pending' AND ready = 0 AND attempts = 0""",
+    "CREATE INDEX deliveries_expiry ON deliveries (expires_at) WHERE state = 'pending'",
     "CREATE INDEX deliveries_claimed ON deliveries (claim_id) WHERE claim_id IS NOT NULL",
     "CREATE INDEX deliveries_dead ON deliveries (target, finished_at) WHERE state = 'dead'",
     """
@@ -153,10 +160,12 @@ TABLES = (
     CREATE TABLE delivery_attempts (                 -- written before the call, completed after it
         position    INTEGER PRIMARY KEY AUTOINCREMENT,
         delivery_id TEXT NOT NULL,
-        number      INTEGER NOT NULL,
+        claim_id    TEXT NOT NULL,
+        kind        TEXT NOT NULL,                   -- call | look_up
+        number      INTEGER NOT NULL,                -- of the call, or of the call that is looked for
         started_at  TEXT NOT NULL,
         finished_at TEXT,
-        outcome     TEXT,                            -- done | retry | refused | in_doubt | fault | abandoned
+        outcome     TEXT,                            -- done | retry | refused | in_doubt | fault | abandoned | absent
         code        TEXT,
         http_status INTEGER,
         error       TEXT,

@@ -1,0 +1,170 @@
+"""How each far side is doing: how many calls it may get now, and when one that failed is asked again.
+
+Kept in memory by the one worker; knows no rows and makes no calls.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Endpoint = tuple[str, str]  # target, account id
+Change = Literal["broken", "recovered"]
+_BREAK_AFTER = 10  # failures in a row over all rows of an endpoint, while some are still in their quick retries
+_OVERLOADED = (408, 429, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an endpoint may get now.
+
+    `calls` at most, of which `retries` may be for rows that failed before. While it is broken it gets one
+    `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
+    in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
+    """
+
+    calls: int
+    retries: int
+    probe: Literal["head", "behind"] | None = None
+    contact: str = ""
+
+
+NO_ROOM = Room(0, 0)
+
+
+@dataclass
+class _State:
+    in_flight: int = 0
+    retries_in_flight: int = 0
+    failures: int = 0
+    worked_s: float = 0.0
+    broken: bool = False
+    broken_since_s: float = 0.0
+    probes: int = 0
+    rests_until_s: float = 0.0
+    behind: str | None = None
+    tokens: float = 0.0
+    counted_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes: `slots` calls at a time to one endpoint, `for_first_tries` of them never given to retries.
+
+    `probe_s` are the pauses between probes of a broken endpoint, the last one repeated; `per_s` bounds the
+    calls a second to one endpoint of a target.
+    """
+
+    slots: int
+    for_first_tries: int
+    probe_s: Sequence[float]
+    per_s: Mapping[str, float]
+
+
+class Endpoints:
+    """The states of all endpoints. Not locked: only the drain uses it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._states: dict[Endpoint, _State] = {}
+
+    def room(self, endpoint: Endpoint, now_s: float) -> Room:
+        """Return what an endpoint may get now."""
+        state = self._state(endpoint)
+        if now_s < state.rests_until_s and state.behind is None:
+            return NO_ROOM
+        if state.broken:
+            if state.in_flight:
+                return NO_ROOM
+            contact, state.behind = state.behind, None
+            return Room(1, 1, "head") if contact is None else Room(1, 1, "behind", contact)
+        calls = self._limits.slots - state.in_flight
+        per_s = self._limits.per_s.get(endpoint[0])
+        if per_s is not None:
+            earned = max(now_s - state.counted_s, 0.0) * per_s
+            state.tokens = min(state.tokens + earned, max(per_s / 10, 1.0))
+            state.counted_s = now_s
+            calls = min(calls, int(state.tokens))
+        retries = self._limits.slots - self._limits.for_first_tries - state.retries_in_flight
+        return Room(max(calls, 0), max(retries, 0))
+
+    def rests_until_s(self, endpoint: Endpoint, now_s: float) -> float:
+        """Return before when it is no use to look at an endpoint again."""
+        state = self._state(endpoint)
+        per_s = self._limits.per_s.get(endpoint[0])
+        paced_s = now_s + (1 - state.tokens) / per_s if per_s is not None and state.tokens < 1 else 0.0
+        return max(state.rests_until_s, paced_s)
+
+    def is_broken(self, endpoint: Endpoint) -> bool:
+        """Tell whether an endpoint is believed to be down."""
+        return self._state(endpoint).broken
+
+    def started(self, endpoint: Endpoint, *, is_retry: bool) -> None:
+        """Count a call that begins."""
+        state = self._state(endpoint)
+        state.in_flight += 1
+        state.retries_in_flight += int(is_retry)
+        state.tokens -= 1
+
+    def ended(self, endpoint: Endpoint, *, is_retry: bool) -> None:
+        """Count a call that ended."""
+        state = self._state(endpoint)
+        state.in_flight -= 1
+        state.retries_in_flight -= int(is_retry)
+
+    def worked(self, endpoint: Endpoint, now_s: float) -> Change | None:
+        """Note that the far side did what was asked."""
+        state = self._state(endpoint)
+        state.worked_s = now_s
+        was_broken, state.failures, state.probes = state.broken, 0, 0
+        state.broken, state.behind = False, None
+        state.rests_until_s = 0.0 if was_broken else state.rests_until_s
+        return "recovered" if was_broken else None
+
+    def failed(
+        self,
+        endpoint: Endpoint,
+        now_s: float,
+        *,
+        http_status: int | None,
+        is_worn: bool,
+        previous_s: float | None,
+        contact: str,
+        was_head: bool,
+    ) -> Change | None:
+        """Note that the far side did not.
+
+        `is_worn` tells that the row's quick retries are used up. When something else got through since its call
+        before this one, at `previous_s`, the far side works and it is this row that it cannot take.
+        """
+        state = self._state(endpoint)
+        state.failures += 1
+        was_broken = state.broken
+        others_pass = previous_s is not None and state.worked_s > previous_s
+        state.broken = was_broken or (is_worn and not others_pass) or state.failures >= _BREAK_AFTER
+        if not state.broken:
+            return None
+        if not was_broken:
+            state.broken_since_s = now_s
+        pauses = self._limits.probe_s
+        self.rest(endpoint, now_s + pauses[min(state.probes, len(pauses) - 1)])
+        state.probes += 1
+        # Something answers there: it may be this message alone that it cannot take.
+        answered = http_status is not None and http_status not in _OVERLOADED
+        state.behind = contact if answered and was_head and endpoint[0] == "crm" else None
+        return None if was_broken else "broken"
+
+    def rest(self, endpoint: Endpoint, until_s: float) -> None:
+        """Leave an endpoint alone until then."""
+        state = self._state(endpoint)
+        state.rests_until_s = max(state.rests_until_s, until_s)
+
+    def shift(self, seconds: float) -> None:
+        """Follow a clock that was set."""
+        for state in self._states.values():
+            state.rests_until_s += seconds
+            state.worked_s += seconds
+            state.counted_s += seconds
+            state.broken_since_s += seconds
+
+    def _state(self, endpoint: Endpoint) -> _State:
+        return self._states.setdefault(endpoint, _State())
