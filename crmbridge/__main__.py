@@ -337,7 +337,13 @@ def _make_worker(rooms: _Rooms) -> Any:
         Job("expire", 60, upkeep.expire),
         Job("prune", 3600, upkeep.prune),
     ]
-    worker = Worker(engine, rooms.settings.store.queue_path, jobs, on_thread=rooms.db.checkpoint_here)
+    worker = Worker(
+        engine,
+        rooms.settings.store.queue_path,
+        jobs,
+        alert=rooms.alerts.alert,
+        on_thread=rooms.db.checkpoint_here,
+    )
     upkeep.beat()
     upkeep.sweep()
     return worker

@@ -61,10 +61,7 @@ def exception(name: str, /, **facts: Any) -> None:
 
     Only frames and the exception's type are shown: its message may quote what a customer wrote.
     """
-    kind, _, trace = sys.exc_info()
-    frames = traceback.extract_tb(trace)
-    where = " < ".join(f"{frame.name}@{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in reversed(frames))
-    _log(logging.ERROR, name, {**facts, "exception": kind.__name__ if kind else None, "trace": where})
+    _log(logging.ERROR, name, {**facts, **_told(sys.exc_info())})
 
 
 def _log(level: int, name: str, facts: dict[str, Any]) -> None:
@@ -77,8 +74,8 @@ class _Line(logging.Formatter):
         facts = getattr(record, "facts", None)
         if facts is None:
             head, facts = record.name, {"message": record.getMessage()}
-            if record.exc_info and record.exc_info[0]:
-                facts["exception"] = record.exc_info[0].__name__
+            if record.exc_info:
+                facts |= _told(record.exc_info)
         else:
             head = record.getMessage()
         parts = [instant(record.created), record.levelname.lower(), head]
@@ -88,6 +85,13 @@ class _Line(logging.Formatter):
         line = " ".join(parts)
         # Looking for the marks first costs a tenth of the substitution, and nearly no line has one.
         return _SECRETS.sub("[secret]", line) if any(mark in line for mark in _MARKS) else line
+
+
+def _told(info: Any) -> dict[str, str]:
+    kind, _, trace = info
+    frames = traceback.extract_tb(trace)
+    where = " < ".join(f"{frame.name}@{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in reversed(frames))
+    return {"exception": kind.__name__, "trace": where} if kind else {}
 
 
 def _value(value: object) -> str:

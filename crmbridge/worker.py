@@ -7,8 +7,10 @@ import datetime
 import json
 import os
 import socket
+import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from huey import Huey
 from huey.consumer import Consumer, Scheduler
 from huey.registry import Message
 from huey.serializer import Serializer
+from huey.signals import SIGNAL_ERROR
 from huey.storage import SqliteStorage
 
 from crmbridge import log
@@ -36,11 +39,23 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._news = threading.Condition()
         self._count = 0
+        self._unwritten: deque[bytes] = deque()
         super().__init__(*args, **kwargs)
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:
-        super().enqueue(data, priority)
+        try:
+            super().enqueue(data, priority)
+        except sqlite3.Error as error:
+            # A full disk must not silence the bell: it is no record, so memory will do.
+            log.warning("queue.unwritable", error=type(error).__name__)
+            self._unwritten.append(data)
         self.notify()
+
+    def add_to_schedule(self, data: bytes, ts: datetime.datetime) -> None:
+        try:
+            super().add_to_schedule(data, ts)
+        except sqlite3.Error as error:
+            log.warning("queue.unwritable", error=type(error).__name__)  # the next ring finds what is due
 
     def notify(self) -> None:
         with self._news:
@@ -55,6 +70,8 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
     def dequeue(self) -> bytes | None:
         with self._news:
             seen = self._count
+        if self._unwritten:
+            return self._unwritten.popleft()
         data: bytes | None = super().dequeue()
         if data is None:
             with self._news:
@@ -106,6 +123,7 @@ class Worker:
         queue_path: Path,
         jobs: list[Job],
         *,
+        alert: Callable[..., None] = lambda *_: None,
         on_thread: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -118,6 +136,7 @@ class Worker:
         self._ended = threading.Event()
         self._huey = self._open_queue()
         self._huey.on_startup("connection")(on_thread)
+        self._huey.signal(SIGNAL_ERROR)(lambda _signal, task, error: alert("system_fault", _failed(task, error)))
         self._drain_task = self._huey.task(name="drain")(self._drain)
         for job in jobs:
             self._register(job)
@@ -227,6 +246,10 @@ class Worker:
             except OSError:
                 return
             self.wake()
+
+
+def _failed(task: Any, error: BaseException) -> str:
+    return f"the worker's job {task.name.rsplit('.', 1)[-1]} failed with {type(error).__name__}; the log tells where"
 
 
 def bell_path(queue_path: Path) -> Path:

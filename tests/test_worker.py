@@ -1,9 +1,12 @@
 """Huey as the bell: heard at once, coalesced, kept for later; its queue is no record."""
 
+import contextlib
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,9 +43,9 @@ class FakeEngine:
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[FakeEngine, Worker]]]:
     started = []
 
-    def begin(*jobs: Job) -> tuple[FakeEngine, Worker]:
+    def begin(*jobs: Job, alert: Any = lambda *_: None) -> tuple[FakeEngine, Worker]:
         engine = FakeEngine()
-        worker = Worker(engine, tmp_path / "queue.db", list(jobs))  # type: ignore[arg-type]
+        worker = Worker(engine, tmp_path / "queue.db", list(jobs), alert=alert)  # type: ignore[arg-type]
         worker.start()
         started.append(worker)
         engine.wait(1)  # a start rings once
@@ -110,6 +113,20 @@ def test_jobs_run_again_and_again_and_one_that_fails_stops_no_other(
     def broken() -> None:
         raise ValueError("planned")
 
-    start(Job("broken", 5, broken), Job("fine", 5, ran.release))
+    alerts: list[tuple[str, str]] = []
+    start(Job("broken", 5, broken), Job("fine", 5, ran.release), alert=lambda *told: alerts.append(told))
     assert ran.acquire(timeout=12)
     assert ran.acquire(timeout=12)
+    assert alerts[0][0] == "system_fault"
+    assert "job broken failed with ValueError" in alerts[0][1]
+
+
+def test_a_bell_is_heard_though_the_queue_cannot_be_written(
+    start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path
+) -> None:
+    engine, worker = start()
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as other:
+        other.execute("DROP TABLE task")
+        other.commit()
+        worker.wake()
+        engine.wait(2, timeout_s=8)

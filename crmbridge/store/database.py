@@ -1,6 +1,7 @@
 """One open database: reads from any thread, writes one at a time, requests that meet share a commit."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import peewee
 from playhouse.migrations import Runner
 
+from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
 from crmbridge.store import sqlite
 
@@ -16,6 +18,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _COMMIT_TOGETHER = 64
+_LOOK_FOR_SPACE_S = 2.0
 
 
 class _Ticket(Generic[T]):
@@ -25,7 +28,7 @@ class _Ticket(Generic[T]):
         self.job = job
         self.done = False
         self._result: T
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # of the last try
 
     def run(self) -> None:
         self._result = self.job()
@@ -53,6 +56,10 @@ class Database:
         self._turn = threading.Lock()
         self._waiting: deque[_Ticket[Any]] = deque()
         self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
+        self._reserve = sqlite.Reserve(path.with_name(path.name + ".reserve"))
+        self._is_full = False
+        self._looked_for_space_s = time.monotonic()
+        self._reserve.take()
 
     # --- reading ---
 
@@ -105,8 +112,11 @@ class Database:
     def write(self, job: Callable[[], T]) -> T:
         """Run `job` in a transaction and return once it is on disk; jobs that wait together share the commit.
 
-        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL.
+        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL. Raises Unavailable
+        while the disk is full: what little space there is belongs to what was acknowledged before.
         """
+        if self._is_full:
+            self._look_for_space()
         ticket = _Ticket(job)
         self._waiting.append(ticket)
         with self._turn:
@@ -115,13 +125,35 @@ class Database:
         return ticket.result()
 
     def write_last(self, job: Callable[[], T]) -> T:
-        """Like `write`, alone in its transaction and only after all writes that wait already."""
+        """Like `write`, alone in its transaction and only after all writes that wait already; also on a full disk."""
         ticket = _Ticket(job)
         with self._turn:
             while self._waiting:
                 self._commit_waiting()
+            was_full = self._is_full
             self._commit([ticket])
+            if self._is_full and not was_full:  # the reserve was freed just now
+                self._commit([ticket])
         return ticket.result()
+
+    def _look_for_space(self) -> None:
+        """Go back to work when the disk has room for the reserve again. Raises Unavailable when it has not."""
+        now_s = time.monotonic()
+        if now_s - self._looked_for_space_s >= _LOOK_FOR_SPACE_S:
+            self._looked_for_space_s = now_s
+            if self._reserve.take():
+                self._is_full = False
+                log.warning("storage.recovered", path=str(self.path))
+                return
+        raise Unavailable(
+            "The disk is full: nothing new is taken until there is space.", code="storage_full", after_s=30
+        )
+
+    def _run_full(self) -> None:
+        self._is_full = True
+        self._looked_for_space_s = time.monotonic()
+        self._reserve.give_up()
+        log.error("storage.full", path=str(self.path))
 
     def _commit_waiting(self) -> None:
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _COMMIT_TOGETHER))]
@@ -136,6 +168,8 @@ class Database:
                 for ticket in batch:
                     ticket.run()
         except BaseException as error:  # noqa: BLE001 - handed to the thread whose job it was
+            if _is_full(error) and not self._is_full:
+                self._run_full()
             if len(batch) == 1:
                 batch[0].settle(_named(error))
             return False
@@ -188,6 +222,11 @@ class Database:
         """Close the calling thread's connection and the lock file."""
         self._db.close()
         self._file_lock.close()
+
+
+def _is_full(error: BaseException) -> bool:
+    cause = error.__cause__ if isinstance(error, Unavailable) else error
+    return isinstance(cause, peewee.OperationalError) and sqlite.is_full(cause)
 
 
 def _named(error: BaseException) -> BaseException:

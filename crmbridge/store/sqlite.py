@@ -1,18 +1,21 @@
 """What only SQLite understands: how its file is opened, locked, checkpointed and measured."""
 
+import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peewee import SqliteDatabase
+from peewee import OperationalError, SqliteDatabase
 
 _CACHE_KIB = 1024
 _CHECKPOINT_PAGES = 1000
 # Without a worker that checkpoints, a writer takes over before the log grows past about 64 MB.
 _CHECKPOINT_PAGES_OTHERS = 16_000
-BUSY_TIMEOUT_S = 10
+BUSY_TIMEOUT_S = 4.0  # Meta waits five seconds for its answer
+_RESERVE_BYTES = 4 * 1024 * 1024
 
 
 def connect(path: Path) -> SqliteDatabase:
@@ -58,14 +61,20 @@ class FileLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        """Hold the lock for a while. Raises OperationalError when another process keeps it for too long."""
+        deadline, pause_s = time.monotonic() + BUSY_TIMEOUT_S, 0.0005
+        while not self.take():
+            if time.monotonic() > deadline:
+                raise OperationalError("another process keeps the write lock")
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.01)
         try:
             yield
         finally:
             fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def take(self) -> bool:
-        """Take the lock until this process ends; tell whether it was free."""
+        """Take the lock without waiting; tell whether it was free."""
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,3 +83,38 @@ class FileLock:
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def is_full(error: OperationalError) -> bool:
+    """Tell whether a statement failed for want of disk space."""
+    return "full" in str(error)
+
+
+class Reserve:
+    """A file beside the database that is given up when the disk is full, so that what is owed can still be settled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def give_up(self) -> None:
+        """Free the space."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def take(self) -> bool:
+        """Take the space, if the disk has several times as much; tell whether it is held."""
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self._path.parent)
+            free_bytes, all_bytes = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+            size = min(_RESERVE_BYTES, all_bytes // 8)
+            if self._path.exists() and self._path.stat().st_size >= size:
+                return True
+            if free_bytes < 2 * size:
+                return False
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(handle, 0, size)
+            finally:
+                os.close(handle)
+            return True
+        return False

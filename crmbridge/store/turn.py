@@ -171,7 +171,7 @@ def recover(db: Database, now_s: float, look_up_s: float) -> int:
             _abandon(db, row, now_s, look_up_s)
         return len(rows)
 
-    return db.write(job)
+    return db.write_last(job)
 
 
 def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
@@ -208,12 +208,12 @@ def repair(db: Database, now_s: float) -> int:
             deliveries.promote(db, lane["target"], lane["account_id"], lane["contact"], instant(now_s))
         return len(lanes)
 
-    return db.write(job)
+    return db.write_last(job)
 
 
 def follow_clock(db: Database, seconds: float) -> None:
     """Move every time that lies ahead along with a clock that was set."""
-    db.write(lambda: deliveries.follow_clock(db, seconds))
+    db.write_last(lambda: deliveries.follow_clock(db, seconds))
 
 
 def latency_s(claimed: Claimed, now_s: float) -> float:

@@ -45,7 +45,7 @@ def _reasons(call: Call) -> list[str]:
         return [problem]
     reasons = []
     try:
-        vitals.beat(call.db, "health", call.now_s)
+        vitals.probe(call.db, call.now_s)
     except Unavailable as error:
         reasons.append(error.message)
     last = vitals.last_beat(call.db, "worker")
