@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import re
+import socket
 import sqlite3
 import statistics
 import subprocess
@@ -17,8 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bench import load
-from bench.stage import Stage
+from bench import load, waiting
+from bench.stage import NEIGHBOUR, SHOP, Stage
 
 _IDLE_MB, _LOADED_MB = 52, 64
 _IDLE_S, _WARM_UP_S = 5, 2
@@ -28,13 +29,21 @@ _STACK = "import bottle, waitress, requests, peewee, huey, pydantic, cryptograph
 
 def main() -> None:
     """Measure what was asked for."""
-    figures = {"memory": _memory, "start": _start, "flow": _flow, "burst": _burst}
+    figures = {
+        "memory": _memory,
+        "start": _start,
+        "flow": _flow,
+        "burst": _burst,
+        "backlog": _backlog,
+        "neighbour": _neighbour,
+    }
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure crmbridge beside what it stands on.")
     parser.add_argument("figure", nargs="*", help=f"of {', '.join(figures)} (default: all)")
     parser.add_argument("--runs", type=int, default=7, help="cold starts (default: 7)")
     parser.add_argument("--rate", type=float, default=20, help="messages a second of the flows (default: 20)")
     parser.add_argument("--seconds", type=float, default=15, help="how long each flow is measured (default: 15)")
     parser.add_argument("--messages", type=int, default=3000, help="messages of the burst (default: 3000)")
+    parser.add_argument("--waiting", type=int, default=100_000, help="deliveries of the backlog (default: 100,000)")
     parser.add_argument("--folder", default="/var/tmp", help="where the database is written: a disk, not memory")
     options = parser.parse_args()
     if unknown := set(options.figure) - set(figures):
@@ -189,6 +198,50 @@ def _burst(stage: Stage, options: argparse.Namespace) -> None:
     _say(f"  memory, MB (budget {_LOADED_MB})", "PSS", "RSS")
     _say("  before", *(f"{mb:.1f}" for mb in seen[0]))
     _say("  at its peak", *(f"{max(mb):.1f}" for mb in zip(*seen, strict=True)))
+
+
+# --- a backlog, and a neighbour that hangs ---
+
+
+def _backlog(stage: Stage, options: argparse.Namespace) -> None:
+    many, few, folder = options.waiting, 100, stage.bridge.folder
+    _say(f"A claim with {many} waiting, ms", "waiting", few, many, "ratio")
+    for name, lanes in (("each in a lane of its own", lambda number: number), ("behind 100 lane heads", lambda _: 100)):
+        small, large = waiting.claims_ms(folder, [(number, lanes(number)) for number in (few, many)])
+        _say(f"  {name}", "", f"{small:.2f}", f"{large:.2f}", f"{large / small:.2f}")
+    stage.stop()
+    stage.crm_works(False)
+    waiting.fill(folder / "var" / "bridge.db", stage.account_id, SHOP, many, max(many // 100, 1))
+    stage.start()
+    time.sleep(10)
+    _say(f"{many} behind a dead CRM, MB (budget {_LOADED_MB})", "PSS", "RSS")
+    _say("  after ten seconds", *(f"{mb:.1f}" for mb in _memory_mb(stage.pid)))
+    stage.crm_works(True)
+    began, drained = time.monotonic(), min(many, 20_000)
+    came = stage.arrivals(drained, wait_s=600)
+    seconds = max(came.at.values()) - began
+    _say("  draining, a second", f"{len(came.texts) / seconds:.0f}")
+    _say("  while draining", *(f"{mb:.1f}" for mb in _memory_mb(stage.pid)))
+
+
+def _neighbour(stage: Stage, options: argparse.Namespace) -> None:
+    """One account's CRM takes connections and never answers, while another's is well."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as silent:
+        stage.connect(NEIGHBOUR, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        number = math.ceil(options.rate * options.seconds)
+        p99_ms = []
+        _say(f"{options.rate:g} messages a second, due -> CRM, ms", "p50", "p90", "p99", "max")
+        for name in ("alone", "beside one that hangs"):
+            orders = load.webhooks(stage, [f"{name} {turn}" for turn in range(number)])
+            other = load.webhooks(stage, [f"hangs {turn}" for turn in range(number)], NEIGHBOUR)
+            pairs = [order for pair in zip(orders, other, strict=True) for order in pair]
+            hangs = name != "alone"
+            shots = load.fire(pairs if hangs else orders, connections=_CONNECTIONS, per_s=options.rate * (1 + hangs))
+            came = stage.arrivals(number)
+            times = [came.at[shot.text] - shot.due for shot in shots if shot.text in came.at]
+            _say_times(f"{name}: {len(times)} of {number}", times)
+            p99_ms.append(sorted(times)[math.ceil(0.99 * len(times)) - 1])
+        _say("  p99 to p99 alone", f"{p99_ms[1] / p99_ms[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def _customer(number: int) -> str:
     return str(900_000_000_000_000 + number % _CUSTOMERS)
 
 
-def webhooks(stage: Stage, texts: Sequence[str]) -> list[Order]:
+def webhooks(stage: Stage, texts: Sequence[str], shop: str = SHOP) -> list[Order]:
     """Write signed webhooks as Meta would, one message each."""
     orders = []
     for number, text in enumerate(texts):
         customer, now_ms = _customer(number), int(time.time() * 1000) + number
-        message = {"mid": wire.mint_mid(SHOP, customer, now_ms), "text": text}
-        item = {"sender": {"id": customer}, "recipient": {"id": SHOP}, "timestamp": now_ms, "message": message}
-        body = wire.webhook_body(wire.envelope(SHOP, now_ms, item))
+        message = {"mid": wire.mint_mid(shop, customer, now_ms), "text": text}
+        item = {"sender": {"id": customer}, "recipient": {"id": shop}, "timestamp": now_ms, "message": message}
+        body = wire.webhook_body(wire.envelope(shop, now_ms, item))
         url = f"http://127.0.0.1:{stage.port}/webhooks/instagram"
         orders.append(Order(text, url, body, _JSON | wire.signature_headers(APP_SECRET, body)))
     return orders

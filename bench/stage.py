@@ -19,8 +19,7 @@ from crmbridge.sandbox import Sandbox
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.demo import Bridge, ini
 
-SHOP = "17841400000000001"
-_TOKEN = "IGAA-bench-token"
+SHOP, NEIGHBOUR = "17841400000000001", "17841400000000002"
 _ROOT = Path(__file__).resolve().parent.parent
 _START_S, _WAIT_S, _QUIET_S = 20, 60, 1.5
 
@@ -38,12 +37,17 @@ def _sandbox(pipe: Connection, ahead_s: float) -> None:
     """Run the sandbox and tell over the pipe what arrived, at which time.monotonic()."""
     with contextlib.suppress(EOFError), Sandbox(clock=lambda: time.monotonic() + ahead_s) as sandbox:
         meta, crm = sandbox.meta, sandbox.crm
-        meta.add_account(SHOP, token=_TOKEN, app_scoped_id="24000000000000001", username="your_shop")
+        for shop in (SHOP, NEIGHBOUR):
+            meta.add_account(shop, token=f"IGAA-bench-{shop}", app_scoped_id="24" + shop[2:], username=f"shop_{shop}")
         pipe.send((ini(sandbox), sandbox.crm_webhook_url))
         meta.callback_url = pipe.recv()
         while True:
-            if pipe.recv() == "count":
-                pipe.send(len(crm.received) + len(meta.sent))
+            order = pipe.recv()
+            if order == "count":
+                pipe.send(len([one for one in crm.received if one.answered == 200]) + len(meta.sent))
+                continue
+            if order in ("fail", "work"):
+                crm.answer_always(503 if order == "fail" else None)
                 continue
             heard = [one for one in crm.received if one.answered == 200]
             came = [(str(one.event.get("event")), one.event.get("message"), one.at - ahead_s) for one in heard]
@@ -70,11 +74,19 @@ class Stage:
         self.bridge.command("init")
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
-        shop = {"instagram_account_id": SHOP, "access_token": _TOKEN}
-        crm = {"crm_webhook_url": self.crm_webhook_url, "webhook_secret": WEBHOOK_SECRET}
-        key = self.bridge.command("key", "create", "--name", "bench-admin", "--admin")
-        self.account_id = self._ask("POST", "/api/v1/accounts", {**shop, **crm}, key)["account_id"]
+        self._admin_key = self.bridge.command("key", "create", "--name", "bench-admin", "--admin")
+        self.account_id = self.connect(SHOP, self.crm_webhook_url)
         self.key = self.bridge.command("key", "create", "--name", "bench", "--account", self.account_id)
+
+    def connect(self, shop: str, crm_webhook_url: str) -> str:
+        """Connect an account that the sandbox knows; return its id."""
+        asked = {"instagram_account_id": shop, "access_token": f"IGAA-bench-{shop}"}
+        crm = {"crm_webhook_url": crm_webhook_url, "webhook_secret": WEBHOOK_SECRET}
+        return str(self._ask("POST", "/api/v1/accounts", asked | crm, self._admin_key)["account_id"])
+
+    def crm_works(self, does: bool) -> None:
+        """Have the sample CRM answer 503 from now on, or 200 again."""
+        self._pipe.send("work" if does else "fail")
 
     @property
     def pid(self) -> int:
@@ -107,12 +119,12 @@ class Stage:
         self._sandbox.terminate()
         self._sandbox.join()
 
-    def arrivals(self, number: int) -> Arrivals:
+    def arrivals(self, number: int, wait_s: float = _WAIT_S) -> Arrivals:
         """Wait until that many came to the CRM and the Send API together, then a little for more than there should be.
 
         What came is forgotten.
         """
-        deadline = time.monotonic() + _WAIT_S
+        deadline = time.monotonic() + wait_s
         self._pipe.send("count")
         while self._pipe.recv() < number and time.monotonic() < deadline:
             time.sleep(0.1)
