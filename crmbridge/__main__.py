@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"crmbridge: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,6 +147,8 @@ def _key_create(options: argparse.Namespace) -> None:
         raise Misconfigured("a key needs --account ID (one or more), or --admin")
     if options.admin and options.account:
         raise Misconfigured("an admin key is good for every account: leave out --account")
+    if not options.name.strip() or not options.name.isprintable():
+        raise Misconfigured("--name must be printable text")
     days = options.expires_days
     if days is not None and not 0 < days <= 36_500:
         raise Misconfigured("--expires-days must be between 0 and 36500")
@@ -280,11 +285,13 @@ def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
 
     def look_up(claimed: Claimed) -> Outcome:
         token = rooms.vault.open(claimed.account["access_token_sealed"])
-        shown = rooms.client.look_up(token, claimed.account["instagram_account_id"], claimed.contact)
+        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], claimed.contact)
         try:
-            possible = messages.matching(rooms.db, claimed, shown)
+            possible = messages.matching(rooms.db, claimed, thread)
         finally:
             rooms.db.close_thread()
+        if possible is None:
+            raise Refused("too much was written since to find it in the conversation", code="in_doubt")
         if len(possible) > 1:
             raise Refused("the conversation shows more than one message that it may be", code="in_doubt")
         if not possible:
@@ -384,8 +391,9 @@ def _serve(options: argparse.Namespace) -> None:
 
     try:
         server = Server(_make_app(rooms, wake), settings.web)
-    except OSError as error:
-        raise Misconfigured(f"cannot listen on {settings.web.host}:{settings.web.port}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        where = f"{settings.web.host}:{settings.web.port}"
+        raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
     _stop_on_signals()
     if worker is not None:
         worker.start()
@@ -394,7 +402,7 @@ def _serve(options: argparse.Namespace) -> None:
     server.run()
     log.info("serve.stopping")
     server.close()
-    _end(settings, worker)
+    _end(rooms, worker)
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -410,11 +418,12 @@ def _worker(options: argparse.Namespace) -> None:
     with contextlib.suppress(SystemExit):
         while True:
             signal.pause()
-    _end(settings, worker)
+    _end(rooms, worker)
 
 
-def _end(settings: config.Settings, worker: Any) -> None:
-    clean = worker.stop(settings.delivery.stop_grace_s) if worker is not None else True
+def _end(rooms: _Rooms, worker: Any) -> None:
+    clean = worker.stop(rooms.settings.delivery.stop_grace_s) if worker is not None else True
+    rooms.alerts.flush(5)
     log.info("stopped", calls_left=not clean)
     if not clean:
         # Threads are still inside calls; their leases are looked at by the next start.
@@ -470,7 +479,7 @@ def _sandbox(options: argparse.Namespace) -> None:
 
     try:
         sandbox = Sandbox(options.host, options.port, callback_url=options.callback_url)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         raise Misconfigured(str(error)) from None
     with sandbox:
         print(f"chat page            {sandbox.url}/")

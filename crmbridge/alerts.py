@@ -50,15 +50,17 @@ class Alerts:
                 self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
                 self._thread.start()
         log.error("alert." + kind, message=message, account=account, **facts)
+        if not (self._command or self._url):
+            return
         try:
             self._queue.put_nowait({"alert": kind, "message": message, "account_id": account, **facts})
         except Full:
             log.error("alert.dropped", kind=kind)
 
-    def flush(self) -> None:
-        """Wait until every alert raised so far was handed over."""
-        if self._thread is not None:
-            self._queue.join()
+    def flush(self, timeout_s: float) -> None:
+        """Wait for a while until every alert raised so far was handed over."""
+        with self._queue.all_tasks_done:
+            self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, timeout_s)
 
     def _run(self) -> None:
         while True:

@@ -5,6 +5,7 @@ An unknown key or a bad value stops the start and is named. Knows nothing of wha
 
 import configparser
 import ipaddress
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -240,7 +241,17 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
     if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
         raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
-    return _rooted(settings, path.resolve().parent)
+    settings = _rooted(settings, path.resolve().parent)
+    own = {
+        "[store] path": settings.store.path,
+        "[store] queue_path": settings.store.queue_path,
+        "[vault] key_file": settings.vault.key_file,
+        "the configuration": path,
+    }
+    for one, other in itertools.combinations(own, 2):
+        if own[one].resolve() == own[other].resolve():
+            raise Misconfigured(f"{path}: {one} and {other} are the same file, {own[one]}")
+    return settings
 
 
 def _overrides(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, str]]:

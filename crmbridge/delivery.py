@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from crmbridge import log
 from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
@@ -29,6 +30,7 @@ FAULT_S = 60.0
 SLOW_S = 5.0
 CLOCK_SET_S = 30.0
 _LOOK_AGAIN_S = 1.0
+_FAULTS_IN_FRONT = 3
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,16 @@ def decide(
         return Verdict("done", now)
     if outcome.kind == "refused":
         return Verdict("dead", now)
+    expires_s = epoch_s(claimed.expires_at)
     if outcome.kind == "fault":
-        return Verdict("pending", instant(now_s + FAULT_S * jitter()), in_doubt=claimed.kind == "look_up")
+        # Our own failing, not the far side's refusal: it uses up nothing, and holds up no other for long.
+        due, worn = instant(now_s + FAULT_S * jitter()), claimed.target == "crm" and claimed.waits >= _FAULTS_IN_FRONT
+        state: Literal["dead", "pending"] = "dead" if now_s >= expires_s else "pending"
+        return Verdict(state, due, steps_aside=worn, in_doubt=claimed.kind == "look_up")
     if outcome.kind == "in_doubt":
         return Verdict("pending", instant(now_s + schedule.look_up_s[0]), in_doubt=True)
     if outcome.kind == "absent":
         return _after_absence(claimed, schedule, now_s)
-    expires_s = epoch_s(claimed.expires_at)
     if now_s >= expires_s:
         return Verdict("dead", now)
     steps_aside = False
@@ -208,6 +213,7 @@ class Engine:
             Terms(now_s, schedule.lease_s, schedule.look_up_s[0], schedule.patience),
             room=lambda endpoint: self._room(endpoint, now_s),
             senders=free,
+            spare=schedule.senders // 3,
             hasten=self._hasten,
             in_flight=in_flight,
         )
@@ -356,8 +362,9 @@ class Engine:
                 latency_ms=int(latency_s * 1000),
                 correlation=claimed.correlation_id,
             )
-        if outcome.code == "system_fault":
-            self._alert("system_fault", f"our own code failed at delivery {claimed.id}", delivery=claimed.id)
+        if outcome.kind == "fault" or outcome.code == "system_fault":
+            problem = f"we failed at delivery {claimed.id} ourselves: {outcome.message}"
+            self._alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
             self._alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
         elif verdict.state == "dead" and claimed.target == "crm":

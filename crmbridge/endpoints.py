@@ -20,10 +20,12 @@ class Room:
     `calls` at most, of which `retries` may be for rows that failed before. While it is broken it gets one
     `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
     in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
+    `is_idle` tells that it has no call now: its first one is served before another endpoint's second.
     """
 
     calls: int
     retries: int
+    is_idle: bool = True
     probe: Literal["head", "behind"] | None = None
     contact: str = ""
 
@@ -76,7 +78,7 @@ class Endpoints:
             if state.in_flight:
                 return NO_ROOM
             contact, state.behind = state.behind, None
-            return Room(1, 1, "head") if contact is None else Room(1, 1, "behind", contact)
+            return Room(1, 1, probe="head") if contact is None else Room(1, 1, probe="behind", contact=contact)
         calls = self._limits.slots - state.in_flight
         per_s = self._limits.per_s.get(endpoint[0])
         if per_s is not None:
@@ -85,7 +87,7 @@ class Endpoints:
             state.counted_s = now_s
             calls = min(calls, int(state.tokens))
         retries = self._limits.slots - self._limits.for_first_tries - state.retries_in_flight
-        return Room(max(calls, 0), max(retries, 0))
+        return Room(max(calls, 0), max(retries, 0), is_idle=not state.in_flight)
 
     def rests_until_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return before when it is no use to look at an endpoint again."""

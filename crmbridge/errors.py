@@ -73,6 +73,12 @@ class Unavailable(BridgeError):
         self.after_s = after_s
 
 
+class TooMany(Unavailable):
+    """This caller, or all like it, asks too much at once; again after `after_s` seconds."""
+
+    code = "too_many_requests"
+
+
 # --- the engine's side: what one delivery attempt came to --------------------------------------
 
 

@@ -89,6 +89,14 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
+class Thread:
+    """What the shop wrote in a thread, as the channel shows it: all of it since `since_s`, or 0 for the beginning."""
+
+    shown: tuple[Shown, ...]
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelEvent:
     """One thing a channel told us, already verified and read.
 

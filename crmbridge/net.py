@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,8 +29,15 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _IDLE_S = 15.0
 READ_BYTES = 16_384
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
-# 6to4, NAT64 and their like carry an IPv4 address inside; an "is global" test does not see through them.
-_TUNNELS = [ipaddress.ip_network(net) for net in ("2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32")]
+# Ranges that an "is global" test lets through on some Python: addresses that carry an IPv4 address inside
+# (6to4, NAT64, Teredo, IPv4-compatible and -translated), site-local ones, relays, documentation and segment routing.
+_NOT_PUBLIC = [
+    ipaddress.ip_network(net)
+    for net in (
+        "2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "::/96", "::ffff:0:0:0/96", "fec0::/10",
+        "3fff::/20", "5f00::/16", "192.88.99.0/24", "192.0.0.0/24",
+    )
+]  # fmt: skip
 
 
 class AddressRefused(OSError):
@@ -64,8 +72,7 @@ class Reach:
             ip = ip.ipv4_mapped
         if self.any_address or any(ip in network for network in self.networks):
             return True
-        tunnelled = any(ip in network for network in _TUNNELS)
-        return ip.is_global and not ip.is_multicast and not tunnelled
+        return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
     def check_url(self, url: str, field: str) -> None:
         """Raise Invalid when the URL can be seen to lead nowhere that is allowed, before any name is resolved."""
@@ -264,6 +271,7 @@ class Session:
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.headers.clear()
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         adapter = _Adapter(reach, connections)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)

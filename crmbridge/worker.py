@@ -3,6 +3,7 @@
 The queue holds nothing but bells; every row that is due is found without it.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -25,6 +26,7 @@ from huey.storage import SqliteStorage
 
 from crmbridge import log
 from crmbridge.delivery import Engine
+from crmbridge.errors import Misconfigured
 
 TICK_S = 5
 _HEALTH_S = 10
@@ -146,6 +148,7 @@ class Worker:
 
     def _open_queue(self) -> Huey:
         """Open Huey's queue, emptied: bells of an earlier run mean nothing now."""
+        _require_queue(self._queue_path)
         for name in (self._queue_path, *(Path(f"{self._queue_path}-{part}") for part in ("wal", "shm"))):
             name.unlink(missing_ok=True)
         self._queue_path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +249,19 @@ class Worker:
             except OSError:
                 return
             self.wake()
+
+
+def _require_queue(path: Path) -> None:
+    """Raise Misconfigured unless the file is a queue of Huey's, or not there yet: it is about to be emptied."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as queue:
+            tables = {name for (name,) in queue.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        tables = {"?"}
+    if not tables <= {"kv", "schedule", "task", "counter"}:
+        raise Misconfigured(f"[store] queue_path: {path} is something else than the queue, and is left alone")
 
 
 def _failed(task: Any, error: BaseException) -> str:

@@ -15,7 +15,9 @@ from crmbridge.instagram import webhook
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
-from crmbridge.store import accounts, database, inbound, messages
+from crmbridge.store import accounts, database, deliveries, inbound, messages
+from crmbridge.store.database import Row
+from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 
@@ -117,6 +119,11 @@ class Rig:
         request = messages.Request(account["id"], contact, key, key, {"text": text}, None, "test")
         row, _ = messages.accept(self.db, request, self.patience, self.now_s)
         return str(row["id"])
+
+    def claim(self, row: Row, account: Row) -> Claimed:
+        """Claim a due row as a worker does that then makes no call."""
+        now, lease_until = instant(self.now_s), instant(self.now_s + 90)
+        return self.db.write(lambda: deliveries.claim(self.db, row, account, "{}", now=now, lease_until=lease_until))
 
     def drain(self) -> float | None:
         """Work off what is due now; return how many seconds until the next row is due."""

@@ -1,5 +1,7 @@
 """The engine on a set clock, against the sandbox: schedules, lanes, dead letters, sends in doubt."""
 
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -394,6 +396,79 @@ def test_an_earlier_message_with_the_same_text_is_not_taken_for_the_one_in_doubt
     assert rig.status(second)["instagram_message_id"] == rig.meta.sent[1].mid
 
 
+@pytest.mark.parametrize(("later", "status"), [(18, "sent"), (25, "failed")])
+def test_a_send_that_moved_out_of_sight_is_not_taken_for_absent(rig: Rig, later: int, status: str) -> None:
+    message_id = rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    rig.meta.callback_url = "http://127.0.0.1:1/"
+    for number in range(later):
+        rig.now_s += 1
+        rig.meta.customer_says(SHOP_ID, CUSTOMER, f"impatient {number}")
+    rig.live_through(120)
+    assert [entry.text for entry in rig.meta.sent] == ["hello"]
+    assert rig.status(message_id)["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("http", "body"),
+    [(500, TRANSIENT), (500, wire.error_body(1, "x")), (502, "<html>")],
+)
+def test_an_echo_proves_a_send_that_got_an_error_and_waits_for_its_retry(rig: Rig, http: int, body: Any) -> None:
+    message_id = rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", status=http, body=body, after_effect=True)
+    rig.drain()
+    assert rig.echo("something else", "mid-other")[0].state == "forwarded"
+    assert rig.echo("hello", str(rig.meta.sent[0].mid))[0].state == "noted"
+    rig.live_through(300)
+    assert len(rig.meta.sent) == 1
+    assert rig.status(message_id)["status"] == "delivered"
+
+
+def test_a_worker_that_dies_in_every_call_does_not_send_forever(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    for _ in range(10):
+        for row in deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1):
+            rig.claim(row, account)
+        rig.engine.recover()
+        rig.now_s += 40
+    rig.live_through(300)
+    assert rig.status(message_id)["attempt_count"] <= 5
+
+
+def test_three_crms_that_hang_leave_senders_for_a_fourth(rig: Rig) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        for number in range(3):
+            external = f"1784140000000001{number}"
+            rig.account(external, crm_webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+            for contact in range(6):
+                item = rig.item({"message": {"mid": f"hang-{number}-{contact}", "text": "x"}}, contact=f"90{contact}")
+                rig.hear(item, account=external)
+        drain = threading.Thread(target=rig.drain, daemon=True)
+        drain.start()
+        rig.account()
+        rig.say("healthy", "mid-1")
+        rig.engine.tell()
+        rig.crm.wait(1, timeout_s=5)
+        silent.close()
+        rig.engine.stop(20)
+
+
+def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    rig.say("one", "mid-1")
+    rig.say("two", "mid-2")
+    rig.drain()
+    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s))
+    assert rig.db.rows("SELECT DISTINCT state, last_code FROM deliveries") == [
+        {"state": "done", "last_code": "not_pushed"}
+    ]
+    assert rig.drain() is None
+    assert rig.alerts == []
+
+
 def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "ok")
@@ -444,11 +519,7 @@ def test_an_echo_before_the_answer_waits_and_then_confirms(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
     (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
-    held = rig.db.write(
-        lambda: deliveries.claim(
-            rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=instant(rig.now_s + 90)
-        )
-    )
+    held = rig.claim(row, account)
     assert rig.echo("hello", "mid-of-ours")[0].state == "held"
     assert rig.echo("typed in the app", "mid-of-the-app")[0].state == "held"
     outcome = Outcome("done", external_id="mid-of-ours")
@@ -467,12 +538,7 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
     message_id = rig.send(account, "reply")
     for target in turn.TARGETS:
         (row,) = deliveries.due(rig.db, target, account["id"], instant(rig.now_s), 1)
-        lease = instant(rig.now_s + 90)
-        rig.db.write(
-            lambda row=row, lease=lease: deliveries.claim(
-                rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=lease
-            )  # type: ignore[misc]
-        )
+        rig.claim(row, account)
     assert rig.drain() == pytest.approx(90)  # leased: nobody else takes them
     assert rig.engine.recover() == 2
     rig.db.run("UPDATE deliveries SET body = NULL WHERE target = 'crm'")
@@ -490,11 +556,7 @@ def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
     (row,) = deliveries.due(rig.db, "crm", account["id"], instant(rig.now_s), 1)
-    old = rig.db.write(
-        lambda: deliveries.claim(
-            rig.db, row, account, "{}", now=instant(rig.now_s), lease_until=instant(rig.now_s + 90)
-        )
-    )
+    old = rig.claim(row, account)
     rig.engine.recover()
     verdict = decide(old, Outcome("done"), schedule, rig.now_s, lambda: 1.0)
     assert not rig.db.write(lambda: deliveries.record(rig.db, old, Outcome("done"), verdict, instant(rig.now_s)))
@@ -537,6 +599,14 @@ def test_a_row_that_cannot_be_rendered_stops_no_other(rig: Rig) -> None:
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["fine"]
     assert [kind for kind, _ in rig.alerts] == ["system_fault"]
+
+
+def test_our_own_fault_alerts_and_does_not_go_on_for_ever(rig: Rig) -> None:
+    rig.account(webhook_secret_sealed="gAAAAABnot-a-seal")
+    rig.say("hello", "mid-1")
+    rig.live_through(25 * 3600)
+    assert rig.db.value("SELECT state FROM deliveries") == "dead"
+    assert {kind for kind, _ in rig.alerts} == {"system_fault", "dead_letter"}
 
 
 def test_a_wrong_vault_key_is_our_fault_and_burns_no_retry(rig: Rig) -> None:

@@ -126,6 +126,44 @@ def test_signed_rubbish_is_kept_and_raises_nothing(rig: Rig, body: bytes) -> Non
     assert rig.db.value("SELECT COUNT(*) FROM inbound_events") == len({entry.event_id for entry in kept})
 
 
+@pytest.mark.parametrize("bad", ["1" * 5000, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, '"\\ud83d"'])
+def test_one_item_that_cannot_be_read_sinks_no_other(rig: Rig, bad: str) -> None:
+    rig.account()
+    good = [json.dumps({**PARTIES, "message": {"mid": f"good-{number}", "text": 'good [{"'}}) for number in (1, 2)]
+    items = f'{good[0]},{{"sender":{{"id":"1"}},"strange":{bad}}},{good[1]}'
+    body = f'{{"object":"instagram","entry":[{{"id":"{SHOP_ID}","time":{MS},"messaging":[{items}]}}]}}'
+    rig.hear_body(body.encode())
+    rig.drain()
+    assert rig.events().count("message.received") == 2
+    assert rig.events().count("message.unsupported") == 1
+
+
+def test_bytes_that_are_no_text_are_kept(rig: Rig) -> None:
+    rig.account()
+    item = (
+        b'{"sender":{"id":"5"},"recipient":{"id":"%s"},"message":{"mid":"m","text":"x\xed\xa0\x80y"}}'
+        % SHOP_ID.encode()
+    )
+    rig.hear_body(b'{"entry":[{"id":"%s","messaging":[%s]}]}' % (SHOP_ID.encode(), item))
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_far_more_items_than_meta_sends_cost_no_more_than_a_batch(rig: Rig) -> None:
+    kept = rig.hear_body(b'{"entry":[{"id":"1","messaging":[' + b",".join(b"%d" % n for n in range(50_000)) + b"]}]}")
+    assert len(kept) == 2001
+
+
+def test_an_entry_without_items_is_the_same_whenever_it_was_sent(rig: Rig) -> None:
+    for time in (MS, MS + 1000):
+        body = {
+            "object": "instagram",
+            "entry": [{"id": SHOP_ID, "time": time, "field": "comments", "value": {"id": "1"}}],
+        }
+        kept = rig.hear_body(json.dumps(body).encode())
+    assert kept[0].state == "duplicate"
+
+
 def test_rubbish_in_an_accounts_own_entry_reaches_its_crm_as_unsupported(rig: Rig) -> None:
     rig.account()
     deep: Any = 1
@@ -246,6 +284,14 @@ def test_events_of_an_unknown_account_wait_for_it(rig: Rig) -> None:
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["first", "second"]
     assert inbound.adopt(rig.db, account, rig.now_s, rig.patience) == 0
+
+
+def test_what_came_before_the_account_goes_before_what_comes_after(rig: Rig) -> None:
+    rig.say("old", "mid-1")
+    rig.account()
+    rig.say("new", "mid-2")
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()] == ["old", "new"]
 
 
 def test_an_echo_of_our_send_confirms_it_and_another_is_forwarded(rig: Rig) -> None:

@@ -158,6 +158,10 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch: pytes
         "::ffff:10.0.0.1",
         "2002:7f00:1::",
         "64:ff9b::7f00:1",
+        "fec0::1",
+        "::10.0.0.1",
+        "::ffff:0:10.0.0.1",
+        "192.88.99.1",
         "ff02::1",
     ],
 )

@@ -5,7 +5,9 @@ import hashlib
 import hmac
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crmbridge import alerts, apikey, crm, events, log, net, signing, vault
-from crmbridge.errors import Misconfigured
+from crmbridge.errors import Misconfigured, TooMany
 from crmbridge.sandbox import LoopbackServer, SampleCrm
 from crmbridge.store import vitals
 from tests.rig import START_S, Rig
@@ -44,6 +46,27 @@ def test_an_api_key_is_recognised_by_its_form_before_its_secret_is_checked() -> 
     assert not apikey.Verifier().matches("x" * 32, secret_hash)
     assert apikey.split(key[:-1] + ("a" if key[-1] != "a" else "b")) is None
     assert apikey.split(key + "\n") is None
+
+
+def test_wrong_secrets_hold_up_neither_threads_nor_a_right_one() -> None:
+    key, _, secret_hash = apikey.make()
+    parts = apikey.split(key)
+    assert parts is not None
+    verifier, outcomes = apikey.Verifier(), Counter[str]()
+
+    def ask(secret: str) -> None:
+        try:
+            outcomes[str(verifier.matches(secret, secret_hash))] += 1
+        except TooMany:
+            outcomes["too many"] += 1
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(ask, [f"{number:032}" for number in range(24)]))
+    assert outcomes["too many"] > 0
+    assert outcomes["True"] == 0
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(ask, [parts.secret] * 24))
+    assert outcomes["True"] == 24
 
 
 def test_a_sealed_secret_opens_with_any_of_the_keys(tmp_path: Path) -> None:
@@ -141,7 +164,7 @@ def test_an_alert_reaches_command_and_url_once_until_it_is_due_again(tmp_path: P
         now[0] += 61
         raised.alert("dead_letter", "a delivery is dead", account="acc_1", delivery="dlv_2")
         raised.alert("dead_letter", "a delivery is dead", account="acc_2", delivery="dlv_3")
-        raised.flush()
+        raised.flush(10)
     assert out.read_text().count("alert: dead_letter") == 3
     assert [entry.event["delivery"] for entry in crm_server.received] == ["dlv_1", "dlv_2", "dlv_3"]
     assert lines.getvalue().count("error alert.dead_letter") == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from crmbridge.errors import Misconfigured
 from crmbridge.worker import Job, Worker, ring_remote
 
 
@@ -119,6 +120,18 @@ def test_jobs_run_again_and_again_and_one_that_fails_stops_no_other(
     assert ran.acquire(timeout=12)
     assert alerts[0][0] == "system_fault"
     assert "job broken failed with ValueError" in alerts[0][1]
+
+
+@pytest.mark.parametrize("content", [b"a key", b""])
+def test_a_file_that_is_no_queue_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "queue.db"
+    path.write_bytes(content)
+    if content:
+        with pytest.raises(Misconfigured):
+            Worker(FakeEngine(), path, [])  # type: ignore[arg-type]
+        assert path.read_bytes() == content
+    else:
+        Worker(FakeEngine(), path, [])  # type: ignore[arg-type]
 
 
 def test_a_bell_is_heard_though_the_queue_cannot_be_written(

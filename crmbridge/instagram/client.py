@@ -8,9 +8,10 @@ from typing import Any
 
 from crmbridge import __version__, net
 from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
-from crmbridge.events import Shown, epoch_s
+from crmbridge.events import Shown, Thread, epoch_s
 from crmbridge.instagram import codes
 
+_SHOWN_AT_MOST = 20
 _LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
 # Webhook fields that carry a conversation (Instagram Platform, "Webhooks": subscribed_fields).
@@ -88,7 +89,7 @@ class Client:
         error = found.get("error")
         if isinstance(error, dict):
             meaning = codes.classify(answer.status, error)
-            said = _said(error)
+            said = _quoted(error, meaning)
             if meaning.kind in ("account", "final"):
                 detail = {"field": "access_token", "problem": said}
                 raise Invalid(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
@@ -97,8 +98,10 @@ class Client:
             raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
         return answer.status, found
 
-    def look_up(self, token: str, user_id: str, contact: str) -> list[Shown]:
-        """Return what the shop wrote to a contact, as the Conversations API shows it: the newest 20 messages.
+    def look_up(self, token: str, user_id: str, contact: str) -> Thread:
+        """Return what the shop wrote to a contact, as the Conversations API shows it.
+
+        It tells the newest 20 messages of both sides and no more (Conversations API, "Limitations").
 
         Raises Retry when it cannot be asked.
         """
@@ -107,18 +110,21 @@ class Client:
             _, found = self._ask("GET", f"/{user_id}/conversations", token, query)
             conversations = [entry.get("id") for entry in _list(found.get("data"))]
             if not conversations:
-                return []
+                return Thread((), 0)
             fields = "messages{id,created_time,from,to,message}"
             _, thread = self._ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
         except (Invalid, Unavailable) as error:
             raise Retry(error.message, code="look_up_failed", counts=False) from None
         messages = thread.get("messages")
+        listed = _list(messages.get("data") if isinstance(messages, dict) else None)
         try:
-            return [
-                Shown(str(entry["id"]), str(entry.get("message") or ""), epoch_s(entry["created_time"]))
-                for entry in _list(messages.get("data") if isinstance(messages, dict) else None)
+            times = [epoch_s(entry["created_time"]) for entry in listed]
+            shown = tuple(
+                Shown(str(entry["id"]), str(entry.get("message") or ""), at_s)
+                for entry, at_s in zip(listed, times, strict=True)
                 if _from(entry) != contact
-            ]
+            )
+            return Thread(shown, min(times) if len(times) >= _SHOWN_AT_MOST else 0)
         except (KeyError, TypeError, ValueError):
             raise Retry("the conversation cannot be read", code="look_up_failed", counts=False) from None
 
@@ -170,7 +176,8 @@ def _from(entry: dict[str, Any]) -> str:
 
 
 def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
-    meaning, said = codes.classify(answer.status, error), _said(error)
+    meaning = codes.classify(answer.status, error)
+    said = "Instagram answered " + _named(error, meaning)
     if meaning.kind == "unknown" or answer.status < 300:
         return InDoubt(said, code=meaning.slug, http_status=answer.status)
     if meaning.kind == "final":
@@ -196,12 +203,17 @@ def _object(body: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _said(error: Mapping[str, Any]) -> str:
-    """Name an error by its codes; Meta's own sentence is localised and may quote the request."""
+def _named(error: Mapping[str, Any], meaning: codes.Meaning) -> str:
+    """Name an error by its codes alone: Meta's own sentence is localised and may quote what was sent."""
     code, subcode, trace = error.get("code"), error.get("error_subcode"), error.get("fbtrace_id")
     named = f"code {code}" + (f"/{subcode}" if subcode else "")
+    return f"{named}, {meaning.slug}" + (f" (trace {trace})" if isinstance(trace, str) else "")
+
+
+def _quoted(error: Mapping[str, Any], meaning: codes.Meaning) -> str:
+    """Name an error with Meta's sentence, for calls that carry no customer's words."""
     message = _LONG_WORD.sub("[…]", " ".join(str(error.get("message") or "").split()))[:200]
-    return f"{named}: {message}" + (f" (trace {trace})" if isinstance(trace, str) else "")
+    return f"{_named(error, meaning)}: {message}"
 
 
 def _usage_wait_s(headers: Mapping[str, str]) -> float | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,10 @@ from crmbridge.errors import Forbidden, Invalid, Unauthorized
 from crmbridge.events import ChannelEvent
 from crmbridge.instagram import wire
 
+_ITEMS_AT_MOST = 2000  # Meta batches 1000 updates
+_DIGITS = 40
+_DEPTH = 100
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _CHALLENGE = re.compile(r"[A-Za-z0-9_-]{1,512}\Z")
 
 
@@ -43,26 +48,57 @@ def verify(body: bytes, signature: str | None, app_secrets: Sequence[str]) -> No
 
 
 def read(body: bytes, received_at: str) -> list[ChannelEvent]:
-    """Return the events in a verified body; a body that is no JSON becomes one event that keeps its text."""
+    """Return the events in a verified body; what is no JSON, or far more than Meta sends, is kept as one event."""
+    text = body.decode("utf-8", "replace")
     try:
-        return list(wire.read(_json(body), received_at))
+        events = list(itertools.islice(wire.read(_json(text), received_at), _ITEMS_AT_MOST + 1))
     except (ValueError, RecursionError):
-        return [
-            ChannelEvent(
-                kind="message.unsupported",
-                external_account_id="",
-                contact="",
-                occurred_at=received_at,
-                dedupe_key="body:" + hashlib.sha256(body).hexdigest(),
-                message_type="unsupported",
-                raw=body.decode("utf-8", "replace"),
-            )
-        ]
+        return [_kept_whole(text, received_at)]
+    if len(events) > _ITEMS_AT_MOST:
+        return [*events[:-1], _kept_whole(text, received_at)]
+    return events
 
 
-def _json(body: bytes) -> Any:
-    value = json.loads(body)
-    if b"\\ud" in body.lower():
+def _kept_whole(text: str, received_at: str) -> ChannelEvent:
+    return ChannelEvent(
+        kind="message.unsupported",
+        external_account_id="",
+        contact="",
+        occurred_at=received_at,
+        dedupe_key="body:" + hashlib.sha256(text.encode()).hexdigest(),
+        message_type="unsupported",
+        raw=text,
+    )
+
+
+def _json(text: str) -> Any:
+    try:
+        value = json.loads(text, parse_int=_number)
+    except RecursionError:
+        value = json.loads(_cut(text), parse_int=_number)
+    if "\\ud" in text.lower():
         # An escaped half of a surrogate pair is no text: neither SQLite nor a CRM could take it.
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), parse_int=_number)
     return value
+
+
+def _number(digits: str) -> int | str:
+    """Keep a number that is too long to be one as text, so that it sinks nothing else."""
+    return int(digits) if len(digits) < _DIGITS else digits
+
+
+def _cut(text: str) -> str:
+    """Replace what is nested too deeply to be read by a short text, so that it sinks nothing else."""
+    parts, depth, kept_to = [], 0, 0
+    for found in _TOKEN.finditer(text):
+        mark = found[0]
+        if mark in "[{":
+            depth += 1
+            if depth == _DEPTH:
+                parts.append(text[kept_to : found.start()])
+        elif mark in "]}":
+            depth -= 1
+            if depth == _DEPTH - 1:
+                parts.append('"nested too deeply"')
+                kept_to = found.end()
+    return "".join(parts) + text[kept_to:] if depth < _DEPTH else text

@@ -47,7 +47,9 @@ def _entry(entry: Any, received_at: str) -> Iterator[ChannelEvent]:
         found = True
         yield _unsupported(account, None, change, sent_at)
     if not found:
-        yield _unsupported(account, None, entry, sent_at)
+        # The time of sending differs from one delivery of the same fact to the next.
+        lasting = {key: value for key, value in entry.items() if key != "time"}
+        yield _unsupported(account, None, lasting, sent_at)
 
 
 def _item(account: str, item: Any, sent_at: str) -> ChannelEvent:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from crmbridge.errors import Conflict
+from crmbridge.errors import Conflict, NotFound
 from crmbridge.events import epoch_s, new_id
 from crmbridge.store import deliveries
 from crmbridge.store.database import Database, Row
@@ -70,16 +70,18 @@ def update(db: Database, account_id: str, values: dict[str, Any], now: str) -> R
                 paused_s = epoch_s(now) - epoch_s(before["status_since"])
                 deliveries.postpone(db, paused_s, "account_id = ?", [account_id])
         db.update("accounts", changed, "id = ?", [account_id])
+        if "crm_webhook_url" in values and values["crm_webhook_url"] is None:
+            deliveries.stop_pushing(db, account_id, now)
         return found(db, account_id)
 
     return db.write(job)
 
 
 def found(db: Database, account_id: str) -> Row:
-    """Return an account that is known to exist."""
+    """Return an account; raises NotFound when it was deleted meanwhile."""
     row = find(db, account_id)
     if row is None:
-        raise LookupError(account_id)
+        raise NotFound("There is no such account.", code="account_not_found")
     return row
 
 

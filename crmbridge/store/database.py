@@ -18,6 +18,9 @@ T = TypeVar("T")
 Row = dict[str, Any]
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _COMMIT_TOGETHER = 64
+# A file that is locked, full, unreadable or no database; against statements that are wrong, which are ours to mend.
+_BROKEN = (peewee.DatabaseError,)
+_OURS = (peewee.IntegrityError, peewee.ProgrammingError, peewee.DataError)
 _LOOK_FOR_SPACE_S = 2.0
 
 
@@ -89,7 +92,9 @@ class Database:
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         try:
             return self._db.execute_sql(sql, tuple(parameters))
-        except peewee.OperationalError as error:
+        except _OURS:
+            raise
+        except _BROKEN as error:
             raise _unavailable(error) from error
 
     # --- writing ---
@@ -224,17 +229,21 @@ class Database:
         self._file_lock.close()
 
 
-def _is_full(error: BaseException) -> bool:
-    cause = error.__cause__ if isinstance(error, Unavailable) else error
-    return isinstance(cause, peewee.OperationalError) and sqlite.is_full(cause)
+def _is_full(error: BaseException | None) -> bool:
+    """Look behind the error, too: a roll-back that fails because SQLite has rolled back hides the first one."""
+    while error is not None:
+        if isinstance(error, peewee.OperationalError) and sqlite.is_full(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _named(error: BaseException) -> BaseException:
     """BEGIN and COMMIT fail with Peewee's own error; inside a job it is named already."""
-    return _unavailable(error) if isinstance(error, peewee.OperationalError) else error
+    return _unavailable(error) if isinstance(error, _BROKEN) and not isinstance(error, _OURS) else error
 
 
-def _unavailable(error: peewee.OperationalError) -> Unavailable:
+def _unavailable(error: BaseException) -> Unavailable:
     return Unavailable(f"the database cannot be used now: {error}", code="storage_unavailable", after_s=5)
 
 

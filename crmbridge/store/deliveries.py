@@ -284,6 +284,8 @@ def abandoned(db: Database) -> list[Row]:
 def release(db: Database, row: Row, *, due: str, in_doubt: bool, now: str) -> None:
     """Take a row back from a worker that never reported; its call may have taken effect."""
     released = {"claim_id": None, "due": due, "in_doubt": int(in_doubt), "last_code": "abandoned"}
+    if in_doubt and not row["in_doubt"]:
+        released["retries"] = row["retries"] + 1
     db.update("deliveries", released, "id = ?", [row["id"]])
     db.run(
         """
@@ -293,12 +295,12 @@ def release(db: Database, row: Row, *, due: str, in_doubt: bool, now: str) -> No
     )
 
 
-def unsettled_send(db: Database, account_id: str, contact: str) -> Row | None:
-    """Return the send to a contact that is in flight or in doubt, if there is one."""
+def tried_send(db: Database, account_id: str, contact: str) -> Row | None:
+    """Return the send to a contact that was tried and is not settled, if there is one."""
     return db.row(
         """
         SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND ready = 1 AND (claim_id IS NOT NULL OR in_doubt = 1) LIMIT 1""",
+            AND ready = 1 AND attempts > 0 LIMIT 1""",
         (account_id, contact),
     )
 
@@ -350,6 +352,12 @@ def follow_clock(db: Database, seconds: float) -> None:
     due, expires = sqlite.shifted("due"), sqlite.shifted("expires_at")
     shift = f"{seconds:+.3f}"
     db.run(f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'", (shift, shift))
+
+
+def stop_pushing(db: Database, account_id: str, now: str) -> None:
+    """Leave what an account's CRM was still to get to be read when it asks."""
+    ended = {"state": "done", "claim_id": None, "last_code": "not_pushed", "finished_at": now}
+    db.update("deliveries", ended, "state = 'pending' AND target = 'crm' AND account_id = ?", [account_id])
 
 
 def end_account(db: Database, account_id: str, now: str) -> None:

@@ -36,7 +36,11 @@ def keep(
         routes: dict[str, Row | None] = {}
         for event in ordered:
             if event.external_account_id not in routes:
-                routes[event.external_account_id] = accounts.find_external(db, event.external_account_id)
+                account = accounts.find_external(db, event.external_account_id)
+                routes[event.external_account_id] = account
+                if account is not None:
+                    while _adopt_some(db, account, now, patience):  # what came before the account goes first
+                        pass
         return [
             _keep_one(db, event, routes[event.external_account_id], correlation_id, now, patience) for event in ordered
         ]
@@ -112,7 +116,7 @@ def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patien
     message = messages.find_external(db, account["id"], external_id)
     if message is not None:
         sent_until = message["sent_at"]
-    elif deliveries.unsettled_send(db, account["id"], row["contact"]):
+    elif _is_open(deliveries.tried_send(db, account["id"], row["contact"])):
         return "held"
     else:
         # A reply typed elsewhere, known by its echo: everything sent before it was read too.
@@ -132,9 +136,10 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
     if message is not None:
         messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
         return "noted"
-    send = deliveries.unsettled_send(db, account["id"], row["contact"])
-    if send is not None and not send["in_doubt"]:
+    send = deliveries.tried_send(db, account["id"], row["contact"])
+    if send is not None and send["claim_id"] is not None and not send["in_doubt"]:
         return "held"
+    # An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt.
     doubtful = [send] if send else deliveries.given_up_in_doubt(db, account["id"], row["contact"])
     possible = [entry for entry in doubtful if _same_text(db, entry, row)]
     if len(possible) == 1:
@@ -142,7 +147,12 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
         messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
         deliveries.end(db, possible[0], "done", "echo", None, now)
         return "noted"
-    return "held" if send else _forward(db, account, row, now, patience)
+    return "held" if _is_open(send) else _forward(db, account, row, now, patience)
+
+
+def _is_open(send: Row | None) -> bool:
+    """Tell whether a send is in flight or in doubt, so that nobody knows yet what it became."""
+    return send is not None and (send["claim_id"] is not None or bool(send["in_doubt"]))
 
 
 def _same_text(db: Database, send: Row, echo: Row) -> bool:
@@ -167,25 +177,26 @@ def release_held(db: Database, account_id: str, contact: str, now: str, patience
 
 def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
     """Route what came for an account before it was configured here; return how many events there were."""
-    total = 0
-    while True:
-
-        def job() -> int:
-            waiting = db.rows(
-                "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
-                " ORDER BY occurred_at, id LIMIT ?",
-                (account["instagram_account_id"], _ADOPT_AT_ONCE),
-            )
-            for row in waiting:
-                _apply(db, account, row, instant(now_s), patience)
-            return len(waiting)
-
-        if not _waits(db, account):
-            return total
-        done = db.write(job)
+    total, now = 0, instant(now_s)
+    while _waits(db, account):
+        done = db.write_last(lambda: _adopt_some(db, account, now, patience))
         total += done
-        if done < _ADOPT_AT_ONCE:
-            return total
+        if not done:
+            break
+    return total
+
+
+def _adopt_some(db: Database, account: Row, now: str, patience: Patience) -> int:
+    if not _waits(db, account):
+        return 0
+    waiting = db.rows(
+        "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
+        " ORDER BY occurred_at, id LIMIT ?",
+        (account["instagram_account_id"], _ADOPT_AT_ONCE),
+    )
+    for row in waiting:
+        _apply(db, account, row, now, patience)
+    return len(waiting)
 
 
 def _waits(db: Database, account: Row) -> bool:
@@ -239,7 +250,9 @@ def _reply_to(db: Database, account_id: str, reply: dict[str, Any] | None) -> di
     if external_id:
         sent = messages.find_external(db, account_id, external_id)
         heard = db.value(
-            "SELECT id FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?", (account_id, external_id)
+            "SELECT id FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?"
+            " AND kind IN ('message.received', 'message.echo')",
+            (account_id, external_id),
         )
         ours = sent["id"] if sent else "msg_" + heard.removeprefix("evt_") if heard else None
     story = {"id": reply["story_id"], "url": reply["story_url"]} if reply["story_id"] or reply["story_url"] else None

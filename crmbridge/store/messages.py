@@ -2,17 +2,18 @@
 
 import json
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crmbridge import contract
 from crmbridge.errors import Conflict
-from crmbridge.events import Shown, epoch_s, instant, new_id
+from crmbridge.events import Shown, Thread, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
 
+# What ended without our knowing whether it had gone out; the channel may still show that it had.
+_PROVABLE = ("in_doubt", "expired", "account_deleted")
 _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
 
 
@@ -150,7 +151,7 @@ def advance(
     `at` is when it happened, `now` when we learned of it.
     """
     message = found(db, message_id)
-    proven = message["status"] == "failed" and message["error_code"] == "in_doubt"
+    proven = message["status"] == "failed" and message["error_code"] in _PROVABLE
     forward = _RANK[status] > _RANK[message["status"]] if message["status"] != "failed" else proven
     if status == "failed":
         forward = message["status"] == "pending"
@@ -236,19 +237,22 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     }
 
 
-def matching(db: Database, claimed: Claimed, shown: Sequence[Shown]) -> list[Shown]:
-    """Return those of the messages in a thread that can be what a doubtful call sent.
+def matching(db: Database, claimed: Claimed, thread: Thread) -> list[Shown] | None:
+    """Return those of the messages in a thread that can be what a doubtful call sent; None if it cannot tell.
 
     That is: the same text, not from before the call, and not known as another send's.
     """
     started = db.value("SELECT tried_at FROM deliveries WHERE id = ?", (claimed.id,))
     text = json.loads(claimed.body).get("text") or ""
-    return [
+    possible = [
         entry
-        for entry in shown
+        for entry in thread.shown
         if may_be(text, started, entry.text, entry.at_s)
         and find_external(db, claimed.account_id, entry.external_id) is None
     ]
+    if not possible and thread.since_s and (started is None or thread.since_s > epoch_s(started) - SKEW_S):
+        return None  # so much was written since that it may have moved out of sight
+    return possible
 
 
 def may_be(sent: str, started: str | None, shown: str, shown_s: float) -> bool:

@@ -56,12 +56,14 @@ def take(
     *,
     room: Callable[[Endpoint], Room],
     senders: int,
+    spare: int = 0,
     hasten: Collection[Endpoint] = (),
     in_flight: Collection[str] = (),
 ) -> Turn:
     """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint)` allows for each.
 
-    `hasten` names endpoints that recovered; `in_flight` the claims that this process holds, however late they are.
+    The last `spare` senders go only to endpoints that have no call. `hasten` names endpoints that recovered;
+    `in_flight` the claims that this process holds, however late they are.
     """
     now = instant(terms.now_s)
 
@@ -75,12 +77,12 @@ def take(
             if entry.claimed.target == "instagram" and (is_ours or entry.outcome.kind == "done"):
                 messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
                 inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
-        for target, account in _served(db):
+        for target, account in _rotated(_served(db), terms.now_s):
             endpoint = (target, account["id"])
             if endpoint in hasten:
                 turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, now, HASTEN_AT_ONCE)
             left = senders - len(turn.claimed)
-            for row in _choose(db, endpoint, room(endpoint), left, now) if left > 0 else ():
+            for row in _choose(db, endpoint, room(endpoint), left, spare, now) if left > 0 else ():
                 if row["claim_id"] not in in_flight:
                     _claim(db, turn, row, account, terms)
             due = deliveries.next_due(db, *endpoint)
@@ -100,9 +102,16 @@ def _served(db: Database) -> list[tuple[Target, Row]]:
     ]
 
 
-def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, now: str) -> list[Row]:
+def _rotated(served: list[tuple[Target, Row]], now_s: float) -> list[tuple[Target, Row]]:
+    """Begin with another endpoint each time, so that none is always the last."""
+    first = int(now_s * 1000) % len(served) if served else 0
+    return served[first:] + served[:first]
+
+
+def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int, now: str) -> list[Row]:
     """Return the rows that an endpoint may get now."""
-    calls = min(room.calls, most)
+    # Some senders are left to endpoints that have none yet, so that hanging ones cannot take them all.
+    calls = min(room.calls, max(most - spare, int(room.is_idle and most > 0)))
     if calls <= 0:
         return []
     if room.probe == "behind":

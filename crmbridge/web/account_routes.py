@@ -74,11 +74,11 @@ class AccountRoutes:
         }
         row = accounts.create(call.db, values, now)
         log.info("account.created", account=row["id"], instagram_account_id=identity.user_id)
-        row = self._subscribe(call, row, request.access_token)
         adopted = inbound.adopt(call.db, row, call.now_s, self._patience)
         if adopted:
             log.info("account.adopted", account=row["id"], events=adopted)
             self._wake()
+        row = self._subscribe(call, row, request.access_token)
         return Reply(_shown(row), 201, {"Location": f"/api/v1/accounts/{row['id']}"})
 
     def update(self, call: Call) -> Reply:
@@ -91,7 +91,8 @@ class AccountRoutes:
         if given & {"crm_webhook_url", "webhook_secret"}:
             url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
             self._check_target(url, secret)
-            values["crm_webhook_url"] = url
+        if "crm_webhook_url" in given:
+            values["crm_webhook_url"] = request.crm_webhook_url
         if "webhook_secret" in given:
             values["webhook_secret_sealed"] = self._vault.seal(secret) if secret else None
         if "status" in given:

@@ -1,6 +1,8 @@
 """The WSGI application: request ids, keys, limits, and every error as JSON. Routes come as data."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from crmbridge.errors import (
     Invalid,
     NotFound,
     TooLarge,
+    TooMany,
     Unauthorized,
     Unavailable,
     UnsupportedMedia,
@@ -27,6 +30,7 @@ from crmbridge.store.database import Database, Row
 
 BODY_BYTES = 256 * 1024
 SLOW_S = 1.0
+_LARGE_AT_ONCE = 2
 Headers = dict[str, str]
 _Request = TypeVar("_Request", bound=contract._Request)
 _STATUS: tuple[tuple[type[BridgeError], int], ...] = (
@@ -37,6 +41,7 @@ _STATUS: tuple[tuple[type[BridgeError], int], ...] = (
     (Forbidden, 403),
     (NotFound, 404),
     (Conflict, 409),
+    (TooMany, 429),
     (Unavailable, 503),
 )
 # The body is in memory before a route runs; the application's own limits lie below this one.
@@ -139,6 +144,7 @@ class App:
         self._db = db
         self._clock = clock
         self._verifier = apikey.Verifier()
+        self._large_bodies = threading.Semaphore(_LARGE_AT_ONCE)  # memory for no more than these
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unrouted
         for route in routes:
@@ -171,7 +177,9 @@ class App:
     def _handler(self, route: Route) -> Callable[..., Any]:
         def handle(**path: str) -> Any:
             try:
-                return self._render(route.handler(self._call(route, path)))
+                large = bottle.request.content_length > BODY_BYTES
+                with self._large_bodies if large else contextlib.nullcontext():
+                    return self._render(route.handler(self._call(route, path)))
             except BridgeError as error:
                 return self._error(error)
             except Exception:
@@ -184,7 +192,8 @@ class App:
         request = bottle.request
         headers = _Headers(request.environ)
         key = self._authorize(route, headers.get("Authorization", "")) if route.permission else None
-        if self.busy():
+        # A signed request of Meta is never turned away, and health must be told; neither carries a key.
+        if key is not None and self.busy():
             raise Unavailable("More requests are waiting than are being answered.", code="overloaded")
         query = _query(request.query_string)
         unknown = set(query) - route.query if route.query is not None else set()
