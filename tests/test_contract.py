@@ -208,7 +208,7 @@ def test_every_answer_has_its_headers_and_errors_their_form(name: tuple[str, str
     for status, answer in answers.items():
         assert "X-Correlation-Id" in answer["headers"], status
         assert ("WWW-Authenticate" in answer["headers"]) == (status == 401), status
-        assert ("Retry-After" in answer["headers"]) == (status == 503), status
+        assert ("Retry-After" in answer["headers"]) == (status in (429, 503)), status
         assert ("Location" in answer["headers"]) == (status in (201, 302)), status
         if status >= 400:
             assert "ErrorAnswer" in json.dumps(answer["content"]["application/json"]["schema"]), status
