@@ -1,5 +1,6 @@
 """One open database: reads from any thread, writes one at a time, requests that meet share a commit."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -25,11 +26,12 @@ _LOOK_FOR_SPACE_S = 2.0
 
 
 class _Ticket(Generic[T]):
-    """A write that waits for its commit; its thread sleeps on the write lock."""
+    """A write that waits for its commit; its thread sleeps until it is committed or may lead the next commit."""
 
     def __init__(self, job: Callable[[], T]) -> None:
         self.job = job
         self.done = False
+        self.poked = threading.Event()
         self._result: T
         self._error: BaseException | None = None  # of the last try
 
@@ -39,6 +41,7 @@ class _Ticket(Generic[T]):
     def settle(self, error: BaseException | None = None) -> None:
         self._error = error
         self.done = True
+        self.poked.set()
 
     def result(self) -> T:
         if self._error is not None:
@@ -124,22 +127,41 @@ class Database:
             self._look_for_space()
         ticket = _Ticket(job)
         self._waiting.append(ticket)
-        with self._turn:
-            while not ticket.done:
-                self._commit_waiting()
+        while not ticket.done:
+            if not self._turn.acquire(blocking=False):
+                ticket.poked.wait()
+                ticket.poked.clear()
+                continue
+            try:
+                while not ticket.done:
+                    self._commit_waiting()
+            finally:
+                self._pass_on()
         return ticket.result()
 
     def write_last(self, job: Callable[[], T]) -> T:
         """Like `write`, alone in its transaction and only after all writes that wait already; also on a full disk."""
         ticket = _Ticket(job)
-        with self._turn:
+        self._turn.acquire()
+        try:
             while self._waiting:
                 self._commit_waiting()
             was_full = self._is_full
             self._commit([ticket])
             if self._is_full and not was_full:  # the reserve was freed just now
                 self._commit([ticket])
+        finally:
+            self._pass_on()
         return ticket.result()
+
+    def _pass_on(self) -> None:
+        """End this thread's turn; whoever waits first may lead the next one.
+
+        The look at the queue comes after the release: a ticket that it misses finds the lock free itself.
+        """
+        self._turn.release()
+        with contextlib.suppress(IndexError):
+            self._waiting[0].poked.set()
 
     def _look_for_space(self) -> None:
         """Go back to work when the disk has room for the reserve again. Raises Unavailable when it has not."""
