@@ -55,9 +55,10 @@ def post(
             http_status=401,
             alert=True,
         )
+    code = "rate_limited" if answer.status == 429 else "crm_redirect" if 300 <= answer.status < 400 else "crm_error"
     raise Retry(
         f"the CRM answered {answer.status}",
-        code="crm_redirect" if 300 <= answer.status < 400 else "crm_error",
+        code=code,
         http_status=answer.status,
         after_s=retry_after_s(answer.headers.get("Retry-After"), now_s),
     )
