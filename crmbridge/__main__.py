@@ -19,12 +19,14 @@ from crmbridge.events import instant
 from crmbridge.store import accounts, database, keys
 
 _DAY_S = 86_400
+_PROBED = 20  # accounts whose secrets are opened at a start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
     try:
+        os.umask(0o077)  # what we make is for our user alone
         return int(options.run(options) or 0)
     except BridgeError as error:
         print(f"crmbridge: {error.message}", file=sys.stderr)
@@ -151,7 +153,7 @@ def _key_create(options: argparse.Namespace) -> None:
         raise Misconfigured("--name must be printable text")
     days = options.expires_days
     if days is not None and not 0 < days <= 36_500:
-        raise Misconfigured("--expires-days must be between 0 and 36500")
+        raise Misconfigured("--expires-days must be more than 0 and at most 36500")
     with _database(options) as db:
         missing = [account for account in options.account if accounts.find(db, account) is None]
         if missing:
@@ -170,6 +172,7 @@ def _key_create(options: argparse.Namespace) -> None:
         }
         keys.create(db, values)
         print(key)
+        print(f"{key_id}: shown once; 'crmbridge key revoke {key_id}' ends it", file=sys.stderr)
 
 
 def _key_list(options: argparse.Namespace) -> None:
@@ -184,10 +187,12 @@ def _key_list(options: argparse.Namespace) -> None:
 
 
 def _key_revoke(options: argparse.Namespace) -> None:
+    whole = apikey.split(options.id)
+    key_id = whole.id if whole else options.id
     with _database(options) as db:
-        if not keys.revoke(db, options.id, instant(time.time())):
-            raise Misconfigured(f"there is no key {options.id}; 'crmbridge key list' shows them")
-    print(f"revoked {options.id}")
+        if not keys.revoke(db, key_id, instant(time.time())):
+            raise Misconfigured(f"there is no key {key_id[:20]}; 'crmbridge key list' shows them")
+    print(f"revoked {key_id}")
 
 
 def _account_list(options: argparse.Namespace) -> None:
@@ -223,6 +228,9 @@ def _open(settings: config.Settings) -> _Rooms:
 
     db = database.open_existing(settings.store.path)
     db.require_schema()
+    keys_of_secrets = vault.load(settings.vault.key_file)
+    for account in accounts.everyone(db)[:_PROBED]:
+        keys_of_secrets.open(account["access_token_sealed"])
     reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
     configured = net.Reach(any_address=True, http=True)
     graph = net.Session(
@@ -235,7 +243,7 @@ def _open(settings: config.Settings) -> _Rooms:
     return _Rooms(
         settings=settings,
         db=db,
-        vault=vault.load(settings.vault.key_file),
+        vault=keys_of_secrets,
         client=Client(graph, settings.instagram.graph_url),
         reach=reach,
         alerts=Alerts(
@@ -475,17 +483,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _sandbox(options: argparse.Namespace) -> None:
-    from crmbridge.sandbox import Sandbox
+    from crmbridge.sandbox import Sandbox, demo
 
     try:
         sandbox = Sandbox(options.host, options.port, callback_url=options.callback_url)
     except (ValueError, OSError, OverflowError) as error:
         raise Misconfigured(str(error)) from None
     with sandbox:
-        print(f"chat page            {sandbox.url}/")
-        print(f"[instagram] graph_url = {sandbox.graph_url}")
-        print(f"crm_webhook_url       {sandbox.crm_webhook_url}")
-        print("Ctrl-C ends it.", flush=True)
+        print(demo.alone(sandbox), flush=True)
         threading.Event().wait()
 
 

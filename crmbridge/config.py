@@ -37,7 +37,10 @@ def _words(value: str) -> tuple[str, ...]:
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def read(value: str) -> int:
-        number = int(value)
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("must be a whole number; a comment needs a line of its own") from None
         if not low <= number <= high:
             raise ValueError(f"must be between {low} and {high}")
         return number
@@ -93,6 +96,10 @@ def _url_or_nothing(value: str) -> str:
     return _url(value) if value else ""
 
 
+def _address_or_nothing(value: str) -> str:
+    return str(ipaddress.ip_address(value)) if value else ""
+
+
 def _one_of(*names: str) -> Callable[[str], str]:
     def read(value: str) -> str:
         if value.lower() not in names:
@@ -108,7 +115,7 @@ class Web:
     port: int = _key(8080, _whole(0, 65_535))
     threads: int = _key(8, _whole(1, 64))
     public_url: str = _key("", _url_or_nothing)
-    trusted_proxy: str = _key("", _text)
+    trusted_proxy: str = _key("", _address_or_nothing)
 
 
 @dataclass(frozen=True)
@@ -241,6 +248,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
     if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
         raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
+    if settings.retention.text_days > settings.retention.metadata_days:
+        raise Misconfigured(f"{path} [retention] text_days: must not be above metadata_days")
     settings = _rooted(settings, path.resolve().parent)
     own = {
         "[store] path": settings.store.path,

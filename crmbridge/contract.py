@@ -19,6 +19,7 @@ ExternalId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.:-]{1,128}$")]
 Timestamp = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
 Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
+SigningSecret = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 WebhookUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
 
 MessageStatusName = Literal["pending", "sent", "delivered", "read", "failed"]
@@ -57,7 +58,7 @@ class AccountCreate(_Request):
     username: Printable | None = None
     access_token: Secret
     crm_webhook_url: WebhookUrl | None = None
-    webhook_secret: Secret | None = None
+    webhook_secret: SigningSecret | None = None
 
 
 _LEFT_OUT: Any = None  # for a field that may be left out but not be null; model_fields_set tells which were given
@@ -66,7 +67,7 @@ _LEFT_OUT: Any = None  # for a field that may be left out but not be null; model
 class AccountUpdate(_Request):
     access_token: Secret = _LEFT_OUT
     crm_webhook_url: WebhookUrl | None = None
-    webhook_secret: Secret | None = None
+    webhook_secret: SigningSecret | None = None
     status: Literal["active", "inactive"] = _LEFT_OUT
 
 
@@ -268,7 +269,13 @@ def crm_body(event: str, fields: dict[str, Any]) -> str:
 # --- reading a request ---
 
 _Request_T = TypeVar("_Request_T", bound=_Request)
-_SAID = {"missing": "is required", "extra_forbidden": "is not a field of this request"}
+_SAID = {
+    "missing": "is required",
+    "extra_forbidden": "is not a field of this request",
+    "string_type": "must be text",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+}
 
 
 def read(model: type[_Request_T], body: bytes) -> _Request_T:

@@ -159,7 +159,7 @@ class Engine:
 
     def recover(self) -> int:
         """Take back what a worker that no longer runs had claimed. Only for the holder of the worker lock."""
-        return turn.recover(self._db, self._clock(), self._schedule.look_up_s[0])
+        return turn.recover(self._db, self._terms(self._clock()))
 
     def drain(self) -> float | None:
         """Work until nothing is due or in flight; return when to come back, in seconds since the epoch."""
@@ -210,7 +210,7 @@ class Engine:
         found = turn.take(
             self._db,
             self._unrecorded,
-            Terms(now_s, schedule.lease_s, schedule.look_up_s[0], schedule.patience),
+            self._terms(now_s),
             room=lambda endpoint: self._room(endpoint, now_s),
             senders=free,
             spare=schedule.senders // 3,
@@ -228,6 +228,9 @@ class Engine:
             self._report(entry, now_s)
         self._report_oddities(found)
         return self._next_s(found, now_s)
+
+    def _terms(self, now_s: float) -> Terms:
+        return Terms(now_s, self._schedule.lease_s, self._schedule.look_up_s[0], self._schedule.patience)
 
     def _room(self, endpoint: Endpoint, now_s: float) -> Room:
         return NO_ROOM if self._stopping else self._endpoints.room(endpoint, now_s)

@@ -152,15 +152,18 @@ class Worker:
         for name in (self._queue_path, *(Path(f"{self._queue_path}-{part}") for part in ("wal", "shm"))):
             name.unlink(missing_ok=True)
         self._queue_path.parent.mkdir(parents=True, exist_ok=True)
-        return Huey(
-            "crmbridge",
-            results=False,
-            storage_class=_Storage,
-            filename=str(self._queue_path),
-            fsync=False,
-            cache_mb=1,
-            serializer=_Json(),
-        )
+        try:
+            return Huey(
+                "crmbridge",
+                results=False,
+                storage_class=_Storage,
+                filename=str(self._queue_path),
+                fsync=False,
+                cache_mb=1,
+                serializer=_Json(),
+            )
+        except sqlite3.Error as error:
+            raise Misconfigured(f"[store] queue_path: {self._queue_path} cannot be made: {error}") from None
 
     def _register(self, job: Job) -> None:
         last = time.monotonic()

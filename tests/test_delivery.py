@@ -136,7 +136,7 @@ def test_everything_else_is_tried_again(rig: Rig, status: int) -> None:
     rig.account()
     rig.crm.answer(status, headers={"Location": rig.sandbox.url})
     rig.say("hello", "mid-1")
-    rig.live_through(10)
+    rig.live_through(31)  # 429 has a floor of 30 s
     assert [entry.answered for entry in rig.crm.received] == [status, 200]
 
 
@@ -550,6 +550,18 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
     rig.live_through(30)
     assert len(rig.meta.sent) == 1
     assert rig.status(message_id)["status"] == "sent"
+
+
+def test_an_echo_that_came_before_the_worker_died_settles_the_send_at_once(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "reply")
+    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    rig.claim(row, account)
+    assert rig.echo("reply", "mid-of-ours")[0].state == "held"
+    rig.engine.recover()
+    rig.drain()
+    assert rig.status(message_id)["status"] == "delivered"
+    assert rig.events() == ["message.sent", "message.delivered"]
 
 
 def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:

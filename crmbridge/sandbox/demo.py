@@ -1,5 +1,6 @@
 """``crmbridge demo``: the bridge as a process of its own, the sandbox around it, and one round trip told hop by hop."""
 
+import json
 import os
 import re
 import secrets
@@ -23,13 +24,14 @@ _SHOP, _SHOP_SCOPED, _CUSTOMER = "17841400000000001", "24000000000000001", "9000
 _TOKEN = "IGAA-sandbox-token"
 _WAIT_S = 20
 _READY = re.compile(r"serve\.ready url=(\S+)")
-_INI = """
-[web]
+_PORT = """[web]
 port = 0
-[instagram]
-graph_url = {graph_url}
-app_secrets = {app_secret}
-verify_token = {verify_token}
+"""
+_INI = f"""
+{_PORT}[instagram]
+graph_url = {{graph_url}}
+app_secrets = {{app_secret}}
+verify_token = {{verify_token}}
 [crm]
 allow_http = true
 allow_networks = 127.0.0.0/8
@@ -76,6 +78,11 @@ class Bridge:
             time.sleep(0.02)
         raise HopFailed(f"the bridge did not start; its log:\n{self.log_path.read_text()}")
 
+    @property
+    def runs(self) -> bool:
+        """Whether the server's process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> int | None:
         """Ask the bridge to stop; return its exit status."""
         if self._process is None:
@@ -96,6 +103,38 @@ def ini(sandbox: Sandbox) -> str:
     return _INI.format(graph_url=sandbox.graph_url, app_secret=APP_SECRET, verify_token=VERIFY_TOKEN)
 
 
+def alone(sandbox: Sandbox) -> str:
+    """Give the sandbox its shop, and return what to type to lead a bridge and the chat page to it."""
+    sandbox.meta.add_account(_SHOP, token=_TOKEN, app_scoped_id=_SHOP_SCOPED, username="your_shop")
+    account = json.dumps(_account(sandbox), indent=2)
+    return f"""A local Instagram and a sample CRM; the chat page is at {sandbox.url}/
+
+In the bridge's crmbridge.ini, under the sections that are there:
+{ini(sandbox).replace(_PORT, "")}
+With the bridge running, connect the shop (ADMIN is an admin key):
+  curl -s http://127.0.0.1:8080/api/v1/accounts -H "Authorization: Bearer $ADMIN" \\
+    -H 'Content-Type: application/json' -d '{account}'
+
+Let the chat page's reply box send (KEY is a key for that account):
+  curl -s -X PUT {sandbox.url}/crm/sandbox/settings -H 'Content-Type: application/json' -d '{{
+    "bridge_url": "http://127.0.0.1:8080", "api_key": "'$KEY'", "account_id": "acc_…"}}'
+
+Faults to rehearse, e.g. two answers of 500 from Instagram, or from the CRM:
+  curl -s {sandbox.url}/sandbox/faults -H 'Content-Type: application/json' -d '{{"path": "messages", "times": 2}}'
+  curl -s {sandbox.url}/crm/sandbox/answers -H 'Content-Type: application/json' -d '{{"status": 500, "times": 2}}'
+
+Ctrl-C ends it."""
+
+
+def _account(sandbox: Sandbox) -> dict[str, str]:
+    return {
+        "instagram_account_id": _SHOP,
+        "access_token": _TOKEN,
+        "crm_webhook_url": sandbox.crm_webhook_url,
+        "webhook_secret": WEBHOOK_SECRET,
+    }
+
+
 def run(*, once: bool) -> int:
     """Show the round trip; then serve until Ctrl-C, or return 0 when `once` and every hop arrived, else 1."""
     with tempfile.TemporaryDirectory(prefix="crmbridge-demo-") as folder, Sandbox() as sandbox:
@@ -109,8 +148,7 @@ def run(*, once: bool) -> int:
             print(f"  an admin API key     {admin_key}")
             print(f"  the bridge's log     {bridge.log_path}")
             print("\nType as the customer or as the shop on the chat page. Ctrl-C ends the demo.", flush=True)
-            _wait_for_end()
-            return 0
+            return _wait_for_end(bridge)
         except HopFailed as failure:
             print(f"\nFAILED  {failure}", file=sys.stderr)
             return 1
@@ -118,13 +156,16 @@ def run(*, once: bool) -> int:
             bridge.stop()
 
 
-def _wait_for_end() -> None:
+def _wait_for_end(bridge: Bridge) -> int:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     try:
-        ended.wait()
+        while not ended.wait(0.5):
+            if not bridge.runs:
+                raise HopFailed(f"the bridge ended; its log:\n{bridge.log_path.read_text()[-4000:]}")
     except KeyboardInterrupt:
         print()
+    return 0
 
 
 def _round_trip(bridge: Bridge, sandbox: Sandbox) -> str:
@@ -144,12 +185,7 @@ def _round_trip(bridge: Bridge, sandbox: Sandbox) -> str:
             "POST",
             f"{bridge.url}/api/v1/accounts",
             admin_key,
-            {
-                "instagram_account_id": _SHOP,
-                "access_token": _TOKEN,
-                "crm_webhook_url": sandbox.crm_webhook_url,
-                "webhook_secret": WEBHOOK_SECRET,
-            },
+            _account(sandbox),
         )["account_id"],
     )
     key = bridge.command("key", "create", "--name", "demo-crm", "--account", account)

@@ -63,7 +63,6 @@ class Database:
         self._waiting: deque[_Ticket[Any]] = deque()
         self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
         self._reserve = sqlite.Reserve(path.with_name(path.name + ".reserve"))
-        self._is_full = False
         self._looked_for_space_s = time.monotonic()
         self._reserve.take()
 
@@ -169,15 +168,18 @@ class Database:
         if now_s - self._looked_for_space_s >= _LOOK_FOR_SPACE_S:
             self._looked_for_space_s = now_s
             if self._reserve.take():
-                self._is_full = False
                 log.warning("storage.recovered", path=str(self.path))
                 return
         raise Unavailable(
             "The disk is full: nothing new is taken until there is space.", code="storage_full", after_s=30
         )
 
+    @property
+    def _is_full(self) -> bool:
+        """The reserve tells, so that every process knows, and the next one too."""
+        return not self._reserve.is_held()
+
     def _run_full(self) -> None:
-        self._is_full = True
         self._looked_for_space_s = time.monotonic()
         self._reserve.give_up()
         log.error("storage.full", path=str(self.path))
@@ -191,9 +193,17 @@ class Database:
     def _commit(self, batch: list[_Ticket[Any]]) -> bool:
         """Run the batch in one transaction. A lone ticket keeps its error; several are left to be run alone."""
         try:
-            with self._file_lock.held(), self._db.transaction("IMMEDIATE"):
-                for ticket in batch:
-                    ticket.run()
+            with self._file_lock.held():
+                self._db.begin("IMMEDIATE")
+                try:
+                    for ticket in batch:
+                        ticket.run()
+                    self._db.commit()
+                except BaseException:
+                    # SQLite rolls back by itself when the disk fails; a second roll-back would hide why.
+                    if self._db.connection().in_transaction:
+                        self._db.rollback()
+                    raise
         except BaseException as error:  # noqa: BLE001 - handed to the thread whose job it was
             if _is_full(error) and not self._is_full:
                 self._run_full()
@@ -208,12 +218,18 @@ class Database:
 
     def migrate(self) -> list[str]:
         """Bring the schema up to this version; return the names of the migrations that ran."""
-        with self._turn, self._file_lock.held():
-            return list(Runner(self._db, str(_MIGRATIONS)).up())
+        try:
+            with self._turn, self._file_lock.held():
+                return list(Runner(self._db, str(_MIGRATIONS)).up())
+        except peewee.DatabaseError as error:
+            raise Misconfigured(f"{self.path} cannot be migrated: {error}") from error
 
     def schema_problem(self) -> str | None:
         """Tell in a sentence why this version cannot run on the schema as it is, or return None."""
-        status = Runner(self._db, str(_MIGRATIONS)).status()
+        try:
+            status = Runner(self._db, str(_MIGRATIONS)).status()
+        except peewee.DatabaseError as error:
+            return f"it is not a usable database ({error}): put a backup back"
         strange = [step.name for step in status if step.path is None]
         if strange:
             return f"the database was made by a newer version (it has {strange[-1]}): install that version again"

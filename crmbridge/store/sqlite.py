@@ -96,6 +96,10 @@ class Reserve:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def is_held(self) -> bool:
+        """Tell whether the space is held."""
+        return self._path.exists()
+
     def give_up(self) -> None:
         """Free the space."""
         with contextlib.suppress(OSError):

@@ -137,7 +137,7 @@ def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int,
 def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> None:
     now = instant(terms.now_s)
     if row["claim_id"] is not None:
-        _abandon(db, row, terms.now_s, terms.look_up_s)
+        _abandon(db, row, terms)
         if row["target"] == "instagram":
             return
     try:
@@ -162,13 +162,17 @@ def _body(db: Database, row: Row, account: Row) -> str:
     return row["body"] if row["body"] is not None else inbound.crm_body(db, account, row)
 
 
-def _abandon(db: Database, row: Row, now_s: float, look_up_s: float) -> None:
-    doubtful = row["target"] == "instagram"
-    due = instant(now_s + look_up_s) if doubtful else instant(now_s)
-    deliveries.release(db, row, due=due, in_doubt=doubtful, now=instant(now_s))
+def _abandon(db: Database, row: Row, terms: Terms) -> None:
+    now = instant(terms.now_s)
+    if row["target"] == "crm":
+        deliveries.release(db, row, due=now, in_doubt=False, now=now)
+        return
+    deliveries.release(db, row, due=instant(terms.now_s + terms.look_up_s), in_doubt=True, now=now)
+    # Its echo may have come before its worker died.
+    inbound.release_held(db, row["account_id"], row["contact"], now, terms.patience)
 
 
-def recover(db: Database, now_s: float, look_up_s: float) -> int:
+def recover(db: Database, terms: Terms) -> int:
     """Take back what a worker that no longer runs had claimed; return how many rows there were.
 
     A send whose call may have reached the channel is in doubt; a CRM's event may safely be repeated.
@@ -177,7 +181,7 @@ def recover(db: Database, now_s: float, look_up_s: float) -> int:
     def job() -> int:
         rows = deliveries.abandoned(db)
         for row in rows:
-            _abandon(db, row, now_s, look_up_s)
+            _abandon(db, row, terms)
         return len(rows)
 
     return db.write_last(job)
