@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     account = commands.add_parser("account", help="look at accounts").add_subparsers(required=True, metavar="…")
     command(account, "list", _account_list, "list the accounts")
 
+    dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
+    command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
+    retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
+    retry.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows")
+    retry.add_argument("--all", action="store_true", help="every dead delivery")
+    retry.add_argument("--force", action="store_true", help="also sends in doubt, which may arrive twice")
+
     demo = command(commands, "demo", _demo, "show both flows against the bundled sandbox; brings its own configuration")
     demo.add_argument("--once", action="store_true", help="exit after the round trip, 0 when every hop arrived")
     sandbox = command(
@@ -202,6 +209,28 @@ def _account_list(options: argparse.Namespace) -> None:
             target = row["crm_webhook_url"] or "(pull)"
             name = row["username"] or "-"
             print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+
+
+def _dlq_list(options: argparse.Namespace) -> int:
+    from crmbridge.ops import dlq
+
+    with _database(options) as db:
+        return dlq.show(db)
+
+
+def _dlq_retry(options: argparse.Namespace) -> int:
+    from crmbridge.ops import dlq
+    from crmbridge.store.messages import Patience
+    from crmbridge.worker import ring_remote
+
+    if bool(options.ids) == options.all:
+        raise Misconfigured("name the deliveries, or say --all")
+    settings = _settings(options)
+    patience = Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s)
+    with _database(options) as db:
+        left = dlq.retry(db, options.ids, patience, everything=options.all, force=options.force)
+    ring_remote(settings.store.queue_path)
+    return left
 
 
 # --- serve and worker ---

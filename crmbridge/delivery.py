@@ -251,7 +251,7 @@ class Engine:
                 is_worn=is_worn(claimed, self._schedule),
                 previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
                 contact=claimed.contact,
-                was_head=claimed.ready > 0,
+                was_head=claimed.ready == 1,
             )
             if outcome.after_s is not None and claimed.target == "instagram":
                 self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))

@@ -152,7 +152,7 @@ class Endpoints:
         state.probes += 1
         # Something answers there: it may be this message alone that it cannot take.
         answered = http_status is not None and http_status not in _OVERLOADED
-        state.behind = contact if answered and was_head and endpoint[0] == "crm" else None
+        state.behind = contact if answered and was_head and is_worn else None
         return None if was_broken else "broken"
 
     def rest(self, endpoint: Endpoint, until_s: float) -> None:

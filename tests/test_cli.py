@@ -113,6 +113,14 @@ def test_wrong_usage_is_2(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert done.stderr.startswith("usage: crmbridge")
 
 
+def test_dead_deliveries_are_named_to_be_retried(made: Path) -> None:
+    assert run(made, "dlq", "list").stdout == ""
+    assert run(made, "dlq", "retry", "--all").returncode == 0
+    unknown = run(made, "dlq", "retry", "dlv_none")
+    assert (unknown.returncode, "left    dlv_none" in unknown.stdout) == (1, True)
+    assert "--all" in run(made, "dlq", "retry").stderr
+
+
 def test_version_and_lists(made: Path) -> None:
     assert re.fullmatch(r"crmbridge \d+\.\d+\.\d+\n", run(made, "--version").stdout)
     assert run(made, "account", "list").stdout == ""

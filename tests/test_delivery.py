@@ -122,6 +122,76 @@ def test_a_crm_down_for_25_hours_ends_in_the_dead_letter_queue_with_an_alert(rig
     assert [kind for kind, _ in rig.alerts] == ["dead_letter"]
 
 
+def _outage(rig: Rig, hours: float, *, crm: bool) -> list[str]:
+    """Have ten messages of four customers come and go while a far side is away; return the ids of the sends."""
+    account = rig.account()
+    if crm:
+        rig.crm.answer_always(503)
+    else:
+        rig.meta.fault("messages", times=1_000_000, status=503, body="")
+    sends = []
+    for number in range(10):
+        rig.say(f"in {number}", f"mid-{number}", contact=f"80{number % 4}")
+        sends.append(rig.send(account, f"out {number}", contact=f"80{number % 4}"))
+        rig.live_through(hours * 360)
+    rig.crm.answer_always(None)
+    rig.meta.clear_faults()
+    return sends
+
+
+@pytest.mark.parametrize("crm", [True, False], ids=["CRM", "Instagram"])
+@pytest.mark.parametrize("hours", [10 / 3600, 1])
+def test_an_outage_loses_nothing(rig: Rig, hours: float, crm: bool) -> None:
+    sends = _outage(rig, hours, crm=crm)
+    rig.live_through(2 * 3600)
+    received = [entry.event for entry in rig.taken() if entry.event["event"] == "message.received"]
+    assert sorted(event["message"] for event in received) == [f"in {number}" for number in range(10)]
+    assert sorted(str(entry.text) for entry in rig.meta.sent) == [f"out {number}" for number in range(10)]
+    assert {rig.status(message_id)["status"] for message_id in sends} == {"sent"}
+    for contact in range(4):
+        for texts in (
+            [event["message"] for event in received if event["sender_id"] == f"80{contact}"],
+            [str(entry.text) for entry in rig.meta.sent if entry.recipient_id == f"80{contact}"],
+        ):
+            assert texts == sorted(texts)
+
+
+@pytest.mark.parametrize("crm", [True, False], ids=["CRM", "Instagram"])
+def test_what_died_in_an_outage_of_25_hours_can_be_revived(rig: Rig, crm: bool) -> None:
+    sends = _outage(rig, 25, crm=crm)
+    turn.expire(rig.db, rig.now_s, rig.patience)
+    dead = [row["id"] for row in deliveries.dead(rig.db)]
+    assert dead
+    ids = [entry.event["event_id"] for entry in rig.crm.received]
+    assert turn.revive(rig.db, dead, rig.now_s, rig.patience, force=False) == dead
+    rig.live_through(2 * 3600)
+    received = [entry.event for entry in rig.taken() if entry.event["event"] == "message.received"]
+    assert sorted(event["message"] for event in received) == [f"in {number}" for number in range(10)]
+    assert sorted(str(entry.text) for entry in rig.meta.sent) == [f"out {number}" for number in range(10)]
+    assert {rig.status(message_id)["status"] for message_id in sends} == {"sent"}
+    if crm:
+        assert {event["event_id"] for event in received} >= set(ids) & {event["event_id"] for event in received}
+        for contact in range(4):
+            texts = [event["message"] for event in received if event["sender_id"] == f"80{contact}"]
+            assert texts == sorted(texts)
+    assert deliveries.dead(rig.db) == []
+
+
+def test_a_send_in_doubt_is_revived_only_by_force(rig: Rig) -> None:
+    message_id = rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.meta.fault("conversations", times=10_000, status=503, body="")
+    rig.live_through(25 * 3600)
+    (row,) = [
+        row for row in deliveries.dead(rig.db) if row["message_id"] == message_id and row["target"] == "instagram"
+    ]
+    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False) == []
+    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=True) == [row["id"]]
+    rig.drain()
+    assert rig.status(message_id)["status"] == "sent"
+    assert len(rig.meta.sent) == 2
+
+
 def test_a_401_is_final_at_once_and_alerts(rig: Rig) -> None:
     rig.account()
     rig.crm.answer(401)
@@ -467,6 +537,26 @@ def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -
     ]
     assert rig.drain() is None
     assert rig.alerts == []
+
+
+def test_a_look_up_that_comes_too_late_changes_nothing(rig: Rig) -> None:
+    account = rig.account()
+    first = rig.send(account, "ok")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    (row,) = rig.db.rows("SELECT * FROM deliveries WHERE target = 'instagram'")
+    late = rig.claim(row, account)
+    assert late.kind == "look_up"
+    mid = str(rig.meta.sent[0].mid)
+    rig.echo("ok", mid)
+    assert rig.status(first)["attempts"][-1]["outcome"] == "abandoned"
+    outcome = Outcome("done", external_id="the id of another message")
+    finished = turn.Finished(late, outcome, decide(late, outcome, schedule, rig.now_s, lambda: 1.0))
+    found = turn.take(
+        rig.db, [finished], turn.Terms(rig.now_s, 90, 5, rig.patience), room=lambda endpoint: NO_ROOM, senders=0
+    )
+    assert found.fenced == [late]
+    assert rig.status(first)["instagram_message_id"] == mid
 
 
 def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:

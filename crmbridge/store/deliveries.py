@@ -258,6 +258,9 @@ def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, messa
     """End a delivery without a call, and let the next of its lane go."""
     ended = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
     db.update("deliveries", {**ended, "finished_at": now}, "id = ?", [row["id"]])
+    if row["claim_id"] is not None:
+        overtaken = {"finished_at": now, "outcome": "abandoned", "code": code}
+        db.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
     promote(db, row["target"], row["account_id"], row["contact"], now)
 
 
@@ -352,6 +355,22 @@ def follow_clock(db: Database, seconds: float) -> None:
     due, expires = sqlite.shifted("due"), sqlite.shifted("expires_at")
     shift = f"{seconds:+.3f}"
     db.run(f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'", (shift, shift))
+
+
+def dead(db: Database) -> list[Row]:
+    """Return the dead deliveries, oldest first."""
+    return db.rows("SELECT * FROM deliveries WHERE state = 'dead' ORDER BY position")
+
+
+def revive(db: Database, row: Row, *, now: str, expires_at: str) -> None:
+    """Owe a dead delivery again, in its old place in its lane, with its retries unused."""
+    fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
+    db.update("deliveries", {**fresh, "retries": 0, "waits": 0, "in_doubt": 0}, "id = ?", [row["id"]])
+    later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND sequence > ?"
+    lane = "state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
+    parameters = [row["target"], row["account_id"], row["contact"], row["sequence"]]
+    db.update("deliveries", {"ready": 0}, f"{lane} AND {later}", parameters)
+    promote(db, row["target"], row["account_id"], row["contact"], now)
 
 
 def stop_pushing(db: Database, account_id: str, now: str) -> None:

@@ -98,7 +98,8 @@ def settle(
     """Carry a send's outcome over to its message; runs inside the write that records it."""
     message, now = found(db, str(claimed.message_id)), instant(now_s)
     if outcome.kind == "done":
-        db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, "id = ?", [message["id"]])
+        known = "id = ? AND instagram_message_id IS NULL"
+        db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, known, [message["id"]])
         advance(db, message["id"], "sent", at=now, now=now, patience=patience)
         return
     again = verdict.state == "pending" and not verdict.in_doubt
@@ -110,6 +111,13 @@ def settle(
     if verdict.state == "dead":
         reason = changed.get("error_code", message["error_code"])
         advance(db, message["id"], "failed", at=now, now=now, patience=patience, reason=reason)
+
+
+def revive(db: Database, message_id: str, now: str) -> None:
+    """A person has a failed message sent once more; runs inside a write."""
+    anew = {"status": "pending", "error_code": None, "error_message": None, "error_retryable": None}
+    db.update("outbound_messages", anew, "id = ?", [message_id])
+    _transition(db, message_id, "pending", "revived", now)
 
 
 def fail(db: Database, message_id: str, code: str, problem: str, now: str, patience: Patience) -> None:

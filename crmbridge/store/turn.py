@@ -73,8 +73,9 @@ def take(
             is_ours = deliveries.record(db, entry.claimed, entry.outcome, entry.verdict, now)
             if not is_ours:
                 turn.fenced.append(entry.claimed)
-            # That a send went out stays true even when the claim was lost.
-            if entry.claimed.target == "instagram" and (is_ours or entry.outcome.kind == "done"):
+            # That a call went out stays true even when its claim was lost; what a look-up saw does not.
+            is_true = is_ours or (entry.outcome.kind == "done" and entry.claimed.kind == "call")
+            if entry.claimed.target == "instagram" and is_true:
                 messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
                 inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
         for target, account in _rotated(_served(db), terms.now_s):
@@ -207,6 +208,31 @@ def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
     while db.write_last(job) == _EXPIRE_AT_ONCE:
         pass
     return ended
+
+
+def revive(db: Database, delivery_ids: Sequence[str], now_s: float, patience: Patience, *, force: bool) -> list[str]:
+    """Owe dead deliveries again; return the ids of those that were.
+
+    A send that ended in doubt may have gone out: it is revived only with `force`.
+    """
+    now = instant(now_s)
+
+    def job() -> list[str]:
+        revived = []
+        for delivery_id in delivery_ids:
+            row = db.row("SELECT * FROM deliveries WHERE id = ? AND state = 'dead'", (delivery_id,))
+            if row is None or accounts.find(db, row["account_id"]) is None:
+                continue
+            if row["target"] == "instagram":
+                if row["last_code"] == "in_doubt" and not force:
+                    continue
+                messages.revive(db, row["message_id"], now)
+            lasts_s = patience.crm_s if row["target"] == "crm" else patience.instagram_s
+            deliveries.revive(db, row, now=now, expires_at=instant(now_s + lasts_s))
+            revived.append(delivery_id)
+        return revived
+
+    return db.write(job)
 
 
 def repair(db: Database, now_s: float) -> int:
