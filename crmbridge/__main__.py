@@ -318,7 +318,7 @@ def _senders(rooms: _Rooms) -> dict[Any, Callable[[Any], Any]]:
         token = rooms.vault.open(claimed.account["access_token_sealed"])
         content = json.loads(claimed.body)
         sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
-        return Outcome("done", http_status=sent.http_status, external_id=sent.external_id)
+        return Outcome("done", http_status=sent.http_status, external_id=sent.external_id, rest_s=sent.rest_s)
 
     def look_up(claimed: Claimed) -> Outcome:
         token = rooms.vault.open(claimed.account["access_token_sealed"])

@@ -55,14 +55,14 @@ class Rig:
         self._keys = itertools.count()
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
 
-    def make_engine(self, **changes: Any) -> Engine:
+    def make_engine(self, limits: Limits = LIMITS, **changes: Any) -> Engine:
         """Return an engine on the rig's clock, with real senders; a second one stands for a second worker."""
         schedule: dict[str, Any] = {**SCHEDULE, "patience": self.patience, **changes}
         return Engine(
             self.db,
             program._senders(self.rooms),
             Schedule(**schedule),
-            LIMITS,
+            limits,
             lambda kind, message, **facts: self.alerts.append((kind, message)),
             clock=lambda: self.now_s + self.clock_is_wrong_by_s,
             monotonic=lambda: self.now_s,

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from crmbridge.sandbox import wire
 from crmbridge.store import accounts, deliveries, turn
 from crmbridge.store.deliveries import Claimed, Outcome
 from crmbridge.store.messages import Patience
-from tests.rig import SCHEDULE, START_S, Rig
+from tests.rig import LIMITS, SCHEDULE, START_S, Rig
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 
 DAY_S = 86_400
@@ -382,6 +383,44 @@ def test_an_unavailable_instagram_uses_up_no_retry(
     assert found["status"] == "sent"
     assert len(rig.meta.sent) == 1
     assert rig.db.value("SELECT retries FROM deliveries WHERE target = 'instagram'") == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "rests_s"),
+    [
+        ({"X-App-Usage": '{"call_count":28,"total_time":25,"total_cputime":25}'}, 0),
+        ({"X-App-Usage": '{"call_count":93}'}, 5),
+        ({"X-Business-Use-Case-Usage": '{"17":[{"type":"instagram","call_count":100}]}'}, 60),
+        ({"X-Business-Use-Case-Usage": '{"17":[{"total_time":101,"estimated_time_to_regain_access":19}]}'}, 1140),
+        ({"X-App-Usage": "[1]", "X-Business-Use-Case-Usage": '{"a":{"b":true},"call_count":"100"}'}, 0),
+    ],
+)
+def test_an_account_near_its_limit_is_left_alone(rig: Rig, headers: dict, rests_s: float) -> None:
+    account = rig.account()
+    accepted = {"recipient_id": CUSTOMER, "message_id": "mid-of-ours"}
+    rig.meta.fault("messages", status=200, body=accepted, headers=headers)
+    rig.send(account, "one")
+    rig.drain()
+    second = rig.send(account, "two", contact=OTHER_CUSTOMER)
+    if rests_s:
+        rig.pass_s(rests_s - 1)
+        assert rig.status(second)["attempt_count"] == 0
+        rig.pass_s(1.1)
+    else:
+        rig.drain()
+    assert rig.status(second)["status"] == "sent"
+
+
+def test_sends_of_one_account_are_paced(rig: Rig) -> None:
+    account = rig.account()
+    rig.engine = rig.make_engine(limits=replace(LIMITS, per_s={"instagram": 2}))
+    for number in range(6):
+        rig.send(account, f"{number}", contact=f"80{number}")
+    rig.drain()
+    assert len(rig.meta.sent) <= 1
+    for _ in range(6):
+        rig.pass_s(0.5)
+    assert 4 <= len(rig.meta.sent) <= 6
 
 
 def test_instagram_unavailable_for_longer_than_a_day_ends_as_failed(rig: Rig) -> None:

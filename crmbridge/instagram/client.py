@@ -12,6 +12,9 @@ from crmbridge.events import Shown, Thread, epoch_s
 from crmbridge.instagram import codes
 
 _SHOWN_AT_MOST = 20
+# Percent of what an account may call, and what we do about it: calling on while limited prolongs the block.
+_NEARLY_USED_UP, _NEARLY_REST_S = 90.0, 5.0
+_USED_UP, _USED_UP_REST_S = 100.0, 60.0
 _LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
 # Webhook fields that carry a conversation (Instagram Platform, "Webhooks": subscribed_fields).
@@ -39,10 +42,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Sent:
-    """Instagram's acceptance of a message."""
+    """Instagram's acceptance of a message; `rest_s` is how long the account should be left alone now."""
 
     external_id: str
     http_status: int
+    rest_s: float
 
 
 class Client:
@@ -145,10 +149,10 @@ class Client:
             raise _failure(answer, error)
         mid = found.get("message_id")
         if 200 <= answer.status < 300 and isinstance(mid, str) and mid:
-            return Sent(mid, answer.status)
+            return Sent(mid, answer.status, _rest_s(answer.headers))
         if 200 <= answer.status < 300:
             raise InDoubt("Instagram answered without a message id", code="answer_lost", http_status=answer.status)
-        hint = _usage_wait_s(answer.headers)
+        hint = _wait_s(answer.headers)
         if answer.status == 429:
             raise Retry("Instagram limits the rate", code="rate_limited", http_status=429, after_s=hint, counts=False)
         if answer.status >= 500:
@@ -186,7 +190,7 @@ def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
         said,
         code=meaning.slug,
         http_status=answer.status,
-        after_s=_usage_wait_s(answer.headers),
+        after_s=_wait_s(answer.headers),
         counts=meaning.kind == "retry",
     )
 
@@ -216,15 +220,38 @@ def _quoted(error: Mapping[str, Any], meaning: codes.Meaning) -> str:
     return f"{_named(error, meaning)}: {message}"
 
 
-def _usage_wait_s(headers: Mapping[str, str]) -> float | None:
-    """Return how long Meta asks to wait: Retry-After in seconds, or the usage header's estimate in minutes."""
+def _wait_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long Meta asks to wait after a refusal: Retry-After in seconds, or the usage header's minutes."""
     given = (headers.get("Retry-After") or "").strip()
     if given.isascii() and given.isdigit() and len(given) < 10:
         return float(given)
-    try:
-        usage = json.loads(headers.get("X-Business-Use-Case-Usage") or "")
-        waits = [entry.get("estimated_time_to_regain_access", 0) for entries in usage.values() for entry in entries]
-        longest = max(float(wait) for wait in waits)
-    except (ValueError, TypeError, AttributeError):
-        return None
-    return longest * 60 if longest > 0 else None
+    _, regain_s = _usage(headers)
+    return regain_s or None
+
+
+def _rest_s(headers: Mapping[str, str]) -> float:
+    """Return how long to leave an account alone that has used up, or nearly, what it may."""
+    percent, regain_s = _usage(headers)
+    if percent >= _USED_UP:
+        return max(regain_s, _USED_UP_REST_S)
+    return _NEARLY_REST_S if percent >= _NEARLY_USED_UP else 0
+
+
+def _usage(headers: Mapping[str, str]) -> tuple[float, float]:
+    """Read Meta's usage headers: the highest percentage, and the seconds until access comes back.
+
+    X-App-Usage is an object of percentages, X-Business-Use-Case-Usage an object of lists of such objects with
+    estimated_time_to_regain_access in minutes (Graph API, "Rate Limits").
+    """
+    percent = regain_s = 0.0
+    for name in ("X-App-Usage", "X-Business-Use-Case-Usage"):
+        found = _object((headers.get(name) or "").encode())
+        for entry in [found, *(one for value in found.values() for one in _list(value))]:
+            for key, value in entry.items():
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    continue
+                if key == "estimated_time_to_regain_access":
+                    regain_s = max(regain_s, value * 60.0)
+                elif key in ("call_count", "total_time", "total_cputime"):
+                    percent = max(percent, value)
+    return percent, regain_s
