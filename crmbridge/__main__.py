@@ -15,10 +15,8 @@ from typing import Any
 
 from crmbridge import __version__, apikey, config, log, vault
 from crmbridge.errors import BridgeError, Misconfigured
-from crmbridge.events import instant
-from crmbridge.store import accounts, database, keys
+from crmbridge.store import accounts, database
 
-_DAY_S = 86_400
 _PROBED = 20  # accounts whose secrets are opened at a start
 
 
@@ -152,54 +150,31 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _key_create(options: argparse.Namespace) -> None:
-    if not options.admin and not options.account:
-        raise Misconfigured("a key needs --account ID (one or more), or --admin")
-    if options.admin and options.account:
-        raise Misconfigured("an admin key is good for every account: leave out --account")
-    if not options.name.strip() or not options.name.isprintable():
-        raise Misconfigured("--name must be printable text")
-    days = options.expires_days
-    if days is not None and not 0 < days <= 36_500:
-        raise Misconfigured("--expires-days must be more than 0 and at most 36500")
+    from crmbridge.ops import keys
+
     with _database(options) as db:
-        missing = [account for account in options.account if accounts.find(db, account) is None]
-        if missing:
-            raise Misconfigured(f"there is no account {', '.join(missing)}; 'crmbridge account list' shows them")
-        key, key_id, secret_hash = apikey.make()
-        now_s = time.time()
-        values = {
-            "id": key_id,
-            "name": options.name,
-            "secret_hash": secret_hash,
-            "admin": int(options.admin),
-            "accounts": list(dict.fromkeys(options.account)),
-            "permissions": list(dict.fromkeys(options.permission)) or list(apikey.PERMISSIONS),
-            "created_at": instant(now_s),
-            "expires_at": None if days is None else instant(now_s + days * _DAY_S),
-        }
-        keys.create(db, values)
-        print(key)
-        print(f"{key_id}: shown once; 'crmbridge key revoke {key_id}' ends it", file=sys.stderr)
+        keys.create(
+            db,
+            name=options.name,
+            admin=options.admin,
+            account_ids=options.account,
+            permissions=options.permission,
+            expires_days=options.expires_days,
+        )
 
 
 def _key_list(options: argparse.Namespace) -> None:
+    from crmbridge.ops import keys
+
     with _database(options) as db:
-        for row in keys.everyone(db):
-            state = "revoked" if row["revoked_at"] else "active"
-            if state == "active" and row["expires_at"] and row["expires_at"] <= instant(time.time()):
-                state = "expired"
-            reach = "admin" if row["admin"] else f"{','.join(row['accounts'])} {','.join(row['permissions'])}"
-            until = f" until {row['expires_at']}" if row["expires_at"] else ""
-            print(f"{row['id']}  {state:8} {row['created_at']}{until}  {row['name']}  {reach}")
+        keys.show(db)
 
 
 def _key_revoke(options: argparse.Namespace) -> None:
-    whole = apikey.split(options.id)
-    key_id = whole.id if whole else options.id
+    from crmbridge.ops import keys
+
     with _database(options) as db:
-        if not keys.revoke(db, key_id, instant(time.time())):
-            raise Misconfigured(f"there is no key {key_id[:20]}; 'crmbridge key list' shows them")
-    print(f"revoked {key_id}")
+        keys.revoke(db, options.id)
 
 
 def _account_list(options: argparse.Namespace) -> None:
