@@ -123,6 +123,8 @@ def _init(options: argparse.Namespace) -> None:
         path.chmod(0o640)
         print(f"made     {path}")
     settings = config.load(path)
+    if settings.store.path.exists() and not settings.vault.key_file.exists():
+        _refuse_new_key(settings)
     print(("made     " if vault.create(settings.vault.key_file) else "kept     ") + str(settings.vault.key_file))
     is_new = not settings.store.path.exists()
     db = database.create(settings.store.path)
@@ -131,6 +133,19 @@ def _init(options: argparse.Namespace) -> None:
     print(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
     if is_new:
         print("next: crmbridge key create --name admin --admin, then crmbridge serve")
+
+
+def _refuse_new_key(settings: config.Settings) -> None:
+    db = database.open_existing(settings.store.path)
+    try:
+        sealed = db.schema_problem() is None and accounts.everyone(db)
+    finally:
+        db.close()
+    if sealed:
+        raise Misconfigured(
+            f"{settings.vault.key_file} is gone, and only it opens the secrets of {len(sealed)} account(s) in "
+            f"{settings.store.path}: put the saved key file back"
+        )
 
 
 def _migrate(options: argparse.Namespace) -> None:

@@ -156,7 +156,7 @@ class Delivery:
     instagram_give_up_s: float = _key(86_400, _seconds(60, 2_592_000))
     look_up_s: tuple[float, ...] = _key((5, 30), _delays)
     probe_s: tuple[float, ...] = _key((5, 10, 30, 60), _delays)
-    senders: int = _key(12, _whole(2, 64))
+    senders: int = _key(12, _whole(3, 64))
     slots_per_endpoint: int = _key(4, _whole(2, 63))
     instagram_sends_per_s: float = _key(50, _seconds(0.1, 100))
     stop_grace_s: float = _key(10, _seconds(0, 300))

@@ -105,6 +105,7 @@ class StatusTransition(_Answer):
 
 
 class Attempt(_Answer):
+    kind: Literal["call", "look_up"]
     number: int
     started_at: Timestamp
     finished_at: Timestamp | None

@@ -15,7 +15,7 @@ from crmbridge import log
 from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import turn
+from crmbridge.store import turn, vitals
 from crmbridge.store.database import Database
 from crmbridge.store.deliveries import Claimed, Outcome, Verdict
 from crmbridge.store.messages import Patience
@@ -31,6 +31,7 @@ SLOW_S = 5.0
 CLOCK_SET_S = 30.0
 _LOOK_AGAIN_S = 1.0
 _FAULTS_IN_FRONT = 3
+_BARREN_TURNS = 20
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,16 @@ class Engine:
         self._jitter = jitter
         self._linger_s = linger_s  # a drain sleeps this long for the next due row; Huey's schedule is coarser
         self._endpoints = Endpoints(limits)
-        self._pool = ThreadPoolExecutor(schedule.senders, thread_name_prefix="sender")
+        self._pool = _started_pool(schedule.senders)
         self._changed = threading.Condition()
         self._finished: list[tuple[Claimed, Outcome]] = []
         self._unrecorded: list[Finished] = []
         self._in_flight: dict[str, Claimed] = {}
-        self._hasten: set[Endpoint] = set()
+        self._hasten: dict[Endpoint, str] = {}
+        self._started_s = clock()
         self._clock_ahead_s = clock() - monotonic()
+        self._newest = 0  # the last delivery that the turn before has seen
+        self._barren = 0  # turns in a row that brought nothing
         self._draining = False
         self._news = False
         self._stopping = False
@@ -159,7 +163,13 @@ class Engine:
 
     def recover(self) -> int:
         """Take back what a worker that no longer runs had claimed. Only for the holder of the worker lock."""
-        return turn.recover(self._db, self._terms(self._clock()))
+        now_s = self._clock()
+        last = vitals.last_beat(self._db, "worker")
+        if last is not None and now_s < epoch_s(last) - CLOCK_SET_S:
+            # Started before the clock was set right: it will move everything along again when it is.
+            log.warning("clock.behind", seconds=now_s - epoch_s(last))
+            turn.follow_clock(self._db, now_s - epoch_s(last), None)
+        return turn.recover(self._db, self._terms(now_s))
 
     def drain(self) -> float | None:
         """Work until nothing is due or in flight; return when to come back, in seconds since the epoch."""
@@ -197,13 +207,15 @@ class Engine:
 
     def _turn(self) -> float | None:
         """Do one round of bookkeeping and start the calls it claimed; return when the next row is due."""
+        self._follow_clock()
         with self._changed:
             self._news = False
             finished, self._finished = self._finished, []
             free = 0 if self._stopping else self._schedule.senders - len(self._in_flight)
             in_flight = frozenset(self._in_flight)
-        self._follow_clock()
         now_s = self._clock()
+        for claimed, _ in finished:
+            self._endpoints.ended(_endpoint(claimed), is_retry=claimed.number > 1)
         # Judged once, and kept until it is recorded, by a later drain if this one fails.
         self._unrecorded += [self._judge(claimed, outcome, now_s) for claimed, outcome in finished]
         schedule = self._schedule
@@ -218,12 +230,15 @@ class Engine:
             in_flight=in_flight,
         )
         settled, self._unrecorded = self._unrecorded, []
+        self._newest, self._barren = found.newest, 0 if settled or found.claimed else self._barren + 1
         for claimed in found.claimed:
             with self._changed:
                 self._in_flight[claimed.claim_id] = claimed
             self._endpoints.started(_endpoint(claimed), is_retry=claimed.number > 1)
             self._pool.submit(self._attempt, claimed)
-        self._hasten -= {endpoint for endpoint, rows in found.hastened.items() if rows < turn.HASTEN_AT_ONCE}
+        for endpoint, rows in found.hastened.items():
+            if rows < turn.HASTEN_AT_ONCE:
+                del self._hasten[endpoint]
         for entry in settled:
             self._report(entry, now_s)
         self._report_oddities(found)
@@ -238,12 +253,12 @@ class Engine:
     def _judge(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Finished:
         """Note what a call says about its endpoint, and decide what becomes of its delivery."""
         endpoint, change = _endpoint(claimed), None
-        self._endpoints.ended(endpoint, is_retry=claimed.number > 1)
         if outcome.rest_s:
-            self._endpoints.rest(endpoint, now_s + outcome.rest_s)
-        if outcome.kind == "done":
+            self._endpoints.rest(endpoint, now_s + min(outcome.rest_s, HINT_MAX_S))
+        answered = outcome.kind in ("refused", "absent") or (outcome.kind == "retry" and outcome.counts)
+        if outcome.kind == "done" or (claimed.target == "instagram" and answered):
             change = self._endpoints.worked(endpoint, now_s)
-        elif outcome.kind == "retry" and (claimed.target == "crm" or not outcome.counts):
+        elif outcome.kind == "retry" and claimed.kind == "call":
             change = self._endpoints.failed(
                 endpoint,
                 now_s,
@@ -255,19 +270,29 @@ class Engine:
             )
             if outcome.after_s is not None and claimed.target == "instagram":
                 self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))
-        if change is not None:
-            log.warning(f"endpoint.{change}", target=claimed.target, account=claimed.account_id, code=outcome.code)
-        if change == "recovered":
-            self._hasten.add(endpoint)
+        if change in ("broken", "recovered"):
+            log.warning(
+                f"endpoint.{change}",
+                target=claimed.target,
+                account=claimed.account_id,
+                code=outcome.code,
+                probe_s=round(self._endpoints.rests_until_s(endpoint, now_s) - now_s, 1)
+                if change == "broken"
+                else None,
+            )
+        if change == "recovered":  # what failed while it was down goes now, but not what failed in this very call
+            self._hasten[endpoint] = instant(now_s - outcome.ms / 1000 - 0.001)
+        elif change == "proven":  # and what failed before a restart
+            self._hasten[endpoint] = instant(self._started_s)
         works = not self._endpoints.is_broken(endpoint)
         verdict = decide(claimed, outcome, self._schedule, now_s, self._jitter, endpoint_works=works)
-        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind == "retry":
+        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault"):
             outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
         return Finished(claimed, outcome, verdict)
 
     def _next_s(self, found: Turn, now_s: float) -> float | None:
         """Return when there may be something to do: a row is due and its endpoint may be called."""
-        if self._hasten & set(found.hastened):
+        if self._hasten.keys() & found.hastened.keys():
             return now_s
         looks = [
             max(epoch_s(due), self._endpoints.rests_until_s(endpoint, now_s)) for endpoint, due in found.dues.items()
@@ -281,7 +306,7 @@ class Engine:
         if abs(jump_s) < CLOCK_SET_S:
             return
         log.warning("clock.set", seconds=jump_s)
-        turn.follow_clock(self._db, jump_s)
+        turn.follow_clock(self._db, jump_s, self._newest)
         self._endpoints.shift(jump_s)
         self._clock_ahead_s = ahead_s
 
@@ -298,7 +323,7 @@ class Engine:
             if self._in_flight:
                 self._changed.wait(_LOOK_AGAIN_S if left_s is None or left_s <= 0 else min(left_s, _LOOK_AGAIN_S))
                 return True
-            if left_s is None or left_s > self._linger_s:
+            if left_s is None or left_s > self._linger_s or self._barren > _BARREN_TURNS:
                 return self._leave()
             self._changed.wait(max(left_s, 0.001))
             return True
@@ -312,23 +337,26 @@ class Engine:
 
     def _attempt(self, claimed: Claimed) -> None:
         started = time.monotonic()
-        with log.correlated(claimed.correlation_id):
-            try:
-                outcome = self._senders[claimed.target if claimed.kind == "call" else claimed.kind](claimed)
-            except AttemptFailed as failure:
-                outcome = _outcome(failure)
-            except BridgeError as failure:
-                outcome = Outcome("fault", failure.code, failure.message, counts=False)
-            except Exception as error:
-                log.exception("delivery.fault", delivery=claimed.id, target=claimed.target)
-                outcome = Outcome("fault", "system_fault", type(error).__name__, counts=False)
-                if claimed.target == "instagram":  # it may have gone out before our own code failed
-                    outcome = replace(outcome, kind="in_doubt")
-        outcome = replace(outcome, ms=int((time.monotonic() - started) * 1000))
-        with self._changed:
-            del self._in_flight[claimed.claim_id]
-            self._finished.append((claimed, outcome))
-            self._changed.notify()
+        outcome = Outcome("fault", "system_fault", "the call was broken off", counts=False)
+        if claimed.target == "instagram":  # it may have gone out before our own code failed
+            outcome = replace(outcome, kind="in_doubt")
+        try:
+            with log.correlated(claimed.correlation_id):
+                try:
+                    outcome = self._senders[claimed.target if claimed.kind == "call" else claimed.kind](claimed)
+                except AttemptFailed as failure:
+                    outcome = _outcome(failure)
+                except BridgeError as failure:
+                    outcome = Outcome("fault", failure.code, failure.message, counts=False)
+                except Exception as error:
+                    log.exception("delivery.fault", delivery=claimed.id, target=claimed.target)
+                    outcome = replace(outcome, message=type(error).__name__)
+        finally:
+            outcome = replace(outcome, ms=int((time.monotonic() - started) * 1000))
+            with self._changed:
+                del self._in_flight[claimed.claim_id]
+                self._finished.append((claimed, outcome))
+                self._changed.notify()
 
     # --- what is told ---
 
@@ -382,6 +410,15 @@ class Engine:
             log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
         for row in found.unrendered:
             self._alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
+
+
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads run already: one that cannot be started must stop the start, not a claimed row."""
+    pool, all_there = ThreadPoolExecutor(threads, thread_name_prefix="sender"), threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    return pool
 
 
 def _endpoint(claimed: Claimed) -> Endpoint:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Endpoint = tuple[str, str]  # target, account id
-Change = Literal["broken", "recovered"]
+Change = Literal["broken", "recovered", "proven"]
 _BREAK_AFTER = 10  # failures in a row over all rows of an endpoint, while some are still in their quick retries
 _OVERLOADED = (408, 429, 502, 503, 504)
 
@@ -105,7 +105,7 @@ class Endpoints:
         state = self._state(endpoint)
         state.in_flight += 1
         state.retries_in_flight += int(is_retry)
-        state.tokens -= 1
+        state.tokens = max(state.tokens - 1, 0.0)
 
     def ended(self, endpoint: Endpoint, *, is_retry: bool) -> None:
         """Count a call that ended."""
@@ -114,13 +114,13 @@ class Endpoints:
         state.retries_in_flight -= int(is_retry)
 
     def worked(self, endpoint: Endpoint, now_s: float) -> Change | None:
-        """Note that the far side did what was asked."""
+        """Note that the far side did what was asked; ``proven`` the first time since the start."""
         state = self._state(endpoint)
-        state.worked_s = now_s
+        is_first, state.worked_s = not state.worked_s, now_s
         was_broken, state.failures, state.probes = state.broken, 0, 0
         state.broken, state.behind = False, None
         state.rests_until_s = 0.0 if was_broken else state.rests_until_s
-        return "recovered" if was_broken else None
+        return "recovered" if was_broken else "proven" if is_first else None
 
     def failed(
         self,
@@ -147,6 +147,8 @@ class Endpoints:
             return None
         if not was_broken:
             state.broken_since_s = now_s
+        if was_broken and not was_head:
+            return None  # the second half of one probe
         pauses = self._limits.probe_s
         self.rest(endpoint, now_s + pauses[min(state.probes, len(pauses) - 1)])
         state.probes += 1

@@ -48,8 +48,10 @@ class Upkeep:
             self._alert("dead_letter", problem, account=account)
 
     def beat(self) -> None:
-        """Write the worker's heartbeat."""
+        """Write the worker's heartbeat; say so when the disk is full."""
         vitals.beat(self._db, "worker", self._clock())
+        if self._db.is_full:
+            self._alert("disk_full", "the disk is full: nothing new is taken until there is space")
 
     def prune(self) -> None:
         """Erase texts and rows that are older than retention says."""

@@ -43,7 +43,9 @@ def load(path: Path) -> Vault:
         mode = path.stat().st_mode
         lines = path.read_text(encoding="ascii").split()
     except FileNotFoundError:
-        raise Misconfigured(f"no key file at {path}: run 'crmbridge init', or put the saved one back") from None
+        raise Misconfigured(
+            f"no key file at {path}: put the saved one back; 'crmbridge init' makes one for a new database"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Misconfigured(f"the key file {path} cannot be read: {error}") from None
     if mode & 0o077:

@@ -233,6 +233,7 @@ class Worker:
         clean = self._engine.stop(grace_s)
         self._consumer.stop()
         self._huey.storage.notify_all()
+        self._huey.storage.close()
         if self._bell is not None:
             bell_path(self._queue_path).unlink(missing_ok=True)
             self._bell.close()

@@ -47,7 +47,9 @@ class Rig:
         path.write_text(ini(sandbox) + settings)
         self.settings = config.load(path, {})
         vault.create(self.settings.vault.key_file)
-        database.create(self.settings.store.path).migrate()
+        made = database.create(self.settings.store.path)
+        made.migrate()
+        made.close()
         self.rooms = program._open(self.settings)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alerts: list[tuple[str, str]] = []

@@ -43,6 +43,18 @@ def test_init_makes_what_is_missing_and_changes_nothing_twice(tmp_path: Path) ->
     assert key_file.read_bytes() == before
 
 
+def test_init_makes_no_new_key_for_secrets_that_are_sealed_already(made: Path) -> None:
+    columns = "id, instagram_account_id, status, status_since, created_at, updated_at, access_token_sealed"
+    values = "'acc_1', '1', 'active', '', '', '', 'gAAAA'"
+    sql = f"INSERT INTO accounts ({columns}) VALUES ({values})"
+    subprocess.run(["sqlite3", "var/bridge.db", sql], cwd=made, check=True)
+    (made / "var" / "crmbridge.key").unlink()
+    done = run(made, "init")
+    assert done.returncode == 1
+    assert "put the saved key file back" in done.stderr
+    assert not (made / "var" / "crmbridge.key").exists()
+
+
 def test_check_says_whether_it_can_run(made: Path) -> None:
     good = run(made, "check", CRMBRIDGE_INSTAGRAM_VERIFY_TOKEN="dont-show-me")
     assert good.returncode == 0, good.stdout

@@ -1,6 +1,8 @@
 """The engine on a set clock, against the sandbox: schedules, lanes, endpoints, dead letters, the clock."""
 
+import contextlib
 import socket
+import sqlite3
 import threading
 from typing import Any
 
@@ -9,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crmbridge.delivery import Schedule, decide
+from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, deliveries, turn
+from crmbridge.store import accounts, deliveries, turn, vitals
 from crmbridge.store.deliveries import Claimed, Outcome
 from crmbridge.store.messages import Patience
 from tests.rig import SCHEDULE, START_S, Rig
@@ -238,6 +241,19 @@ def test_an_outage_changes_no_order_and_is_asked_by_single_probes(rig: Rig, stat
     assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE ready = 2") == 0
 
 
+def test_a_success_after_a_restart_releases_all_that_failed_before_it(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(503)
+    for number in range(5):
+        rig.say(f"old {number}", f"mid-{number}", contact=f"80{number}")
+    rig.live_through(3600)
+    rig.engine = rig.make_engine()
+    rig.crm.answer_always(None)
+    rig.say("new", "mid-new", contact="805")
+    rig.live_through(1)
+    assert len(rig.taken()) == 6
+
+
 def test_a_new_message_finds_out_that_the_crm_is_back(rig: Rig) -> None:
     rig.account()
     rig.crm.answer_always(503)
@@ -286,6 +302,59 @@ def test_a_clock_that_is_set_neither_delays_nor_kills_what_is_owed(rig: Rig, hou
     assert turn.expire(rig.db, rig.now_s + rig.clock_is_wrong_by_s, rig.patience) == {}
 
 
+def test_what_came_after_the_clock_was_set_is_right_already(rig: Rig) -> None:
+    rig.account()
+    rig.drain()
+    rig.clock_is_wrong_by_s = 3600.0
+    rig.now_s += 3600  # what is accepted now goes by the new clock
+    rig.say("hello", "mid-1")
+    rig.now_s -= 3600
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_start_before_the_clock_is_right_delays_nothing(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer(503)
+    rig.say("hello", "mid-1")
+    rig.drain()
+    vitals.beat(rig.db, "worker", rig.now_s)
+    rig.now_s -= 40 * DAY_S  # no battery, no network yet
+    rig.engine = rig.make_engine()
+    rig.engine.recover()
+    rig.live_through(5)
+    assert rig.events() == ["message.received"]
+
+
+def test_an_outcome_survives_a_turn_that_fails(rig: Rig) -> None:
+    """The database is away while the CRM's answer is to be recorded; nothing is lost, and no slot leaks."""
+    rig.account()
+    for number in range(8):
+        rig.say(f"{number}", f"mid-{number}", contact=f"80{number}")
+    rig.crm.answer_always(200, delay_s=0.3)
+    failures: list[Unavailable] = []
+
+    def drain() -> None:
+        try:
+            rig.drain()
+        except Unavailable as error:
+            failures.append(error)
+        finally:
+            rig.db.close_thread()
+
+    drained = threading.Thread(target=drain)
+    with contextlib.closing(sqlite3.connect(rig.db.path, isolation_level=None, timeout=10)) as shell:
+        drained.start()
+        rig.crm.wait(1)
+        shell.execute("BEGIN IMMEDIATE")
+        drained.join(30)
+        shell.execute("ROLLBACK")
+    assert failures
+    rig.crm.answer_always(None)
+    rig.drain()
+    assert sorted(entry.event["message"] for entry in rig.taken()) == [f"{number}" for number in range(8)]
+
+
 def test_lanes_do_not_wait_for_each_other(rig: Rig) -> None:
     rig.account()
     rig.crm.answer(500, times=1)
@@ -316,7 +385,12 @@ def test_three_crms_that_hang_leave_senders_for_a_fourth(rig: Rig) -> None:
             for contact in range(6):
                 item = rig.item({"message": {"mid": f"hang-{number}-{contact}", "text": "x"}}, contact=f"90{contact}")
                 rig.hear(item, account=external)
-        drain = threading.Thread(target=rig.drain, daemon=True)
+
+        def work() -> None:
+            rig.drain()
+            rig.db.close_thread()
+
+        drain = threading.Thread(target=work)
         drain.start()
         rig.account()
         rig.say("healthy", "mid-1")
@@ -324,6 +398,7 @@ def test_three_crms_that_hang_leave_senders_for_a_fourth(rig: Rig) -> None:
         rig.crm.wait(1, timeout_s=5)
         silent.close()
         rig.engine.stop(20)
+        drain.join(20)
 
 
 def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -> None:

@@ -9,7 +9,7 @@ from crmbridge.delivery import Schedule, decide
 from crmbridge.endpoints import NO_ROOM
 from crmbridge.events import instant
 from crmbridge.sandbox import wire
-from crmbridge.store import deliveries, turn
+from crmbridge.store import accounts, deliveries, turn
 from crmbridge.store.deliveries import Outcome
 from crmbridge.store.messages import Patience
 from tests.rig import LIMITS, SCHEDULE, Rig
@@ -87,6 +87,7 @@ def test_an_unavailable_instagram_uses_up_no_retry(
         ({"X-App-Usage": '{"call_count":93}'}, 5),
         ({"X-Business-Use-Case-Usage": '{"17":[{"type":"instagram","call_count":100}]}'}, 60),
         ({"X-Business-Use-Case-Usage": '{"17":[{"total_time":101,"estimated_time_to_regain_access":19}]}'}, 1140),
+        ({"X-Business-Use-Case-Usage": '{"17":[{"call_count":100,"estimated_time_to_regain_access":1e999}]}'}, 60),
         ({"X-App-Usage": "[1]", "X-Business-Use-Case-Usage": '{"a":{"b":true},"call_count":"100"}'}, 0),
     ],
 )
@@ -259,6 +260,18 @@ def test_a_look_up_that_comes_too_late_changes_nothing(rig: Rig) -> None:
     )
     assert found.fenced == [late]
     assert rig.status(first)["instagram_message_id"] == mid
+
+
+def test_a_look_up_that_fails_by_our_own_fault_ends_in_doubt_too(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    accounts.update(rig.db, account["id"], {"access_token_sealed": "gAAAAABnot-a-seal"}, instant(rig.now_s))
+    rig.live_through(25 * 3600)
+    assert rig.status(message_id)["error"]["code"] == "in_doubt"
+    (row,) = [row for row in deliveries.dead(rig.db) if row["target"] == "instagram"]
+    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False) == []
 
 
 def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:

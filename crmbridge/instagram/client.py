@@ -15,6 +15,7 @@ _SHOWN_AT_MOST = 20
 # Percent of what an account may call, and what we do about it: calling on while limited prolongs the block.
 _NEARLY_USED_UP, _NEARLY_REST_S = 90.0, 5.0
 _USED_UP, _USED_UP_REST_S = 100.0, 60.0
+_ABSURD = 1e6
 _LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
 # Webhook fields that carry a conversation (Instagram Platform, "Webhooks": subscribed_fields).
@@ -248,7 +249,7 @@ def _usage(headers: Mapping[str, str]) -> tuple[float, float]:
         found = _object((headers.get(name) or "").encode())
         for entry in [found, *(one for value in found.values() for one in _list(value))]:
             for key, value in entry.items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _ABSURD:
                     continue
                 if key == "estimated_time_to_regain_access":
                     regain_s = max(regain_s, value * 60.0)

@@ -43,6 +43,8 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
     try:
         db.require_schema()
         found.append(("ok", f"database {settings.store.path}, {db.file_bytes()} bytes, schema up to date"))
+        if db.is_full:
+            found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
         everyone = accounts.everyone(db)
         found.append(("ok", f"{len(everyone)} account(s)"))
         for account in everyone if keys else []:

@@ -107,21 +107,26 @@ def alone(sandbox: Sandbox) -> str:
     """Give the sandbox its shop, and return what to type to lead a bridge and the chat page to it."""
     sandbox.meta.add_account(_SHOP, token=_TOKEN, app_scoped_id=_SHOP_SCOPED, username="your_shop")
     account = json.dumps(_account(sandbox), indent=2)
+    bridge = (sandbox.meta.callback_url or "http://127.0.0.1:8080/").partition("/webhooks")[0].rstrip("/")
     return f"""A local Instagram and a sample CRM; the chat page is at {sandbox.url}/
 
 In the bridge's crmbridge.ini, under the sections that are there:
 {ini(sandbox).replace(_PORT, "")}
 With the bridge running, connect the shop (ADMIN is an admin key):
-  curl -s http://127.0.0.1:8080/api/v1/accounts -H "Authorization: Bearer $ADMIN" \\
+  curl -s {bridge}/api/v1/accounts -H "Authorization: Bearer $ADMIN" \\
     -H 'Content-Type: application/json' -d '{account}'
 
 Let the chat page's reply box send (KEY is a key for that account):
   curl -s -X PUT {sandbox.url}/crm/sandbox/settings -H 'Content-Type: application/json' -d '{{
-    "bridge_url": "http://127.0.0.1:8080", "api_key": "'$KEY'", "account_id": "acc_…"}}'
+    "bridge_url": "{bridge}", "api_key": "'$KEY'", "account_id": "acc_…"}}'
 
-Faults to rehearse, e.g. two answers of 500 from Instagram, or from the CRM:
-  curl -s {sandbox.url}/sandbox/faults -H 'Content-Type: application/json' -d '{{"path": "messages", "times": 2}}'
-  curl -s {sandbox.url}/crm/sandbox/answers -H 'Content-Type: application/json' -d '{{"status": 500, "times": 2}}'
+Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
+  {{"path": "messages", "times": 2, "status": 500}}                                two answers of 500
+  {{"path": "messages", "delay_s": 40, "after_effect": true, "status": 200}}       delivers, then answers too late
+  {{"path": "messages", "drop": true, "after_effect": true}}                       delivers, then breaks the connection
+  {{"path": "messages", "drop": true}}                                             breaks it without delivering
+and to {sandbox.url}/crm/sandbox/answers for the CRM,
+  {{"status": 500, "times": 2}}    {{"status": 503, "always": true}}    {{"status": null, "always": true}}
 
 Ctrl-C ends it."""
 

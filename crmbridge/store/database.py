@@ -139,12 +139,11 @@ class Database:
         return ticket.result()
 
     def write_last(self, job: Callable[[], T]) -> T:
-        """Like `write`, alone in its transaction and only after all writes that wait already; also on a full disk."""
+        """Like `write`, alone in its transaction and after the writes that wait already; also on a full disk."""
         ticket = _Ticket(job)
         self._turn.acquire()
         try:
-            while self._waiting:
-                self._commit_waiting()
+            self._commit_waiting()  # once: those that come meanwhile must not hold it up for ever
             was_full = self._is_full
             self._commit([ticket])
             if self._is_full and not was_full:  # the reserve was freed just now
@@ -175,6 +174,11 @@ class Database:
         )
 
     @property
+    def is_full(self) -> bool:
+        """Whether nothing new is taken for want of disk space."""
+        return self._is_full
+
+    @property
     def _is_full(self) -> bool:
         """The reserve tells, so that every process knows, and the next one too."""
         return not self._reserve.is_held()
@@ -192,9 +196,11 @@ class Database:
 
     def _commit(self, batch: list[_Ticket[Any]]) -> bool:
         """Run the batch in one transaction. A lone ticket keeps its error; several are left to be run alone."""
+        began = False
         try:
             with self._file_lock.held():
                 self._db.begin("IMMEDIATE")
+                began = True
                 try:
                     for ticket in batch:
                         ticket.run()
@@ -207,8 +213,10 @@ class Database:
         except BaseException as error:  # noqa: BLE001 - handed to the thread whose job it was
             if _is_full(error) and not self._is_full:
                 self._run_full()
-            if len(batch) == 1:
-                batch[0].settle(_named(error))
+            if len(batch) == 1 or not began:
+                for ticket in batch:  # a database that is locked is locked for all of them
+                    ticket.settle(_named(error))
+                return not began
             return False
         for ticket in batch:
             ticket.settle()

@@ -166,14 +166,14 @@ def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None
     )
 
 
-def hasten(db: Database, target: str, account_id: str, now: str, limit: int) -> int:
-    """Make up to `limit` rows that wait for a later try due now; return how many there were."""
+def hasten(db: Database, target: str, account_id: str, before: str, now: str, limit: int) -> int:
+    """Make up to `limit` rows due now that failed before then and wait for a later try; return how many there were."""
     return db.run(
         """
         UPDATE deliveries SET due = ? WHERE id IN (
             SELECT id FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
-                AND due > ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
-        (now, target, account_id, now, limit),
+                AND due > ? AND tried_at < ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
+        (now, target, account_id, now, before, limit),
     )
 
 
@@ -350,11 +350,14 @@ def postpone(db: Database, seconds: float, where: str, parameters: Sequence[Any]
     )
 
 
-def follow_clock(db: Database, seconds: float) -> None:
-    """Move all times that lie ahead along with a clock that was set."""
+def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
+    """Move all times that lie ahead along with a clock that was set, up to the delivery at `newest`."""
     due, expires = sqlite.shifted("due"), sqlite.shifted("expires_at")
-    shift = f"{seconds:+.3f}"
-    db.run(f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'", (shift, shift))
+    where, parameters = ("", []) if newest is None else (" AND position <= ?", [newest])
+    db.run(
+        f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'{where}",
+        [f"{seconds:+.3f}", f"{seconds:+.3f}", *parameters],
+    )
 
 
 def dead(db: Database) -> list[Row]:
@@ -366,7 +369,8 @@ def revive(db: Database, row: Row, *, now: str, expires_at: str) -> None:
     """Owe a dead delivery again, in its old place in its lane, with its retries unused."""
     fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
     db.update("deliveries", {**fresh, "retries": 0, "waits": 0, "in_doubt": 0}, "id = ?", [row["id"]])
-    later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND sequence > ?"
+    # A send that was tried stays in front: its echo may still come.
+    later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
     lane = "state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
     parameters = [row["target"], row["account_id"], row["contact"], row["sequence"]]
     db.update("deliveries", {"ready": 0}, f"{lane} AND {later}", parameters)

@@ -224,8 +224,8 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     send = db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
     attempts = db.rows(
         """
-        SELECT number, started_at, finished_at, outcome, code, http_status, error FROM delivery_attempts
-        WHERE delivery_id = ? ORDER BY number""",
+        SELECT kind, number, started_at, finished_at, outcome, code, http_status, error FROM delivery_attempts
+        WHERE delivery_id = ? ORDER BY position""",
         (send["id"] if send else "",),
     )
     waits = send is not None and send["state"] == "pending" and send["claim_id"] is None

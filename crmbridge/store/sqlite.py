@@ -118,6 +118,9 @@ class Reserve:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(handle, 0, size)
+            except OSError:
+                self.give_up()
+                return False
             finally:
                 os.close(handle)
             return True

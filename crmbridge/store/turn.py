@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from crmbridge.endpoints import Endpoint, Room
 from crmbridge.events import epoch_s, instant
@@ -37,6 +38,7 @@ class Turn:
     hastened: dict[Endpoint, int] = field(default_factory=dict)
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
+    newest: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ def take(
     room: Callable[[Endpoint], Room],
     senders: int,
     spare: int = 0,
-    hasten: Collection[Endpoint] = (),
+    hasten: Mapping[Endpoint, str] = MappingProxyType({}),
     in_flight: Collection[str] = (),
 ) -> Turn:
     """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint)` allows for each.
 
-    The last `spare` senders go only to endpoints that have no call. `hasten` names endpoints that recovered;
-    `in_flight` the claims that this process holds, however late they are.
+    The last `spare` senders go only to endpoints that have no call. `hasten` names endpoints that recovered, and
+    until when what failed there may be tried again at once; `in_flight` the claims that this process holds,
+    however late they are.
     """
     now = instant(terms.now_s)
 
@@ -81,7 +84,7 @@ def take(
         for target, account in _rotated(_served(db), terms.now_s):
             endpoint = (target, account["id"])
             if endpoint in hasten:
-                turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, now, HASTEN_AT_ONCE)
+                turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, hasten[endpoint], now, HASTEN_AT_ONCE)
             left = senders - len(turn.claimed)
             for row in _choose(db, endpoint, room(endpoint), left, spare, now) if left > 0 else ():
                 if row["claim_id"] not in in_flight:
@@ -89,6 +92,7 @@ def take(
             due = deliveries.next_due(db, *endpoint)
             if due:
                 turn.dues[endpoint] = due
+        turn.newest = db.value("SELECT MAX(position) FROM deliveries") or 0
         return turn
 
     return db.write_last(job)
@@ -143,7 +147,7 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
             return
     try:
         body = _body(db, row, account)
-    except (LookupError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
         problem = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
@@ -250,9 +254,12 @@ def repair(db: Database, now_s: float) -> int:
     return db.write_last(job)
 
 
-def follow_clock(db: Database, seconds: float) -> None:
-    """Move every time that lies ahead along with a clock that was set."""
-    db.write_last(lambda: deliveries.follow_clock(db, seconds))
+def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
+    """Move every time that lies ahead along with a clock that was set.
+
+    Deliveries after `newest` may have been made by the new clock, and stay as they are.
+    """
+    db.write_last(lambda: deliveries.follow_clock(db, seconds, newest))
 
 
 def latency_s(claimed: Claimed, now_s: float) -> float:
