@@ -16,7 +16,7 @@ from tests.chaos.processes import Process
 from tests.chaos.run import Plan, Stage, run
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 _SWEEP_S = 5
 _TOLERANCE_S = 2.5
 

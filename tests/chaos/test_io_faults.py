@@ -237,7 +237,7 @@ def injected(report: Path) -> int:
     return report.read_text(errors="replace").count("(INJECTED)")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("calls", "error", "files"),
     [
@@ -280,7 +280,7 @@ def test_bursts_of_errors_cost_refusals_and_nothing_else(
     wait_healthy(shop)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_log_that_cannot_be_carried_over_refuses_nobody(fresh_shop: Shop) -> None:
     """Only the log is needed to take a message; the checkpoint is made up for when the database can be written."""
     power.require_strace()
@@ -297,7 +297,7 @@ def test_a_log_that_cannot_be_carried_over_refuses_nobody(fresh_shop: Shop) -> N
     assert_whole(shop)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_killed_while_syncs_fail_a_refused_message_may_be_there_but_never_twice(fresh_shop: Shop) -> None:
     """SQLite has written the commit when its sync fails; a process that lives forgets it, a new one may find it."""
     power.require_strace()
@@ -328,7 +328,7 @@ def test_killed_while_syncs_fail_a_refused_message_may_be_there_but_never_twice(
     assert_whole(shop)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
 def test_a_queue_that_cannot_be_written_costs_no_message_and_no_time(fresh_shop: Shop, error: str) -> None:
     power.require_strace()
@@ -411,7 +411,7 @@ def try_until_refused(callers: Callers) -> None:
     pytest.fail(f"the full disk refused too little: {refused}")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_full_disk_refuses_new_messages_and_delivers_what_was_acknowledged(small_shop: Shop) -> None:
     shop, callers, server = small_shop, Callers(small_shop), pid(small_shop)
     take(callers, 120)
@@ -437,7 +437,7 @@ def test_a_full_disk_refuses_new_messages_and_delivers_what_was_acknowledged(sma
     wait_healthy(shop)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_disk_on_which_even_the_reserve_was_taken_loses_nothing(small_shop: Shop) -> None:
     shop, callers, server = small_shop, Callers(small_shop), pid(small_shop)
     take(callers, 60)
@@ -458,7 +458,7 @@ def test_a_disk_on_which_even_the_reserve_was_taken_loses_nothing(small_shop: Sh
     assert pid(shop) == server
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_restart_on_a_full_disk_keeps_the_space_for_what_was_acknowledged(small_shop: Shop) -> None:
     shop, callers = small_shop, Callers(small_shop)
     take(callers, 60)
@@ -476,7 +476,7 @@ def test_a_restart_on_a_full_disk_keeps_the_space_for_what_was_acknowledged(smal
     assert_whole(shop)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_web_and_worker_as_two_processes_have_a_reserve_for_the_second_full_disk_too(small_disk: Path) -> None:
     with Sandbox() as sandbox:
         shop = Shop(small_disk, sandbox, QUICK)

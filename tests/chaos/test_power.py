@@ -157,7 +157,7 @@ def test_the_replayed_disk_holds_what_was_synced_and_nothing_else_for_certain() 
     assert {files.get("bridge.db-wal") for files in torn} == {None, b"c"}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_what_was_acknowledged_survives_the_loss_of_power(tmp_path: Path) -> None:
     power.require_strace()
     with Sandbox() as sandbox:
@@ -198,7 +198,7 @@ def arrived(shop: Shop) -> set[str]:
     return {entry.event.get("instagram_message_id", "") for entry in received if entry.answered == 200}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_build_that_does_not_sync_its_commits_is_caught(tmp_path: Path) -> None:
     power.require_strace()
     with Sandbox() as sandbox:
