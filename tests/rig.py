@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crmbridge import __main__ as program
-from crmbridge import config, vault
+from crmbridge import config, vault, wiring
 from crmbridge.delivery import Engine, Schedule
 from crmbridge.endpoints import Limits
 from crmbridge.events import instant
@@ -50,7 +49,7 @@ class Rig:
         made = database.create(self.settings.store.path)
         made.migrate()
         made.close()
-        self.rooms = program._open(self.settings)
+        self.rooms = wiring.open_rooms(self.settings)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alerts: list[tuple[str, str]] = []
         self.engine = self.make_engine()
@@ -62,7 +61,7 @@ class Rig:
         schedule: dict[str, Any] = {**SCHEDULE, "patience": self.patience, **changes}
         return Engine(
             self.db,
-            program._senders(self.rooms),
+            wiring.make_senders(self.rooms),
             Schedule(**schedule),
             limits,
             lambda kind, message, **facts: self.alerts.append((kind, message)),

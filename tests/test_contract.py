@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from crmbridge import __main__ as command_line
-from crmbridge import apikey, config, contract, errors
+import crmbridge
+from crmbridge import apikey, config, contract, errors, wiring
 from crmbridge.instagram import codes
 from crmbridge.store.messages import Patience
 from crmbridge.web import app as web_app
@@ -57,8 +57,8 @@ def events() -> dict[str, dict[str, Any]]:
 def routes() -> dict[tuple[str, str], web_app.Route]:
     """Return the routes of the application as the command line wires it, without a database."""
     nothing: Any = None
-    rooms = command_line._Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
-    app = command_line._make_app(rooms, lambda: None)
+    rooms = wiring.Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
+    app = wiring.make_app(rooms, lambda: None)
     return {(route.method, re.sub(r"<(\w+)>", r"{\1}", route.path)): route for route in app.routes}
 
 
@@ -233,7 +233,7 @@ def test_every_error_class_has_a_documented_status() -> None:
 
 def test_every_slug_that_the_code_raises_is_documented() -> None:
     documented = set().union(*error_table().values()) | code_table()
-    rooms = [path for path in Path(command_line.__file__).parent.rglob("*.py") if "sandbox" not in path.parts]
+    rooms = [path for path in Path(crmbridge.__file__).parent.rglob("*.py") if "sandbox" not in path.parts]
     for path in rooms:
         if path.name == "crm.py":  # what CRMs answer is told to the administrator, not to CRMs
             continue

@@ -13,9 +13,10 @@ FLOORS = (
     {"log"},
     {"config", "vault", "signing", "contract", "net", "apikey"},
     {"endpoints"},
-    {"store", "instagram", "crm", "alerts"},
-    {"delivery", "upkeep", "ops"},
+    {"store", "instagram", "crm"},
+    {"delivery", "upkeep", "ops", "alerts"},
     {"worker", "web"},
+    {"wiring"},
     {"__main__"},
 )
 SANDBOX_MAY = {"events", "signing", "sandbox"}

@@ -1,0 +1,185 @@
+"""Puts the rooms together: what a server needs, a worker and a web application made of it."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge import config, crm, log, net, vault
+from crmbridge.alerts import Alerts
+from crmbridge.errors import Misconfigured, Refused
+from crmbridge.instagram.client import Client
+from crmbridge.store import accounts, database, messages
+from crmbridge.store.deliveries import Claimed, Outcome
+from crmbridge.store.messages import Patience
+
+_PROBED = 20  # accounts whose secrets are opened at a start
+
+
+@dataclass
+class Rooms:
+    """The rooms that the web server and the worker share."""
+
+    settings: config.Settings
+    db: database.Database
+    vault: vault.Vault
+    client: Client
+    reach: net.Reach
+    alerts: Alerts
+    patience: Patience
+
+
+def open_rooms(settings: config.Settings) -> Rooms:
+    """Open the database and the vault. Raises Misconfigured when a start is impossible."""
+    db = database.open_existing(settings.store.path)
+    db.require_schema()
+    keys_of_secrets = vault.load(settings.vault.key_file)
+    for account in accounts.everyone(db)[:_PROBED]:
+        keys_of_secrets.open(account["access_token_sealed"])
+    reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
+    configured = net.Reach(any_address=True, http=True)
+    graph = net.Session(
+        configured,
+        connect_timeout_s=settings.instagram.connect_timeout_s,
+        timeout_s=settings.instagram.timeout_s,
+        connections=settings.delivery.senders,
+        read_bytes=512 * 1024,  # a conversation's newest twenty messages
+    )
+    return Rooms(
+        settings=settings,
+        db=db,
+        vault=keys_of_secrets,
+        client=Client(graph, settings.instagram.graph_url),
+        reach=reach,
+        alerts=Alerts(
+            command=settings.alerts.command,
+            url=settings.alerts.url,
+            repeat_after_s=settings.alerts.repeat_after_s,
+            session=net.Session(configured, connect_timeout_s=5, timeout_s=15, connections=1),
+        ),
+        patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
+    )
+
+
+def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
+    """Return the functions that make one call each, by target and kind."""
+
+    settings = rooms.settings
+    session = net.Session(
+        rooms.reach,
+        connect_timeout_s=settings.crm.connect_timeout_s,
+        timeout_s=settings.crm.timeout_s,
+        connections=settings.delivery.slots_per_endpoint,
+    )
+
+    def to_crm(claimed: Claimed) -> Outcome:
+        sealed = claimed.account["webhook_secret_sealed"]
+        posted = crm.post(
+            session,
+            url=claimed.account["crm_webhook_url"],
+            secret=rooms.vault.open(sealed) if sealed else None,
+            event_id=claimed.event_id or claimed.id,
+            body=claimed.body.encode(),
+            correlation_id=claimed.correlation_id,
+            now_s=time.time(),
+        )
+        return Outcome("done", http_status=posted.http_status)
+
+    def to_instagram(claimed: Claimed) -> Outcome:
+        token = rooms.vault.open(claimed.account["access_token_sealed"])
+        content = json.loads(claimed.body)
+        sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
+        return Outcome("done", http_status=sent.http_status, external_id=sent.external_id, rest_s=sent.rest_s)
+
+    def look_up(claimed: Claimed) -> Outcome:
+        token = rooms.vault.open(claimed.account["access_token_sealed"])
+        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], claimed.contact)
+        try:
+            possible = messages.matching(rooms.db, claimed, thread)
+        finally:
+            rooms.db.close_thread()
+        if possible is None:
+            raise Refused("too much was written since to find it in the conversation", code="in_doubt")
+        if len(possible) > 1:
+            raise Refused("the conversation shows more than one message that it may be", code="in_doubt")
+        if not possible:
+            return Outcome("absent", "absent", "Instagram's conversation does not show it")
+        return Outcome("done", "found", external_id=possible[0].external_id)
+
+    return {"crm": to_crm, "instagram": to_instagram, "look_up": look_up}
+
+
+def make_worker(rooms: Rooms) -> Any:
+    """Return the one worker of this database, with what an earlier one left taken back."""
+    from crmbridge.delivery import Engine, Schedule
+    from crmbridge.endpoints import Limits
+    from crmbridge.upkeep import Upkeep
+    from crmbridge.worker import Job, Worker
+
+    if not rooms.db.take_worker_lock():
+        raise Misconfigured(f"another worker is running on {rooms.settings.store.path}")
+    delivery = rooms.settings.delivery
+    longest_s = max(rooms.settings.crm.timeout_s, rooms.settings.instagram.timeout_s)
+    schedule = Schedule(
+        crm_quick_s=delivery.crm_quick_s,
+        crm_slow_s=delivery.crm_slow_s,
+        instagram_retry_s=delivery.instagram_retry_s,
+        instagram_unavailable_s=delivery.instagram_unavailable_s,
+        look_up_s=delivery.look_up_s,
+        lease_s=longest_s + 60,  # name resolution has no deadline of its own
+        senders=delivery.senders,
+        patience=rooms.patience,
+    )
+    limits = Limits(
+        slots=delivery.slots_per_endpoint,
+        for_first_tries=1,
+        probe_s=delivery.probe_s,
+        per_s={"instagram": delivery.instagram_sends_per_s},
+    )
+    engine = Engine(rooms.db, make_senders(rooms), schedule, limits, rooms.alerts.alert)
+    recovered = engine.recover()
+    if recovered:
+        log.warning("worker.recovered", deliveries=recovered)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts.alert)
+    worker: Worker
+
+    def ring() -> None:
+        worker.ring()
+
+    jobs = [
+        Job("ring", 5, ring),
+        Job("beat", 10, upkeep.beat),
+        Job("sweep", 60, upkeep.sweep),
+        Job("expire", 60, upkeep.expire),
+        Job("prune", 3600, upkeep.prune),
+    ]
+    worker = Worker(
+        engine,
+        rooms.settings.store.queue_path,
+        jobs,
+        alert=rooms.alerts.alert,
+        on_thread=rooms.db.checkpoint_here,
+    )
+    upkeep.beat()
+    upkeep.sweep()
+    return worker
+
+
+def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
+    """Return the web application; `wake` rings the worker."""
+    from crmbridge.web import docs_routes, health_routes, message_routes, webhook_routes
+    from crmbridge.web.account_routes import AccountRoutes
+    from crmbridge.web.app import App
+
+    instagram = rooms.settings.instagram
+    return App(
+        rooms.db,
+        [
+            *docs_routes.routes(config.ROOT),
+            *health_routes.HealthRoutes().routes(),
+            *webhook_routes.routes(instagram.app_secrets, instagram.verify_token, wake, rooms.patience),
+            *message_routes.routes(wake, rooms.patience),
+            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),
+        ],
+    )
