@@ -57,6 +57,35 @@ def epoch_s(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)\Z", re.ASCII)
+_SPAN = re.compile(r"(\d{1,6})([smhd])\Z", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def read_instant(text: str) -> str:
+    """Return a time that a person or a program wrote by RFC 3339, with its offset, as `instant` renders it.
+
+    Raises ValueError, with a message that completes "it …".
+    """
+    try:
+        if _RFC_3339.match(text):
+            return instant(epoch_s(text.upper()))
+    except ValueError:
+        pass
+    raise ValueError("must be a time with its offset, such as 2027-01-15T08:00:00Z")
+
+
+def read_span(text: str) -> float:
+    """Return the seconds of a duration such as ``30m``, ``2h`` or ``3d``.
+
+    Raises ValueError, with a message that completes "it …".
+    """
+    found = _SPAN.match(text)
+    if found is None:
+        raise ValueError("must be a duration, such as 30m, 2h or 3d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 CORRELATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 

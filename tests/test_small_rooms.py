@@ -37,6 +37,38 @@ def test_a_time_that_rounds_up_does_not_break() -> None:
     assert events.instant(-5) == "1970-01-01T00:00:00.000Z"
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("2027-01-15T08:00:00Z", "2027-01-15T08:00:00.000Z"),
+        ("2027-01-15t08:00:00.5z", "2027-01-15T08:00:00.500Z"),
+        ("2027-01-15T08:00:00.123456789+05:30", "2027-01-15T02:30:00.123Z"),
+        ("2027-01-15T00:00:00-08:00", "2027-01-15T08:00:00.000Z"),
+        ("0001-01-01T00:00:00+23:59", "1970-01-01T00:00:00.000Z"),
+    ],
+)
+def test_a_callers_time_is_read_with_its_offset(given: str, read: str) -> None:
+    assert events.read_instant(given) == read
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "tomorrow", "2027-01-15", "2027-01-15T08:00:00", "2027-01-15 08:00:00Z", "2027-13-15T08:00:00Z",
+     "2027-01-15T08:00:60Z", "2027-01-15T08:00:00+24:00", "2027-01-15T08:00:00Z\n", "20270115T080000Z",
+     "\u0662027-01-15T08:00:00Z", "1800000000"],
+)  # fmt: skip
+def test_what_is_no_time_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="must be a time"):
+        events.read_instant(given)
+
+
+def test_a_duration_is_a_number_and_a_unit() -> None:
+    assert [events.read_span(text) for text in ("90s", "30m", "2h", "3d")] == [90, 1800, 7200, 259_200]
+    for text in ("", "h", "2", "2 h", "-2h", "2.5h", "2h30m", "2h\n", "1234567d"):
+        with pytest.raises(ValueError, match="must be a duration"):
+            events.read_span(text)
+
+
 def test_an_api_key_is_recognised_by_its_form_before_its_secret_is_checked() -> None:
     key, key_id, secret_hash = apikey.make()
     parts = apikey.split(key)
