@@ -6,13 +6,25 @@ import threading
 import time
 from collections.abc import Callable
 from queue import Full, Queue
-from typing import Any
+from typing import Any, Protocol
 
 from crmbridge import log, net
 
 _WAITING = 100
 _COMMAND_S = 30
 _REMEMBERED = 1000
+
+
+class Alarm(Protocol):
+    """What the other rooms see of the alerts. Both may be called from any thread, often, and hold nobody up."""
+
+    def alert(
+        self, kind: str, message: str, *, account: str | None = None, todo: str | None = None, **facts: Any
+    ) -> None:
+        """Raise an alert of a kind, or count one more cause of the one that is open; `todo` is what to type."""
+
+    def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
+        """Give the all-clear, if such an alert is open."""
 
 
 class Alerts:
@@ -37,7 +49,9 @@ class Alerts:
         self._queue: Queue[dict[str, Any]] = Queue(_WAITING)
         self._thread: threading.Thread | None = None
 
-    def alert(self, kind: str, message: str, *, account: str | None = None, **facts: Any) -> None:
+    def alert(
+        self, kind: str, message: str, *, account: str | None = None, todo: str | None = None, **facts: Any
+    ) -> None:
         """Raise an alert, unless the same kind for the same account was raised a short while ago."""
         now_s, subject = self._clock(), (kind, account or "")
         with self._lock:
@@ -49,6 +63,7 @@ class Alerts:
             if (self._command or self._url) and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
                 self._thread.start()
+        facts = {**facts, "todo": todo}
         log.error("alert." + kind, message=message, account=account, **facts)
         if not (self._command or self._url):
             return
@@ -56,6 +71,11 @@ class Alerts:
             self._queue.put_nowait({"alert": kind, "message": message, "account_id": account, **facts})
         except Full:
             log.error("alert.dropped", kind=kind)
+
+    def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
+        """Give the all-clear, if such an alert is open."""
+        with self._lock:
+            self._last.pop((kind, account or ""), None)
 
     def flush(self, timeout_s: float) -> None:
         """Wait for a while until every alert raised so far was handed over."""

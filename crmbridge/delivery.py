@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from crmbridge import log
+from crmbridge.alerts import Alarm
 from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
@@ -22,7 +23,6 @@ from crmbridge.store.messages import Patience
 from crmbridge.store.turn import Finished, Terms, Turn
 
 Sender = Callable[[Claimed], Outcome]
-Alert = Callable[..., None]
 
 HINT_MIN_S, HINT_MAX_S = 1.0, 21_600.0
 FLOORS_S = {"timeout": 5.0, "rate_limited": 30.0}  # by outcome code: no sooner than this, whatever the list says
@@ -124,7 +124,7 @@ class Engine:
         senders: Mapping[str, Sender],
         schedule: Schedule,
         limits: Limits,
-        alert: Alert,
+        alarm: Alarm,
         *,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -134,7 +134,7 @@ class Engine:
         self._db = db
         self._senders = senders
         self._schedule = schedule
-        self._alert = alert
+        self._alarm = alarm
         self._clock = clock
         self._monotonic = monotonic
         self._jitter = jitter
@@ -395,21 +395,21 @@ class Engine:
             )
         if outcome.kind == "fault" or outcome.code == "system_fault":
             problem = f"we failed at delivery {claimed.id} ourselves: {outcome.message}"
-            self._alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
+            self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
-            self._alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
+            self._alarm.alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
         elif verdict.state == "dead" and claimed.target == "crm":
             problem = f"a delivery to the CRM of {claimed.account_id} is dead: {outcome.message}"
-            self._alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
+            self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
         elif verdict.state == "dead" and claimed.kind == "look_up":
             problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
-            self._alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
+            self._alarm.alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
 
     def _report_oddities(self, found: Turn) -> None:
         for claimed in found.fenced:
             log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
         for row in found.unrendered:
-            self._alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
+            self._alarm.alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
 
 
 def _started_pool(threads: int) -> ThreadPoolExecutor:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from crmbridge import log
+from crmbridge.alerts import Alarm
 from crmbridge.config import Retention
 from crmbridge.events import instant
 from crmbridge.store import accounts, inbound, turn, vitals
@@ -21,14 +22,14 @@ class Upkeep:
         db: Database,
         retention: Retention,
         patience: Patience,
-        alert: Callable[..., None],
+        alarm: Alarm,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._db = db
         self._retention = retention
         self._patience = patience
-        self._alert = alert
+        self._alarm = alarm
         self._clock = clock
 
     def sweep(self) -> None:
@@ -45,13 +46,13 @@ class Upkeep:
         """End what could not even be tried in its time."""
         for account, rows in turn.expire(self._db, self._clock(), self._patience).items():
             problem = f"{rows} deliveries of {account} are dead: the far side was unavailable for too long"
-            self._alert("dead_letter", problem, account=account)
+            self._alarm.alert("dead_letter", problem, account=account)
 
     def beat(self) -> None:
         """Write the worker's heartbeat; say so when the disk is full."""
         vitals.beat(self._db, "worker", self._clock())
         if self._db.is_full:
-            self._alert("disk_full", "the disk is full: nothing new is taken until there is space")
+            self._alarm.alert("disk_full", "the disk is full: nothing new is taken until there is space")
 
     def prune(self) -> None:
         """Erase texts and rows that are older than retention says."""

@@ -137,11 +137,11 @@ def make_worker(rooms: Rooms) -> Any:
         probe_s=delivery.probe_s,
         per_s={"instagram": delivery.instagram_sends_per_s},
     )
-    engine = Engine(rooms.db, make_senders(rooms), schedule, limits, rooms.alerts.alert)
+    engine = Engine(rooms.db, make_senders(rooms), schedule, limits, rooms.alerts)
     recovered = engine.recover()
     if recovered:
         log.warning("worker.recovered", deliveries=recovered)
-    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts.alert)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts)
     worker: Worker
 
     def ring() -> None:

@@ -33,6 +33,24 @@ SCHEDULE = {
 LIMITS = Limits(slots=3, for_first_tries=1, probe_s=(5.0, 10.0, 30.0, 60.0), per_s={})
 
 
+class Recorder:
+    """Takes every cause down as (kind, message), and the all-clears of open alerts as kinds."""
+
+    def __init__(self, raised: list[tuple[str, str]], cleared: list[str]) -> None:
+        self._raised = raised
+        self._cleared = cleared
+        self._open: set[tuple[str, str | None]] = set()
+
+    def alert(self, kind: str, message: str, *, account: str | None = None, **facts: Any) -> None:
+        self._raised.append((kind, message))
+        self._open.add((kind, account))
+
+    def clear(self, kind: str, *, account: str | None = None, **facts: Any) -> None:
+        if (kind, account) in self._open:
+            self._open.remove((kind, account))
+            self._cleared.append(kind)
+
+
 class Rig:
     """Time stands still between calls of `pass_s`; nothing runs until `drain` is called."""
 
@@ -52,6 +70,7 @@ class Rig:
         self.rooms = wiring.open_rooms(self.settings)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alerts: list[tuple[str, str]] = []
+        self.cleared: list[str] = []
         self.engine = self.make_engine()
         self._keys = itertools.count()
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
@@ -64,7 +83,7 @@ class Rig:
             wiring.make_senders(self.rooms),
             Schedule(**schedule),
             limits,
-            lambda kind, message, **facts: self.alerts.append((kind, message)),
+            Recorder(self.alerts, self.cleared),
             clock=lambda: self.now_s + self.clock_is_wrong_by_s,
             monotonic=lambda: self.now_s,
             jitter=lambda: 1.0,
