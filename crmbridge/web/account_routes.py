@@ -13,8 +13,6 @@ from crmbridge.store.messages import Patience
 from crmbridge.vault import Vault
 from crmbridge.web.app import Call, Reply, Route
 
-_PAGE, _PAGE_MOST = 50, 200
-
 
 class AccountRoutes:
     """The handlers, with what they need: the vault, Instagram, and where CRM URLs may lead."""
@@ -41,7 +39,7 @@ class AccountRoutes:
 
     def page(self, call: Call) -> Reply:
         """List the accounts that the key is bound to."""
-        limit = _limit(call.query.get("limit"))
+        limit = call.limit()
         assert call.key is not None  # noqa: S101
         only = None if call.key["admin"] else call.key["accounts"]
         found = accounts.page(call.db, after=call.query.get("cursor", ""), limit=limit + 1, only=only)
@@ -152,15 +150,6 @@ class AccountRoutes:
         if not secret:
             detail = {"field": "webhook_secret", "problem": "is required with crm_webhook_url: it signs every webhook"}
             raise Invalid("webhook_secret is required with crm_webhook_url.", details=[detail])
-
-
-def _limit(given: str | None) -> int:
-    if given is None:
-        return _PAGE
-    if not (given.isascii() and given.isdigit() and len(given) <= 3 and 1 <= int(given) <= _PAGE_MOST):
-        detail = {"field": "limit", "problem": f"must be a whole number from 1 to {_PAGE_MOST}"}
-        raise Invalid("limit is not a whole number in range.", details=[detail])
-    return int(given)
 
 
 def _shown(row: Row) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from crmbridge.store.database import Database, Row
 BODY_BYTES = 256 * 1024
 SLOW_S = 1.0
 _LARGE_AT_ONCE = 2
+_PAGE, _PAGE_MOST = 50, 200
 Headers = dict[str, str]
 _Request = TypeVar("_Request", bound=contract._Request)
 _STATUS: tuple[tuple[type[BridgeError], int], ...] = (
@@ -110,6 +111,14 @@ class Call:
         if found is None:
             raise NotFound("There is no such account.", code="account_not_found")
         return found
+
+    def limit(self) -> int:
+        """Return how many entries a page of a list may have. Raises Invalid."""
+        given = self.query.get("limit", str(_PAGE))
+        if not (given.isascii() and given.isdigit() and len(given) <= 3 and 1 <= int(given) <= _PAGE_MOST):
+            detail = {"field": "limit", "problem": f"must be a whole number from 1 to {_PAGE_MOST}"}
+            raise Invalid("limit is not a whole number in range.", details=[detail])
+        return int(given)
 
     def may_see(self, account_id: str) -> bool:
         """Tell whether the key is bound to an account."""
