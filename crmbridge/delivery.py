@@ -16,7 +16,7 @@ from crmbridge.alerts import Alarm
 from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import turn, vitals
+from crmbridge.store import deliveries, turn, vitals
 from crmbridge.store.database import Database
 from crmbridge.store.deliveries import Claimed, Outcome, Verdict
 from crmbridge.store.messages import Patience
@@ -362,7 +362,7 @@ class Engine:
 
     def _report(self, entry: Finished, now_s: float) -> None:
         claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
-        latency_s = turn.latency_s(claimed, now_s)
+        latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
         write = log.info if outcome.kind == "done" else log.warning
         write(
             "delivery.attempted",
@@ -379,18 +379,18 @@ class Engine:
             http=outcome.http_status,
             error=outcome.message if outcome.kind != "done" else None,
             ms=outcome.ms,
-            latency_ms=int(latency_s * 1000),
+            latency_ms=latency_ms,
             state=verdict.state,
             next_s=round(epoch_s(verdict.due) - now_s, 1) if verdict.state == "pending" else None,
             correlation=claimed.correlation_id,
         )
-        if verdict.state == "done" and latency_s > SLOW_S:
+        if verdict.state == "done" and latency_ms > SLOW_S * 1000:
             log.warning(
                 "performance.delivery_slow",
                 delivery=claimed.id,
                 target=claimed.target,
                 account=claimed.account_id,
-                latency_ms=int(latency_s * 1000),
+                latency_ms=latency_ms,
                 correlation=claimed.correlation_id,
             )
         if outcome.kind == "fault" or outcome.code == "system_fault":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from crmbridge.events import new_id
+from crmbridge.events import epoch_s, new_id
 from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
@@ -228,6 +228,7 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
             "last_http_status": outcome.http_status,
             "last_error": outcome.message,
             "finished_at": finished,
+            "latency_ms": latency_ms(claimed.accepted_at, now) if verdict.state == "done" else None,
         },
         "id = ? AND claim_id = ? AND state = 'pending'",
         [claimed.id, claimed.claim_id],
@@ -245,19 +246,38 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
         "delivery_id = ? AND claim_id = ?",
         [claimed.id, claimed.claim_id],
     )
+    if touched and verdict.state == "dead":
+        _note(db, "id = ?", [claimed.id], f"dead {outcome.code}", now)
+    elif touched and verdict.steps_aside and claimed.ready < 2:
+        _note(db, "id = ?", [claimed.id], "stepped_aside", now)
     if touched and claimed.ready == 0 and verdict.state == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
         where = "state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1"
-        db.update("deliveries", {"ready": 2}, where, [claimed.target, claimed.account_id, claimed.contact])
+        lane = [claimed.target, claimed.account_id, claimed.contact]
+        _note(db, where, lane, "stepped_aside", now)
+        db.update("deliveries", {"ready": 2}, where, lane)
     if touched and (finished or verdict.steps_aside):
         promote(db, claimed.target, claimed.account_id, claimed.contact, now)
     return bool(touched)
 
 
+def latency_ms(accepted_at: str, now: str) -> int:
+    """Return how long ago a delivery was accepted, in milliseconds."""
+    return max(round((epoch_s(now) - epoch_s(accepted_at)) * 1000), 0)
+
+
+def _note(db: Database, where: str, parameters: Sequence[Any], note: str, now: str) -> None:
+    """Write down what became of deliveries without a call, for the one who asks what happened to them."""
+    db.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{now} {note}\n", *parameters))
+
+
 def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, message: str | None, now: str) -> None:
     """End a delivery without a call, and let the next of its lane go."""
-    ended = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
+    ended: Row = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
+    if state == "done" and row["attempts"]:
+        ended["latency_ms"] = latency_ms(row["accepted_at"], now)
     db.update("deliveries", {**ended, "finished_at": now}, "id = ?", [row["id"]])
+    _note(db, "id = ?", [row["id"]], f"{state} {code}", now)
     if row["claim_id"] is not None:
         overtaken = {"finished_at": now, "outcome": "abandoned", "code": code}
         db.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
@@ -369,6 +389,7 @@ def revive(db: Database, row: Row, *, now: str, expires_at: str) -> None:
     """Owe a dead delivery again, in its old place in its lane, with its retries unused."""
     fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
     db.update("deliveries", {**fresh, "retries": 0, "waits": 0, "in_doubt": 0}, "id = ?", [row["id"]])
+    _note(db, "id = ?", [row["id"]], "revived", now)
     # A send that was tried stays in front: its echo may still come.
     later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
     lane = "state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
@@ -380,11 +401,14 @@ def revive(db: Database, row: Row, *, now: str, expires_at: str) -> None:
 def stop_pushing(db: Database, account_id: str, now: str) -> None:
     """Leave what an account's CRM was still to get to be read when it asks."""
     ended = {"state": "done", "claim_id": None, "last_code": "not_pushed", "finished_at": now}
-    db.update("deliveries", ended, "state = 'pending' AND target = 'crm' AND account_id = ?", [account_id])
+    where = "state = 'pending' AND target = 'crm' AND account_id = ?"
+    _note(db, where, [account_id], "done not_pushed", now)
+    db.update("deliveries", ended, where, [account_id])
 
 
 def end_account(db: Database, account_id: str, now: str) -> None:
     """End everything that is owed to or for an account that is being deleted."""
+    _note(db, "state = 'pending' AND account_id = ?", [account_id], "dead account_deleted", now)
     db.run(
         """
         UPDATE deliveries SET state = 'dead', claim_id = NULL, in_doubt = 0, last_code = 'account_deleted',

@@ -71,6 +71,11 @@ def _keep_one(
         once=True,
     )
     if not inserted:
+        db.run(
+            "UPDATE inbound_events SET repeats = repeats + 1, repeated_at = ?"
+            " WHERE instagram_account_id = ? AND dedupe_key = ?",
+            (now, event.external_account_id, event.dedupe_key),
+        )
         return Kept("duplicate", event, None, account["id"] if account else None)
     if account is None:
         return Kept("unrouted", event, event_id, None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from crmbridge.endpoints import Endpoint, Room
-from crmbridge.events import epoch_s, instant
+from crmbridge.events import instant
 from crmbridge.store import accounts, deliveries, inbound, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
@@ -260,11 +260,6 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
     Deliveries after `newest` may have been made by the new clock, and stay as they are.
     """
     db.write_last(lambda: deliveries.follow_clock(db, seconds, newest))
-
-
-def latency_s(claimed: Claimed, now_s: float) -> float:
-    """Return how long ago a delivery was accepted, in seconds."""
-    return max(now_s - epoch_s(claimed.accepted_at), 0.0)
 
 
 def delete_account(db: Database, account_id: str, now_s: float) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
@@ -32,6 +34,8 @@ BODY_BYTES = 256 * 1024
 SLOW_S = 1.0
 _LARGE_AT_ONCE = 2
 _PAGE, _PAGE_MOST = 50, 200
+_REFUSAL = "crmbridge.refusal"
+_TIMED = 1000
 Headers = dict[str, str]
 _Request = TypeVar("_Request", bound=contract._Request)
 _STATUS: tuple[tuple[type[BridgeError], int], ...] = (
@@ -137,6 +141,29 @@ class Route:
     query: frozenset[str] | None = frozenset()  # the parameters it takes; None: anything
 
 
+class Timings:
+    """How long this process took for its last requests."""
+
+    def __init__(self) -> None:
+        self._ms: deque[float] = deque(maxlen=_TIMED)
+        self._count = self._slow = 0
+        self._lock = threading.Lock()
+
+    def note(self, ms: float) -> None:
+        """Add a request."""
+        with self._lock:
+            self._ms.append(ms)
+            self._count += 1
+            self._slow += ms > SLOW_S * 1000
+
+    def summary(self) -> dict[str, Any]:
+        """Return how many requests there were, how many slow, and percentiles of the last thousand in ms."""
+        with self._lock:
+            ordered, count, slow = sorted(self._ms), self._count, self._slow
+        places = {f"p{share}_ms": math.ceil(len(ordered) * share / 100) - 1 for share in (50, 95, 99)}
+        return {"count": count, "slow": slow, **{name: ordered[at] if ordered else None for name, at in places.items()}}
+
+
 class App:
     """Callable as WSGI. `busy` tells when requests wait faster than they are answered."""
 
@@ -147,9 +174,11 @@ class App:
         *,
         clock: Callable[[], float] = time.time,
         busy: Callable[[], bool] = lambda: False,
+        timings: "Timings | None" = None,
     ) -> None:
         self.routes = tuple(routes)
         self.busy = busy
+        self.timings = timings or Timings()
         self._db = db
         self._clock = clock
         self._verifier = apikey.Verifier()
@@ -178,7 +207,9 @@ class App:
                 "status": answered[-1] if answered else None,
                 "ms": round(elapsed_s * 1000, 1),
             }
-            log.info("request", **facts)
+            self.timings.note(facts["ms"])
+            is_probe = facts["path"].startswith("/health") and facts["status"] == "200"
+            (log.debug if is_probe else log.info)("request", **facts, **environ.get(_REFUSAL, {}))
             if elapsed_s > SLOW_S:
                 log.warning("performance.request_slow", **facts)
         return body
@@ -263,9 +294,9 @@ class App:
             headers["Retry-After"] = str(error.after_s)
         if status >= 500:
             log.error("request.failed", status=status, code=error.code, error=error.message)
-        elif status != 404:
+        else:  # told in the request's own line
             fields = ",".join(entry["field"] for entry in error.details[:10])
-            log.info("request.refused", status=status, code=error.code, fields=fields or None)
+            bottle.request.environ[_REFUSAL] = {"code": error.code, "fields": fields or None}
         return self._render(Reply(self._described(error.code, error.message, error.details), status, headers))
 
     def _described(self, code: str, message: str, details: list[dict[str, str]]) -> dict[str, Any]:

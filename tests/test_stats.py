@@ -1,0 +1,115 @@
+"""How late things are, and what the log says of each request."""
+
+import pytest
+
+from crmbridge.sandbox import wire
+from crmbridge.store import turn
+from crmbridge.web.app import Timings
+from tests.rig import Rig
+from tests.shop import Shop
+
+
+def warned(caplog: pytest.LogCaptureFixture, name: str) -> list[dict]:
+    return [record.facts for record in caplog.records if record.getMessage() == name]  # type: ignore[attr-defined]
+
+
+def test_a_late_delivery_has_its_latency_and_one_warning(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.account()
+    rig.crm.answer(500, times=3)
+    rig.say("hello", "mid-1")
+    rig.live_through(60)  # tried after 0, 1, 3 and 7 s
+    rig.say("again", "mid-2")
+    rig.drain()
+    assert rig.db.rows("SELECT latency_ms FROM deliveries ORDER BY position") == [
+        {"latency_ms": 7000},
+        {"latency_ms": 0},
+    ]
+    (warning,) = warned(caplog, "performance.delivery_slow")
+    assert warning["latency_ms"] == 7000
+
+
+def test_what_was_done_without_a_call_has_no_latency(rig: Rig) -> None:
+    rig.account(crm_webhook_url=None)
+    rig.say("hello", "mid-1")
+    rig.pass_s(10)
+    assert rig.db.value("SELECT latency_ms FROM deliveries") is None
+
+
+def test_an_echo_that_proves_a_doubtful_send_ends_its_latency(rig: Rig) -> None:
+    rig.send(rig.account(), "hello")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    rig.now_s += 4
+    rig.echo("hello", str(rig.meta.sent[0].mid))
+    row = rig.db.row("SELECT latency_ms, notes FROM deliveries WHERE target = 'instagram'")
+    assert row is not None
+    assert row["latency_ms"] == 4000
+    assert row["notes"].endswith(" done echo\n")
+
+
+def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer(500, times=100, containing="poison")
+    rig.say("poison", "mid-1")
+    rig.say("well", "mid-2")
+    rig.live_through(25 * 3600)
+    row = rig.db.row("SELECT * FROM deliveries ORDER BY position")
+    assert row is not None
+    assert row["state"] == "dead"
+    turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False)
+    rig.send(account)
+    rig.meta.fault("messages", status=403, body=wire.error_body(10, "outside of allowed window.", subcode=2534022))
+    rig.drain()
+    notes = rig.db.rows("SELECT notes FROM deliveries ORDER BY position")
+    assert [line.split()[1:] for line in notes[0]["notes"].splitlines()] == [
+        ["stepped_aside"],
+        ["dead", "crm_error"],
+        ["revived"],
+    ]
+    assert notes[1]["notes"] is None
+    assert notes[2]["notes"].endswith("dead window_closed\n")
+
+
+def test_what_meta_repeats_is_counted(rig: Rig) -> None:
+    rig.account()
+    for _ in range(3):
+        rig.say("hello", "mid-1", at_s=1_799_999_999)
+        rig.now_s += 5
+    row = rig.db.row("SELECT repeats, repeated_at FROM inbound_events")
+    assert row == {"repeats": 2, "repeated_at": "2027-01-15T08:00:10.000Z"}
+
+
+def test_percentiles_are_of_the_last_thousand_requests() -> None:
+    timings = Timings()
+    assert timings.summary() == {"count": 0, "slow": 0, "p50_ms": None, "p95_ms": None, "p99_ms": None}
+    for ms in [5000.0] * 3 + [float(ms) for ms in range(1, 1001)]:
+        timings.note(ms)
+    assert timings.summary() == {"count": 1003, "slow": 3, "p50_ms": 500.0, "p95_ms": 950.0, "p99_ms": 990.0}
+
+
+def test_a_request_is_one_line_and_a_probe_that_succeeds_is_none(shop: Shop) -> None:
+    assert shop.call("GET", "/health", headers={"X-Request-Id": "probe-1"}).status_code == 200
+    shop.call("GET", "/api/v1/accounts?limit=x", headers={"X-Request-Id": "refused-1"})
+    shop.call("POST", "/webhooks/instagram", {}, headers={"X-Request-Id": "refused-2"})
+    shop.wait_log("refused-2")
+    shop.call("GET", "/api/v1/accounts", headers={"X-Request-Id": "last"})
+    shop.wait_log("request method=.*last$")
+    log = shop.log().splitlines()
+    assert not [line for line in log if "probe-1" in line]
+    (line,) = [line for line in log if "refused-1" in line]
+    assert "info request method=GET path=/api/v1/accounts status=400" in line
+    assert "code=invalid_request fields=limit" in line
+    names = [line.split()[2] for line in log if "refused-2" in line]
+    assert names == ["webhook.refused", "request"]
+
+
+def test_a_slow_request_is_warned_about_once(shop: Shop) -> None:
+    """Really slow: creating an account waits for Instagram's answer."""
+    shop.meta.fault("/me", status=400, body=wire.error_body(190, "bad"), delay_s=1.1)
+    answer = shop.connect(instagram_account_id="17841400000000009")
+    assert answer.status_code == 400, answer.text
+    shop.wait_log("performance.request_slow .*path=/api/v1/accounts ")
+    shop.call("GET", "/health/live")
+    correlation = answer.headers["X-Correlation-Id"]
+    slow = [line for line in shop.log().splitlines() if "performance.request_slow" in line and correlation in line]
+    assert len(slow) == 1
