@@ -311,7 +311,7 @@ def _say_health(rooms: Any) -> None:
         schema="ok",
         key_file="ok",
         accounts=len(accounts.everyone(rooms.db)),
-        database_bytes=rooms.db.file_bytes(),
+        **rooms.db.sizes(),
         **{f"pending_{target}": number for target, number in turn.counts(rooms.db).items()},
     )
 

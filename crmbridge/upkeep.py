@@ -68,4 +68,4 @@ class Upkeep:
             unrouted_before=before(kept.unrouted_days),
         )
         if touched:
-            log.info("retention.pruned", rows=touched, database_bytes=self._db.file_bytes())
+            log.info("retention.pruned", rows=touched, **self._db.sizes())

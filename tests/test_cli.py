@@ -59,6 +59,7 @@ def test_check_says_whether_it_can_run(made: Path) -> None:
     good = run(made, "check", CRMBRIDGE_INSTAGRAM_VERIFY_TOKEN="dont-show-me")
     assert good.returncode == 0, good.stdout
     assert "fit to run" in good.stdout
+    assert re.search(r"sizes in MB: database \d+\.\d, wal \d+\.\d, free \d+\.\d, disk_free \d+", good.stdout)
     assert "dont-show-me" not in good.stdout
     (made / "var" / "crmbridge.key").chmod(0o644)
     bad = run(made, "check")

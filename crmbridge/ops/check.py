@@ -42,7 +42,10 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
         return [*found, ("error", error.message)]
     try:
         db.require_schema()
-        found.append(("ok", f"database {settings.store.path}, {db.file_bytes()} bytes, schema up to date"))
+        found.append(("ok", f"database {settings.store.path}, schema up to date"))
+        sizes = db.sizes()
+        told = ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:.1f}" for name, size in sizes.items())
+        found.append(("ok", f"sizes in MB: {told}"))
         if db.is_full:
             found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
         everyone = accounts.everyone(db)

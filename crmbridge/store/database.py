@@ -261,9 +261,9 @@ class Database:
         self._worker_lock = sqlite.FileLock(self.path.with_name(self.path.name + ".worker"))
         return self._worker_lock.take()
 
-    def file_bytes(self) -> int:
-        """Return the size of the database with its log, in bytes."""
-        return sqlite.file_bytes(self.path)
+    def sizes(self) -> dict[str, int]:
+        """Return what is on the disk: database_bytes, wal_bytes, free_bytes of it to use again, disk_free_bytes."""
+        return sqlite.sizes(self._db, self.path)
 
     def close_thread(self) -> None:
         """Close the calling thread's connection."""

@@ -43,9 +43,19 @@ def checkpoint_here(database: SqliteDatabase) -> None:
     database.execute_sql(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
 
 
-def file_bytes(path: Path) -> int:
-    """Return the size of the database with its log, in bytes."""
-    return sum(part.stat().st_size for part in (path, path.with_name(path.name + "-wal")) if part.exists())
+def sizes(database: SqliteDatabase, path: Path) -> dict[str, int]:
+    """Return the sizes of the file and its log, what of the file is free to be used again, and what the disk has."""
+    disk, log = os.statvfs(path.parent), path.with_name(path.name + "-wal")
+    return {
+        "database_bytes": path.stat().st_size,
+        "wal_bytes": log.stat().st_size if log.exists() else 0,
+        "free_bytes": _number(database, "freelist_count") * _number(database, "page_size"),
+        "disk_free_bytes": disk.f_bavail * disk.f_frsize,
+    }
+
+
+def _number(database: SqliteDatabase, pragma: str) -> int:
+    return int(database.execute_sql(f"PRAGMA {pragma}").fetchone()[0])
 
 
 def shifted(column: str) -> str:
