@@ -245,6 +245,7 @@ def _serve(options: argparse.Namespace) -> None:
         where = f"{settings.web.host}:{settings.web.port}"
         raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
     _stop_on_signals()
+    rooms.alerts.start()
     if worker is not None:
         worker.start()
     _say_health(rooms)
@@ -264,6 +265,7 @@ def _worker(options: argparse.Namespace) -> None:
     rooms = wiring.open_rooms(settings)
     worker = wiring.make_worker(rooms)
     _stop_on_signals()
+    rooms.alerts.start()
     worker.start()
     _say_health(rooms)
     log.info("worker.ready")
@@ -275,7 +277,7 @@ def _worker(options: argparse.Namespace) -> None:
 
 def _end(rooms: Any, worker: Any) -> None:
     clean = worker.stop(rooms.settings.delivery.stop_grace_s) if worker is not None else True
-    rooms.alerts.flush(5)
+    rooms.alerts.stop(5)
     log.info("stopped", calls_left=not clean)
     if not clean:
         # Threads are still inside calls; their leases are looked at by the next start.

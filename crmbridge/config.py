@@ -174,6 +174,9 @@ class Alerts:
     command: str = _key("", _text)
     url: str = _key("", _url_or_nothing, secret=True)
     repeat_after_s: float = _key(3_600, _seconds(1, 604_800))
+    endpoint_down_after_s: float = _key(900, _seconds(1, 604_800))
+    disk_free_mb: int = _key(200, _whole(0, 1_000_000))
+    silence_hours: int = _key(24, _whole(0, 720))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from crmbridge.events import instant
 
+ALERT = 45  # between error and critical
+logging.addLevelName(ALERT, "ALERT")
 _logger = logging.getLogger("crmbridge")
 _correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation", default="")
 _SECRETS = re.compile(
@@ -56,6 +58,10 @@ def error(name: str, /, **facts: Any) -> None:
     _log(logging.ERROR, name, facts)
 
 
+def alert(name: str, /, **facts: Any) -> None:
+    _log(ALERT, name, facts)
+
+
 def exception(name: str, /, **facts: Any) -> None:
     """Log at error level with the traceback of the exception being handled, in one line.
 
@@ -83,8 +89,13 @@ class _Line(logging.Formatter):
         if "correlation" not in facts and (correlation := _correlation.get()):
             parts.append(f"correlation={correlation}")
         line = " ".join(parts)
-        # Looking for the marks first costs a tenth of the substitution, and nearly no line has one.
-        return _SECRETS.sub("[secret]", line) if any(mark in line for mark in _MARKS) else line
+        return struck(line)
+
+
+def struck(text: str) -> str:
+    """Return a text with what looks like a credential struck out."""
+    # Looking for the marks first costs a tenth of the substitution, and nearly no line has one.
+    return _SECRETS.sub("[secret]", text) if any(mark in text for mark in _MARKS) else text
 
 
 def _told(info: Any) -> dict[str, str]:

@@ -53,6 +53,7 @@ def open_rooms(settings: config.Settings) -> Rooms:
         client=Client(graph, settings.instagram.graph_url),
         reach=reach,
         alerts=Alerts(
+            db,
             command=settings.alerts.command,
             url=settings.alerts.url,
             repeat_after_s=settings.alerts.repeat_after_s,

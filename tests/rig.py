@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from crmbridge import config, vault, wiring
+from crmbridge import config, net, vault, wiring
+from crmbridge.alerts import Alerts
 from crmbridge.delivery import Engine, Schedule
 from crmbridge.endpoints import Limits
 from crmbridge.events import instant
@@ -15,7 +16,7 @@ from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
 from crmbridge.store import accounts, database, deliveries, inbound, messages
-from crmbridge.store.database import Row
+from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
@@ -33,22 +34,25 @@ SCHEDULE = {
 LIMITS = Limits(slots=3, for_first_tries=1, probe_s=(5.0, 10.0, 30.0, 60.0), per_s={})
 
 
-class Recorder:
-    """Takes every cause down as (kind, message), and the all-clears of open alerts as kinds."""
+class Recorder(Alerts):
+    """The alerts, with every cause taken down as (kind, message), and each all-clear of an open one as its kind."""
 
-    def __init__(self, raised: list[tuple[str, str]], cleared: list[str]) -> None:
-        self._raised = raised
-        self._cleared = cleared
-        self._open: set[tuple[str, str | None]] = set()
+    def __init__(self, db: Database, clock: Callable[[], float], **settings: Any) -> None:
+        reach = net.Reach(any_address=True, http=True)
+        session = net.Session(reach, connect_timeout_s=2, timeout_s=5)
+        given: dict[str, Any] = {"command": "", "url": "", "repeat_after_s": 3600.0, **settings}
+        super().__init__(db, session=session, clock=clock, **given)
+        self.raised: list[tuple[str, str]] = []
+        self.cleared: list[str] = []
 
-    def alert(self, kind: str, message: str, *, account: str | None = None, **facts: Any) -> None:
-        self._raised.append((kind, message))
-        self._open.add((kind, account))
+    def alert(self, kind: str, message: str, **facts: Any) -> None:
+        self.raised.append((kind, message))
+        super().alert(kind, message, **facts)
 
-    def clear(self, kind: str, *, account: str | None = None, **facts: Any) -> None:
-        if (kind, account) in self._open:
-            self._open.remove((kind, account))
-            self._cleared.append(kind)
+    def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
+        if (account or "") in self.opened(kind):
+            self.cleared.append(kind)
+        super().clear(kind, account=account, message=message)
 
 
 class Rig:
@@ -69,8 +73,8 @@ class Rig:
         made.close()
         self.rooms = wiring.open_rooms(self.settings)
         self.db, self.patience = self.rooms.db, self.rooms.patience
-        self.alerts: list[tuple[str, str]] = []
-        self.cleared: list[str] = []
+        self.alarm = Recorder(self.db, lambda: self.now_s)
+        self.alerts, self.cleared = self.alarm.raised, self.alarm.cleared
         self.engine = self.make_engine()
         self._keys = itertools.count()
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
@@ -83,7 +87,7 @@ class Rig:
             wiring.make_senders(self.rooms),
             Schedule(**schedule),
             limits,
-            Recorder(self.alerts, self.cleared),
+            self.alarm,
             clock=lambda: self.now_s + self.clock_is_wrong_by_s,
             monotonic=lambda: self.now_s,
             jitter=lambda: 1.0,

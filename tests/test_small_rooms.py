@@ -1,4 +1,4 @@
-"""Ids, times, keys, the vault, signatures, the log, alerts and retention."""
+"""Ids, times, keys, the vault, signatures, the log and retention."""
 
 import base64
 import hashlib
@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crmbridge import alerts, apikey, crm, events, log, net, signing, vault
+from crmbridge import apikey, crm, events, log, signing, vault
 from crmbridge.errors import Misconfigured, TooMany
-from crmbridge.sandbox import LoopbackServer, SampleCrm
 from crmbridge.store import vitals
 from tests.rig import START_S, Rig
 
@@ -178,28 +177,6 @@ def test_a_logged_exception_shows_where_but_not_what(lines: io.StringIO) -> None
     assert "exception=ValueError" in lines.getvalue()
     assert "test_small_rooms.py" in lines.getvalue()
     assert "customer wrote" not in lines.getvalue()
-
-
-def test_an_alert_reaches_command_and_url_once_until_it_is_due_again(tmp_path: Path, lines: io.StringIO) -> None:
-    out, now = tmp_path / "alerts.txt", [1000.0]
-    crm_server = SampleCrm()
-    with LoopbackServer(crm_server.app) as server:
-        raised = alerts.Alerts(
-            command=f"cat >> '{out}'",
-            url=server.url + "/webhook",
-            repeat_after_s=60,
-            session=net.Session(net.Reach(any_address=True, http=True), connect_timeout_s=2, timeout_s=5),
-            clock=lambda: now[0],
-        )
-        for _ in range(3):
-            raised.alert("dead_letter", "a delivery is dead", account="acc_1", delivery="dlv_1")
-        now[0] += 61
-        raised.alert("dead_letter", "a delivery is dead", account="acc_1", delivery="dlv_2")
-        raised.alert("dead_letter", "a delivery is dead", account="acc_2", delivery="dlv_3")
-        raised.flush(10)
-    assert out.read_text().count("alert: dead_letter") == 3
-    assert [entry.event["delivery"] for entry in crm_server.received] == ["dlv_1", "dlv_2", "dlv_3"]
-    assert lines.getvalue().count("error alert.dead_letter") == 3
 
 
 def test_retention_erases_texts_then_rows_and_never_what_is_owed(rig: Rig) -> None:

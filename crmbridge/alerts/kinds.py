@@ -1,0 +1,112 @@
+"""The kinds of alerts: what each means, what to do, and how it ends. README's table is held to this one."""
+
+from dataclasses import dataclass
+
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`cause` and `ends` in words for a person, `todo` is what to type unless the alert itself says more.
+
+    A `lasting` one is a state: its causes are not counted aloud. With `once`, the same message again is no new
+    cause. One without another end is over `quiet_s` after its last cause.
+    """
+
+    cause: str
+    todo: str
+    ends: str
+    lasting: bool = False
+    once: bool = False
+    quiet_s: float | None = None
+
+
+KINDS = {
+    "dead_letter": Kind(
+        "events could not be delivered to the CRM and are dead letters",
+        "crmbridge dlq list; mend the cause; crmbridge dlq retry --all",
+        "no dead letter of the account is left",
+    ),
+    "in_doubt": Kind(
+        "a send may or may not have reached the customer",
+        "look into the conversation in Instagram; if it is not there: crmbridge dlq retry --force ID",
+        "no send in doubt is left",
+    ),
+    "crm_unauthorized": Kind(
+        "the CRM answers 401: it does not accept our signature",
+        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ID; then crmbridge dlq retry --all",
+        "the CRM takes an event",
+    ),
+    "crm_gone": Kind(
+        "the CRM answered 410: it wants no more, and deliveries are paused",
+        "correct crm_webhook_url by PUT /api/v1/accounts/ID, then resume the deliveries",
+        "the deliveries are resumed",
+    ),
+    "crm_down": Kind(
+        "the CRM has been failing for longer than [alerts] endpoint_down_after_s",
+        "look at the CRM's server; nothing is lost, and what waits goes out by itself",
+        "the CRM takes an event, or nothing waits for it",
+        lasting=True,
+    ),
+    "instagram_down": Kind(
+        "Instagram has been failing for the account for longer than [alerts] endpoint_down_after_s",
+        "look at https://metastatus.com and at this server's network; what waits goes out by itself",
+        "Instagram answers, or nothing waits for it",
+        lasting=True,
+    ),
+    "account_error": Kind(
+        "Instagram refuses the account's sends, and they are held",
+        "open the account in Instagram and in Meta's console, mend what the message names, then resume the sends",
+        "the sends are resumed",
+    ),
+    "token_dead": Kind(
+        "the access token is no longer good",
+        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ID",
+        "a new token was accepted",
+        once=True,
+    ),
+    "token_expiring": Kind(
+        "the access token ends in 14, 7 or 1 days",
+        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ID",
+        "the token's end has moved",
+        once=True,
+    ),
+    "wrong_signatures": Kind(
+        "many webhooks in a row carried a wrong signature: as long as it is so Instagram's messages are refused, "
+        "and Meta may end the subscription within the hour",
+        "set [instagram] app_secrets to the Instagram app secret (Meta's console: API setup with Instagram login; "
+        "not the Meta app secret of App settings > Basic), restart, and see with crmbridge check",
+        "a webhook with a right signature comes",
+    ),
+    "silence": Kind(
+        "nothing has come from Instagram for an account that usually talks",
+        "write to the shop from another Instagram account; if it does not arrive, look at the webhook subscription "
+        "and the app's state (Live) in Meta's console",
+        "Instagram tells something about the account again",
+        once=True,
+    ),
+    "disk_nearly_full": Kind(
+        "the database's disk has less free than [alerts] disk_free_mb",
+        "free space: df -h shows where",
+        "a quarter more than that is free",
+        lasting=True,
+    ),
+    "disk_full": Kind(
+        "the disk is full: nothing new is taken, what was taken is still delivered",
+        "free space: df -h shows where; work goes on without a restart",
+        "there is space again",
+        lasting=True,
+    ),
+    "system_fault": Kind(
+        "the bridge itself failed at something",
+        "look for 'error' in the log around that time, and report it",
+        "there was none for an hour",
+        quiet_s=HOUR_S,
+    ),
+}
+OTHER = Kind("something needs a look", "look into the log", "it is over")
+
+
+def kind_of(name: str) -> Kind:
+    """Return what is known about a kind."""
+    return KINDS.get(name, OTHER)

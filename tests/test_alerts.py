@@ -1,0 +1,281 @@
+"""Alerts: told once, counted while they last, ended with an all-clear; and every kind of them by its real cause."""
+
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crmbridge import log
+from crmbridge.alerts import telling
+from crmbridge.alerts.kinds import KINDS
+from crmbridge.sandbox import LoopbackServer
+from crmbridge.store import alerts as record
+from tests.rig import START_S, Recorder, Rig
+
+ROOT = Path(__file__).resolve().parent.parent
+DAY_S = 86_400.0
+
+
+class Hook:
+    """A web server that takes posted alerts, answering `status`; `took` is what it said 200 to."""
+
+    def __init__(self) -> None:
+        self.status, self.took, self.refused = 200, list[dict[str, Any]](), 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        posted = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+        if self.status == 200:
+            self.took.append(posted)
+        else:
+            self.refused += 1
+        start_response(f"{self.status} X", [("Content-Length", "0")])
+        return []
+
+
+class Office:
+    """Where the alerts of a rig arrive: the letters that its command got, and what its URL was given."""
+
+    def __init__(self, folder: Path, rig: Rig, url: str, hook: Hook) -> None:
+        self._folder, self._rig, self._url, self._hook = folder, rig, url, hook
+        self.command = f'cat > "$(mktemp "{folder}/XXXXXXXX")"'
+        self.open_again()
+
+    def open_again(self) -> None:
+        """Begin again as a process does that starts: with nothing but the database."""
+        settings = {"command": self.command, "url": self._url}
+        self.alarm = Recorder(self._rig.db, lambda: self._rig.now_s, **settings)
+        self._rig.alarm = self.alarm
+        self._rig.engine = self._rig.make_engine()
+
+    def pass_s(self, seconds: float) -> None:
+        """Let time pass, and the alerts' thread do what it would have done at each of its times."""
+        end_s = self._rig.now_s + seconds
+        next_s = self.alarm.pass_on()
+        while next_s is not None and next_s <= end_s:
+            self._rig.now_s = max(next_s, self._rig.now_s + 0.001)
+            next_s = self.alarm.pass_on()
+        self._rig.now_s = end_s
+        self.alarm.pass_on()
+
+    @property
+    def posted(self) -> list[tuple[str, str]]:
+        """What the URL took, as (state, kind)."""
+        return [(entry["state"], entry["alert"]) for entry in self._hook.took]
+
+    @property
+    def letters(self) -> list[str]:
+        return [path.read_text() for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)]
+
+
+@pytest.fixture
+def hook() -> Hook:
+    return Hook()
+
+
+@pytest.fixture
+def office(rig: Rig, tmp_path: Path, hook: Hook) -> Iterator[Office]:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    with LoopbackServer(hook) as server:
+        yield Office(folder, rig, server.url, hook)
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    stream, root = io.StringIO(), logging.getLogger()
+    before, level = root.handlers[:], logging.getLogger("crmbridge").level
+    log.setup("info", stream)
+    yield stream
+    root.handlers[:] = before
+    logging.getLogger("crmbridge").setLevel(level)
+
+
+def raise_some(office: Office, causes: int = 1, kind: str = "dead_letter", account: str = "acc_1") -> None:
+    for _ in range(causes):
+        office.alarm.alert(kind, "a delivery to the CRM is dead", account=account)
+
+
+# --- from the first cause to the all-clear ---
+
+
+def test_an_alert_is_told_to_log_command_and_url_and_so_is_its_all_clear(
+    rig: Rig, office: Office, hook: Hook, lines: io.StringIO
+) -> None:
+    account = rig.account()
+    office.alarm.alert("dead_letter", "a delivery is dead", account=account["id"], delivery="dlv_1")
+    office.pass_s(7500)
+    office.alarm.clear("dead_letter", account=account["id"])
+    office.pass_s(7500)
+    assert office.posted == [("raised", "dead_letter"), ("cleared", "dead_letter")]
+    raised, cleared = hook.took
+    assert set(raised) == {"alert", "state", "message", "account_id", "since", "count", "todo", "text"}
+    assert (raised["account_id"], raised["count"], raised["since"]) == (account["id"], 1, "2027-01-15T08:00:00.000Z")
+    assert raised["todo"] == KINDS["dead_letter"].todo
+    assert "\n" not in raised["text"]
+    assert cleared["todo"] is None
+    first, second = office.letters
+    assert re.match(r"crmbridge on \S+: ALERT: dead_letter of your_shop\n\nA delivery is dead\.\n", first)
+    for words in (f"your_shop ({account['id']})", "Since 2027-01-15 08:00 UTC", "What to do: crmbridge dlq list"):
+        assert words in first
+    assert re.match(r"crmbridge on \S+: All clear: dead_letter of your_shop\n\nNo dead letter", second)
+    assert "lasted 2 h 5 min" in second
+    told = [line.split(" ", 1)[1] for line in lines.getvalue().splitlines() if " alert.dead_letter" in line]
+    assert [line.split()[:3] for line in told] == [
+        ["alert", "alert.dead_letter", "state=raised"],
+        ["alert", "alert.dead_letter", "state=cleared"],
+    ]
+    assert "delivery=dlv_1" in told[0]
+
+
+def test_ten_thousand_causes_make_a_handful_of_messages(office: Office) -> None:
+    for _ in range(100):  # over two days
+        raise_some(office, 100)
+        office.pass_s(1728)
+    office.alarm.clear("dead_letter", account="acc_1")
+    office.pass_s(DAY_S)
+    states = [state for state, _ in office.posted]
+    assert states == ["raised", *["repeated"] * 5, "cleared"]  # after 1, 2, 4, 8 and 16 hours more
+    assert re.search(r"And [\d,]+ more since it was last told; [\d,]+ since 2027-01-15 08:00 UTC", office.letters[1])
+    assert "10,000 times in all" in office.letters[-1]
+    assert record.everything(office.alarm._db)[0]["count"] == 10_000
+
+
+def test_each_account_has_its_own(office: Office) -> None:
+    for account in ("acc_1", "acc_2"):
+        raise_some(office, 3, account=account)
+    office.pass_s(60)
+    office.alarm.clear("dead_letter", account="acc_2")
+    office.pass_s(60)
+    assert office.posted == [("raised", "dead_letter")] * 2 + [("cleared", "dead_letter")]
+    assert list(office.alarm.opened("dead_letter")) == ["acc_1"]
+
+
+def test_a_restart_neither_repeats_nor_forgets(office: Office) -> None:
+    raise_some(office)
+    office.pass_s(10)
+    office.open_again()
+    raise_some(office, 4)
+    office.pass_s(1800)
+    assert [state for state, _ in office.posted] == ["raised"]
+    office.open_again()
+    office.pass_s(1800)
+    assert [state for state, _ in office.posted] == ["raised", "repeated"]
+    assert "And 4 more" in office.letters[-1]
+    office.open_again()
+    office.alarm.clear("dead_letter", account="acc_1")
+    office.pass_s(10)
+    office.open_again()
+    office.alarm.clear("dead_letter", account="acc_1")
+    office.pass_s(DAY_S)
+    assert [state for state, _ in office.posted] == ["raised", "repeated", "cleared"]
+
+
+@pytest.mark.parametrize("well_in_between", [False, True])
+def test_a_crash_loop_does_not_write_a_letter_each_time(office: Office, well_in_between: bool) -> None:
+    for _ in range(50):
+        office.open_again()
+        raise_some(office)
+        office.pass_s(5)
+        if well_in_between:
+            office.alarm.clear("dead_letter", account="acc_1")
+        office.pass_s(5)
+    assert [state for state, _ in office.posted] == ["raised", "cleared", "raised"][: 3 if well_in_between else 1]
+
+
+def test_an_alert_that_comes_and_goes_is_told_of_a_few_times(office: Office) -> None:
+    for _ in range(120):  # every minute for two hours
+        raise_some(office)
+        office.pass_s(30)
+        office.alarm.clear("dead_letter", account="acc_1")
+        office.pass_s(30)
+    office.pass_s(DAY_S)
+    assert [state for state, _ in office.posted] == ["raised", "cleared", "raised", "repeated", "cleared"]
+
+
+def test_what_was_over_before_it_was_told_is_not_told_at_all(office: Office) -> None:
+    raise_some(office)
+    office.alarm.clear("dead_letter", account="acc_1")
+    office.pass_s(10)
+    assert office.posted == []
+
+
+def test_an_all_clear_without_an_alert_does_nothing(office: Office) -> None:
+    office.alarm.clear("dead_letter", account="acc_1")
+    office.pass_s(10)
+    assert office.posted == []
+    assert record.everything(office.alarm._db) == []
+
+
+def test_whoever_does_not_take_it_is_told_again_alone(office: Office, hook: Hook, lines: io.StringIO) -> None:
+    hook.status = 500
+    raise_some(office)
+    office.pass_s(3600)
+    assert hook.refused == 3
+    assert lines.getvalue().count("alert.url_failed") == 3
+    hook.status = 200
+    office.pass_s(3600)
+    assert len(office.letters) == 1
+    assert office.posted == [("raised", "dead_letter")]
+
+
+def test_a_database_that_cannot_be_written_stops_no_alert(rig: Rig, office: Office, lines: io.StringIO) -> None:
+    columns = "(kind, account_id, since, last_at, count, message, told, told_at, told_count, reopened, cleared_at"
+    rig.db.write(lambda: rig.db.run("DROP TABLE alerts"))
+    raise_some(office, 2)
+    office.pass_s(30)
+    assert office.posted == [("raised", "dead_letter")]
+    assert "alert.unsaved" in lines.getvalue()
+    rig.db.write(lambda: rig.db.run(f"CREATE TABLE alerts {columns}, PRIMARY KEY (kind, account_id))"))
+    office.pass_s(120)
+    assert record.everything(rig.db)[0]["count"] == 2
+
+
+def test_a_clock_that_was_set_back_silences_nothing(rig: Rig, office: Office) -> None:
+    raise_some(office)
+    office.pass_s(60)
+    rig.now_s -= 365 * DAY_S
+    raise_some(office)
+    office.pass_s(3600)
+    assert [state for state, _ in office.posted] == ["raised", "repeated"]
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "COMMAND_S", 0.2)
+    assert telling.run_command("sleep 60 & sleep 60", _news()) == "it took longer than 0.2 s"
+    assert telling.run_command("echo no such host >&2; exit 3", _news()) == "exit status 3: no such host"
+    assert (
+        telling.run_command('test "$ALERT_STATE-$ALERT_KIND-$ALERT_ACCOUNT" = raised-dead_letter-acc_1', _news())
+        is None
+    )
+
+
+def test_no_credential_is_told() -> None:
+    secret = _news(message="the token IGAAabcdefghijkl is dead")
+    assert "IGAA" not in telling.text(secret) + telling.body(secret).decode()
+    assert json.loads(telling.body(secret))["message"] == "the token [secret] is dead"
+
+
+def _news(**changes: Any) -> telling.News:
+    facts: dict[str, Any] = {
+        "kind": "dead_letter",
+        "state": "raised",
+        "message": "a delivery is dead",
+        "todo": "crmbridge dlq list",
+        "account_id": "acc_1",
+        "account_name": None,
+        "since_s": START_S,
+        "now_s": START_S,
+        "count": 1,
+        "more": 1,
+    }
+    return telling.News(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (61, "1 min"), (7500, "2 h 5 min"), (266_400, "3 d 2 h")])
+def test_durations_are_told_as_people_say_them(seconds: float, words: str) -> None:
+    assert telling.span(seconds) == words
