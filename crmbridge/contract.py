@@ -262,6 +262,13 @@ CRM_EVENTS: dict[str, type[_CrmEvent]] = {
 }
 
 
+class EventPage(_Answer):
+    events: list[MessageReceived | MessageEcho | MessageUnsupported | MessageStatusEvent]
+    next_cursor: str | None
+    has_more: bool
+    expired: int
+
+
 def crm_body(event: str, fields: dict[str, Any]) -> str:
     """Render the body that a CRM receives; the text is stored, and its UTF-8 bytes are what is signed."""
     return CRM_EVENTS[event].model_validate({"event": event, **fields}).model_dump_json()

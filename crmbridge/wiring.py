@@ -169,7 +169,7 @@ def make_worker(rooms: Rooms) -> Any:
 
 def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     """Return the web application; `wake` rings the worker."""
-    from crmbridge.web import docs_routes, health_routes, message_routes, webhook_routes
+    from crmbridge.web import docs_routes, event_routes, health_routes, message_routes, webhook_routes
     from crmbridge.web.account_routes import AccountRoutes
     from crmbridge.web.app import App
 
@@ -181,6 +181,7 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
             *health_routes.HealthRoutes().routes(),
             *webhook_routes.routes(instagram.app_secrets, instagram.verify_token, wake, rooms.patience),
             *message_routes.routes(wake, rooms.patience),
+            *event_routes.routes(),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),
         ],
     )

@@ -13,6 +13,8 @@ from crmbridge.store.deliveries import Debt
 from crmbridge.store.messages import Patience
 
 _ADOPT_AT_ONCE = 200
+# What rendering raises where the content is gone or is not what it was when it was written.
+UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,9 @@ def _waits(db: Database, account: Row) -> bool:
 
 
 def crm_body(db: Database, account: Row, delivery: Row) -> str:
-    """Render what the CRM gets for an inbound event. Raises LookupError when the event's content is gone."""
+    """Return what the CRM gets, rendered if it was not before; raises one of UNRENDERABLE when that cannot be done."""
+    if delivery["body"] is not None:
+        return str(delivery["body"])
     row = _found(db, delivery["event_id"])
     if row["payload"] is None:
         raise LookupError(f"the content of {row['id']} is gone")

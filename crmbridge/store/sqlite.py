@@ -58,6 +58,9 @@ def _number(database: SqliteDatabase, pragma: str) -> int:
     return int(database.execute_sql(f"PRAGMA {pragma}").fetchone()[0])
 
 
+LAST_POSITION = "SELECT seq FROM sqlite_sequence WHERE name = 'deliveries'"
+
+
 def shifted(column: str) -> str:
     """Return an expression that moves a time column by the seconds given as its parameter."""
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, ? || ' seconds')"

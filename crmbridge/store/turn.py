@@ -147,7 +147,7 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
             return
     try:
         body = _body(db, row, account)
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except inbound.UNRENDERABLE as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
         problem = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
@@ -164,7 +164,7 @@ def _body(db: Database, row: Row, account: Row) -> str:
         if body is None:
             raise LookupError(f"the content of {row['message_id']} is gone")
         return body
-    return row["body"] if row["body"] is not None else inbound.crm_body(db, account, row)
+    return inbound.crm_body(db, account, row)
 
 
 def _abandon(db: Database, row: Row, terms: Terms) -> None:
