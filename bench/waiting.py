@@ -10,7 +10,7 @@ from pathlib import Path
 from crmbridge.endpoints import Room
 from crmbridge.events import instant, new_id
 from crmbridge.store import database, turn
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 from crmbridge.store.turn import Terms
 
 _CLAIMS = 60

@@ -206,7 +206,7 @@ def _dlq_list(options: argparse.Namespace) -> int:
 
 def _dlq_retry(options: argparse.Namespace) -> int:
     from crmbridge.ops import dlq
-    from crmbridge.store.messages import Patience
+    from crmbridge.store.deliveries import Patience
     from crmbridge.worker import ring_remote
 
     if bool(options.ids) == options.all:

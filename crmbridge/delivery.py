@@ -18,8 +18,7 @@ from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import deliveries, turn, vitals
 from crmbridge.store.database import Database
-from crmbridge.store.deliveries import Claimed, Outcome, Verdict
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
 from crmbridge.store.turn import Finished, Terms, Turn
 
 Sender = Callable[[Claimed], Outcome]
@@ -149,6 +148,7 @@ class Engine:
         self._started_s = clock()
         self._clock_ahead_s = clock() - monotonic()
         self._newest = 0  # the last delivery that the turn before has seen
+        self._held: frozenset[Endpoint] = frozenset()  # in the turn before
         self._barren = 0  # turns in a row that brought nothing
         self._draining = False
         self._news = False
@@ -239,10 +239,14 @@ class Engine:
         for endpoint, rows in found.hastened.items():
             if rows < turn.HASTEN_AT_ONCE:
                 del self._hasten[endpoint]
+        resumed, self._held = self._held - found.held, found.held
+        for endpoint in resumed:  # what failed before goes now
+            self._endpoints.ask_again(endpoint)
+            self._hasten[endpoint] = instant(now_s)
         for entry in settled:
             self._report(entry, now_s)
         self._report_oddities(found)
-        return self._next_s(found, now_s)
+        return now_s if resumed else self._next_s(found, now_s)
 
     def _terms(self, now_s: float) -> Terms:
         return Terms(now_s, self._schedule.lease_s, self._schedule.look_up_s[0], self._schedule.patience)

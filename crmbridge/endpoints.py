@@ -162,6 +162,11 @@ class Endpoints:
         state = self._state(endpoint)
         state.rests_until_s = max(state.rests_until_s, until_s)
 
+    def ask_again(self, endpoint: Endpoint) -> None:
+        """Do not wait any longer before the next probe of a broken endpoint: somebody says that it is well."""
+        state = self._state(endpoint)
+        state.rests_until_s = 0.0 if state.broken else state.rests_until_s
+
     def shift(self, seconds: float) -> None:
         """Follow a clock that was set."""
         for state in self._states.values():

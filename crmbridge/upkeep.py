@@ -7,9 +7,9 @@ from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.config import Retention
 from crmbridge.events import instant
-from crmbridge.store import accounts, inbound, turn, vitals
-from crmbridge.store.database import Database
-from crmbridge.store.messages import Patience
+from crmbridge.store import accounts, inbound, pauses, turn, vitals
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
 
 _DAY_S = 86_400
 
@@ -47,6 +47,20 @@ class Upkeep:
         for account, rows in turn.expire(self._db, self._clock(), self._patience).items():
             problem = f"{rows} deliveries of {account} are dead: the far side was unavailable for too long"
             self._alarm.alert("dead_letter", problem, account=account)
+
+    def resume(self) -> bool:
+        """End the pauses whose time has come; tell whether there were any."""
+        now, ended = instant(self._clock()), False
+
+        def is_over(pause: Row) -> bool:
+            return pause["until"] is not None and pause["until"] <= now
+
+        for pause in pauses.over(self._db, now):
+            account, target = pause["account_id"], pause["target"]
+            if pauses.resume(self._db, account, target, now=now, patience=self._patience, when=is_over):
+                log.info("account.resumed", account=account, target=target, until=pause["until"])
+                ended = True
+        return ended
 
     def beat(self) -> None:
         """Write the worker's heartbeat; say so when the disk is full."""

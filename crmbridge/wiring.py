@@ -11,8 +11,7 @@ from crmbridge.alerts import Alerts
 from crmbridge.errors import Misconfigured, Refused
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
-from crmbridge.store.deliveries import Claimed, Outcome
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Claimed, Outcome, Patience
 
 _PROBED = 20  # accounts whose secrets are opened at a start
 
@@ -148,9 +147,14 @@ def make_worker(rooms: Rooms) -> Any:
     def ring() -> None:
         worker.ring()
 
+    def resume() -> None:
+        if upkeep.resume():
+            worker.wake()
+
     jobs = [
         Job("ring", 5, ring),
         Job("beat", 10, upkeep.beat),
+        Job("resume", 10, resume),
         Job("sweep", 60, upkeep.sweep),
         Job("expire", 60, upkeep.expire),
         Job("prune", 3600, upkeep.prune),

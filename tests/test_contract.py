@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 import crmbridge
 from crmbridge import apikey, config, contract, errors, wiring
 from crmbridge.instagram import codes
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 from crmbridge.web import app as web_app
 
 SPEC: dict[str, Any] = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())

@@ -15,8 +15,7 @@ from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
 from crmbridge.store import accounts, deliveries, turn, vitals
-from crmbridge.store.deliveries import Claimed, Outcome
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Claimed, Outcome, Patience
 from tests.rig import SCHEDULE, START_S, Rig
 
 DAY_S = 86_400
@@ -282,11 +281,11 @@ def test_time_while_inactive_does_not_age_what_is_owed(rig: Rig) -> None:
     rig.crm.answer_always(503)
     rig.say("hello", "mid-1")
     rig.live_through(60)
-    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
     rig.live_through(30 * 3600)
     assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
     rig.crm.answer_always(None)
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
     rig.live_through(10)
     assert rig.events() == ["message.received"]
 
@@ -409,7 +408,7 @@ def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -
     rig.say("one", "mid-1")
     rig.say("two", "mid-2")
     rig.drain()
-    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
     assert rig.db.rows("SELECT DISTINCT state, last_code FROM deliveries") == [
         {"state": "done", "last_code": "not_pushed"}
     ]
@@ -430,11 +429,11 @@ def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:
 
 def test_an_inactive_account_loses_nothing(rig: Rig) -> None:
     account = rig.account()
-    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
     rig.say("hello", "mid-1")
     assert rig.drain() is None
     assert rig.crm.received == []
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
     rig.drain()
     assert rig.events() == ["message.received"]
 
@@ -481,6 +480,6 @@ def test_a_wrong_vault_key_is_our_fault_and_burns_no_retry(rig: Rig) -> None:
     row = rig.db.row("SELECT retries, state, last_code FROM deliveries")
     assert row == {"retries": 0, "state": "pending", "last_code": "misconfigured"}
     values = {"webhook_secret_sealed": rig.rooms.vault.seal("sandbox-webhook-secret")}
-    accounts.update(rig.db, account["id"], values, instant(rig.now_s))
+    accounts.update(rig.db, account["id"], values, instant(rig.now_s), rig.patience)
     rig.pass_s(60)
     assert rig.events() == ["message.received"]

@@ -9,9 +9,8 @@ from crmbridge.delivery import Schedule, decide
 from crmbridge.endpoints import NO_ROOM
 from crmbridge.events import instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, deliveries, turn
-from crmbridge.store.deliveries import Outcome
-from crmbridge.store.messages import Patience
+from crmbridge.store import accounts, deliveries, pauses, turn
+from crmbridge.store.deliveries import Outcome, Patience
 from tests.rig import LIMITS, SCHEDULE, Rig
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 
@@ -267,7 +266,9 @@ def test_a_look_up_that_fails_by_our_own_fault_ends_in_doubt_too(rig: Rig) -> No
     message_id = rig.send(account, "hello")
     rig.meta.fault("messages", after_effect=True, drop=True)
     rig.drain()
-    accounts.update(rig.db, account["id"], {"access_token_sealed": "gAAAAABnot-a-seal"}, instant(rig.now_s))
+    accounts.update(
+        rig.db, account["id"], {"access_token_sealed": "gAAAAABnot-a-seal"}, instant(rig.now_s), rig.patience
+    )
     rig.live_through(25 * 3600)
     assert rig.status(message_id)["error"]["code"] == "in_doubt"
     (row,) = [row for row in deliveries.dead(rig.db) if row["target"] == "instagram"]
@@ -341,7 +342,7 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
     account = rig.account()
     rig.say("hello", "mid-1")
     message_id = rig.send(account, "reply")
-    for target in turn.TARGETS:
+    for target in pauses.TARGETS:
         (row,) = deliveries.due(rig.db, target, account["id"], instant(rig.now_s), 1)
         rig.claim(row, account)
     assert rig.drain() == pytest.approx(90)  # leased: nobody else takes them

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from crmbridge.store import deliveries, turn
 from crmbridge.store.database import Database
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 
 
 def show(db: Database) -> int:

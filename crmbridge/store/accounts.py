@@ -3,9 +3,10 @@
 from typing import Any
 
 from crmbridge.errors import Conflict, NotFound
-from crmbridge.events import epoch_s, new_id
-from crmbridge.store import deliveries
+from crmbridge.events import new_id
+from crmbridge.store import deliveries, pauses
 from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
 
 _LIVE = "deleted_at IS NULL"
 
@@ -59,21 +60,20 @@ def create(db: Database, values: dict[str, Any], now: str) -> Row:
     return db.write(job)
 
 
-def update(db: Database, account_id: str, values: dict[str, Any], now: str) -> Row:
-    """Change columns of an account and return it; what it is owed does not age while it is not active."""
+def update(db: Database, account_id: str, values: dict[str, Any], now: str, patience: Patience) -> Row:
+    """Change columns of an account and return it; what its status held back gets that time back."""
 
     def job() -> Row:
         before, changed = found(db, account_id), {**values, "updated_at": now}
         if values.get("status", before["status"]) != before["status"]:
             changed["status_since"] = now
-            if values["status"] == "active":
-                paused_s = epoch_s(now) - epoch_s(before["status_since"])
-                deliveries.postpone(db, paused_s, "account_id = ?", [account_id])
         db.update("accounts", changed, "id = ?", [account_id])
         if "crm_webhook_url" in values and values["crm_webhook_url"] is None:
             deliveries.stop_pushing(db, account_id, now)
         return found(db, account_id)
 
+    if "status" in values:
+        return pauses.lift(db, account_id, pauses.TARGETS, job, status=values["status"], now=now, patience=patience)
     return db.write(job)
 
 

@@ -16,6 +16,18 @@ OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault", "absent"]
 CallKind = Literal["call", "look_up"]
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long what is owed to each target is tried, in seconds after it was accepted."""
+
+    crm_s: float
+    instagram_s: float
+
+    def of(self, target: Target) -> float:
+        """Return it for a target."""
+        return self.crm_s if target == "crm" else self.instagram_s
+
+
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """A delivery whose call may be made now by the holder of `claim_id`, with all that the call needs.
@@ -350,23 +362,46 @@ def headless(db: Database) -> list[Row]:
     )
 
 
-def expired(db: Database, before: str, limit: int) -> list[Row]:
-    """Return rows of active accounts whose time ended before then without a call in flight."""
-    return db.rows(
-        """
-        SELECT deliveries.* FROM deliveries JOIN accounts ON accounts.id = account_id
-        WHERE state = 'pending' AND expires_at < ? AND claim_id IS NULL AND accounts.status = 'active'
+_EXPIRED = "state = 'pending' AND expires_at < ? AND claim_id IS NULL"
+
+
+def expired(db: Database, before: str, limit: int) -> list[str]:
+    """Return the ids of rows that nothing holds, whose time ended before then without a call in flight."""
+    rows = db.rows(
+        f"""
+        SELECT deliveries.id FROM deliveries JOIN accounts ON accounts.id = account_id WHERE {_EXPIRED}
+            AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
+            AND NOT EXISTS (
+                SELECT 1 FROM pauses
+                WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)
         ORDER BY expires_at LIMIT ?""",
         (before, limit),
     )
+    return [row["id"] for row in rows]
 
 
-def postpone(db: Database, seconds: float, where: str, parameters: Sequence[Any]) -> None:
-    """Move the end of what is pending, for time that does not count or a clock that was set."""
-    shifted = sqlite.shifted("expires_at")
+def still_expired(db: Database, delivery_id: str, before: str) -> Row | None:
+    """Return a row if its time ended before then without a call in flight."""
+    return db.row(f"SELECT * FROM deliveries WHERE id = ? AND {_EXPIRED}", (delivery_id, before))
+
+
+def ending_before(db: Database, before: tuple[str, int], limit: int) -> list[Row]:
+    """Return the place and the end of pending rows that end before an end and position, the latest first."""
+    return db.rows(
+        """
+        SELECT position, expires_at, target, account_id FROM deliveries
+        WHERE state = 'pending' AND (expires_at, position) < (?, ?)
+        ORDER BY expires_at DESC, position DESC LIMIT ?""",
+        (*before, limit),
+    )
+
+
+def postpone(db: Database, seconds: float, at_most: str, positions: Sequence[int]) -> None:
+    """Move the end of pending rows, for time that does not count, to no later than `at_most`."""
+    later, marks = sqlite.shifted_at_most("expires_at"), ", ".join("?" * len(positions))
     db.run(
-        f"UPDATE deliveries SET expires_at = {shifted} WHERE state = 'pending' AND {where}",
-        (f"{seconds:+.3f}", *parameters),
+        f"UPDATE deliveries SET expires_at = {later} WHERE state = 'pending' AND position IN ({marks})",
+        (f"{seconds:+.3f}", at_most, *positions),
     )
 
 

@@ -9,8 +9,7 @@ from crmbridge import contract
 from crmbridge.events import ChannelEvent, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries, messages
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Debt
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Debt, Patience
 
 _ADOPT_AT_ONCE = 200
 # What rendering raises where the content is gone or is not what it was when it was written.

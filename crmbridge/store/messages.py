@@ -10,7 +10,7 @@ from crmbridge.errors import Conflict
 from crmbridge.events import Shown, Thread, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
+from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
 
 # What ended without our knowing whether it had gone out; the channel may still show that it had.
 _PROVABLE = ("in_doubt", "expired", "account_deleted")
@@ -19,14 +19,6 @@ _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
 
 # The channel's clock is not ours, and its Conversations API tells whole seconds.
 SKEW_S = 5.0
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long what is owed to each target is tried, in seconds after it was accepted."""
-
-    crm_s: float
-    instagram_s: float
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ def shifted(column: str) -> str:
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, ? || ' seconds')"
 
 
+def shifted_at_most(column: str) -> str:
+    """Like `shifted`, but to no later than the time given as its second parameter."""
+    return f"MIN({shifted(column)}, ?)"
+
+
 class FileLock:
     """An advisory lock on a file beside the database, for processes to queue at; held by a thread at a time."""
 

@@ -6,13 +6,11 @@ from types import MappingProxyType
 
 from crmbridge.endpoints import Endpoint, Room
 from crmbridge.events import instant
-from crmbridge.store import accounts, deliveries, inbound, messages
+from crmbridge.store import accounts, deliveries, inbound, messages, pauses
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Claimed, Outcome, Verdict
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
 
-TARGETS: tuple[Target, ...] = ("crm", "instagram")
 HASTEN_AT_ONCE = 500
 _EXPIRE_AT_ONCE = 200
 _EXPIRY_GRACE_S = 120.0  # the last try falls on the end itself
@@ -31,7 +29,10 @@ class Finished:
 
 @dataclass
 class Turn:
-    """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know."""
+    """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know.
+
+    `held` are the endpoints that get nothing now, by their account's status or a pause.
+    """
 
     claimed: list[Claimed] = field(default_factory=list)
     dues: dict[Endpoint, str] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Turn:
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
     newest: int = 0
+    held: frozenset[Endpoint] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def take(
             if entry.claimed.target == "instagram" and is_true:
                 messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
                 inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
-        for target, account in _rotated(_served(db), terms.now_s):
+        served, turn.held = _served(db)
+        for target, account in _rotated(served, terms.now_s):
             endpoint = (target, account["id"])
             if endpoint in hasten:
                 turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, hasten[endpoint], now, HASTEN_AT_ONCE)
@@ -98,13 +101,16 @@ def take(
     return db.write_last(job)
 
 
-def _served(db: Database) -> list[tuple[Target, Row]]:
-    return [
-        (target, account)
-        for account in accounts.everyone(db)
-        for target in TARGETS
-        if account["status"] == "active" or (target == "crm" and account["status"] == "error")
-    ]
+def _served(db: Database) -> tuple[list[tuple[Target, Row]], frozenset[Endpoint]]:
+    """Return the endpoints that get calls now, with their accounts, and those that are held back."""
+    paused, served, held = pauses.everyone(db), [], set()
+    for account in accounts.everyone(db):
+        for target in pauses.TARGETS:
+            if (target, account["id"]) in paused or pauses.blocks(account["status"], target):
+                held.add((target, account["id"]))
+            else:
+                served.append((target, account))
+    return served, frozenset(held)
 
 
 def _rotated(served: list[tuple[Target, Row]], now_s: float) -> list[tuple[Target, Row]]:
@@ -198,19 +204,21 @@ def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
     now, before = instant(now_s), instant(now_s - _EXPIRY_GRACE_S)
     problem = "not delivered in time: the far side was unavailable"
 
-    def job() -> int:
-        rows = deliveries.expired(db, before, _EXPIRE_AT_ONCE)
-        for row in rows:
+    def job(found: Sequence[str]) -> None:
+        for delivery_id in found:
+            row = deliveries.still_expired(db, delivery_id, before)
+            if row is None:
+                continue
             code = "in_doubt" if row["in_doubt"] else "expired"
             deliveries.end(db, row, "dead", code, problem, now)
             if row["target"] == "instagram":
                 messages.fail(db, row["message_id"], code, problem, now, patience)
                 inbound.release_held(db, row["account_id"], row["contact"], now, patience)
             ended[row["account_id"]] = ended.get(row["account_id"], 0) + 1
-        return len(rows)
 
-    while db.write_last(job) == _EXPIRE_AT_ONCE:
-        pass
+    # What is held is passed over, too: outside the write lock.
+    while found := deliveries.expired(db, before, _EXPIRE_AT_ONCE):
+        db.write_last(lambda found=found: job(found))  # type: ignore[misc]
     return ended
 
 
@@ -231,8 +239,7 @@ def revive(db: Database, delivery_ids: Sequence[str], now_s: float, patience: Pa
                 if row["last_code"] == "in_doubt" and not force:
                     continue
                 messages.revive(db, row["message_id"], now)
-            lasts_s = patience.crm_s if row["target"] == "crm" else patience.instagram_s
-            deliveries.revive(db, row, now=now, expires_at=instant(now_s + lasts_s))
+            deliveries.revive(db, row, now=now, expires_at=instant(now_s + patience.of(row["target"])))
             revived.append(delivery_id)
         return revived
 
@@ -259,7 +266,12 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
 
     Deliveries after `newest` may have been made by the new clock, and stay as they are.
     """
-    db.write_last(lambda: deliveries.follow_clock(db, seconds, newest))
+
+    def job() -> None:
+        deliveries.follow_clock(db, seconds, newest)
+        pauses.follow_clock(db, seconds)
+
+    db.write_last(job)
 
 
 def delete_account(db: Database, account_id: str, now_s: float) -> None:
@@ -269,6 +281,7 @@ def delete_account(db: Database, account_id: str, now_s: float) -> None:
     def job() -> None:
         deliveries.end_account(db, account_id, now)
         messages.end_account(db, account_id, now)
+        pauses.forget(db, account_id)
         accounts.erase(db, account_id, now)
 
     db.write(job)

@@ -9,7 +9,7 @@ from crmbridge.events import instant
 from crmbridge.instagram.client import Client, Identity
 from crmbridge.store import accounts, inbound, turn
 from crmbridge.store.database import Row
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 from crmbridge.web.app import Call, Reply, Route
 
@@ -107,7 +107,7 @@ class AccountRoutes:
             }
             if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
-        row = accounts.update(call.db, row["id"], values, instant(call.now_s))
+        row = accounts.update(call.db, row["id"], values, instant(call.now_s), self._patience)
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
@@ -141,7 +141,7 @@ class AccountRoutes:
         if problem:
             log.warning("account.subscription_failed", account=row["id"], error=problem)
         values = {"subscription_ok": int(problem is None), "subscription_error": problem}
-        return accounts.update(call.db, row["id"], values, instant(call.now_s))
+        return accounts.update(call.db, row["id"], values, instant(call.now_s), self._patience)
 
     def _check_target(self, url: str | None, secret: str | None) -> None:
         if url is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from crmbridge import contract, log
 from crmbridge.errors import Invalid, NotFound
 from crmbridge.store import messages
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route
 
 

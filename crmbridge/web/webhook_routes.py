@@ -8,7 +8,7 @@ from crmbridge.errors import Unauthorized
 from crmbridge.events import instant
 from crmbridge.instagram import webhook
 from crmbridge.store import inbound
-from crmbridge.store.messages import Patience
+from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route
 
 BODY_BYTES = 8 * 1024 * 1024  # a batch of 1000 updates with long escaped texts is legal

@@ -1,0 +1,152 @@
+"""What holds an account's deliveries or sends back, its status or a pause, and that what is held does not age."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+from crmbridge.events import epoch_s, instant
+from crmbridge.store import deliveries, sqlite
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
+
+Cause = Literal["operator", "crm_gone"]
+TARGETS: tuple[Target, ...] = ("crm", "instagram")
+_AT_ONCE = 500
+T = TypeVar("T")
+
+
+def blocks(status: str, target: str) -> bool:
+    """Tell whether an account's status holds back what goes to a target."""
+    return status == "inactive" or (status == "error" and target == "instagram")
+
+
+def everyone(db: Database) -> dict[tuple[str, str], Row]:
+    """Return all pauses by target and account id."""
+    return {(row["target"], row["account_id"]): row for row in db.rows("SELECT * FROM pauses")}
+
+
+def hold(db: Database, account: Row, target: Target) -> Row | None:
+    """Return `since`, `until` and `reason` of what holds an endpoint back, a pause before the status; or None."""
+    found = _find(db, account["id"], target)
+    if found is None and blocks(account["status"], target):
+        reason = account["status_reason"] or f"the account is {account['status']}"
+        found = {"since": account["status_since"], "until": None, "reason": reason}
+    return found
+
+
+def over(db: Database, now: str) -> list[Row]:
+    """Return the pauses whose time has come."""
+    return db.rows("SELECT * FROM pauses WHERE until <= ?", (now,))
+
+
+def pause(
+    db: Database, account_id: str, target: Target, *, cause: Cause, reason: str | None, until: str | None, now: str
+) -> bool:
+    """Hold an endpoint back; runs inside a write. Return whether that is news.
+
+    An operator's pause takes the place of another one, which keeps its beginning; an automatic one of none.
+    """
+    why: Row = {"cause": cause, "reason": reason, "until": until}
+    is_new = db.insert("pauses", {"account_id": account_id, "target": target, "since": now, **why}, once=True)
+    if not is_new and cause == "operator":
+        db.update("pauses", why, "account_id = ? AND target = ?", [account_id, target])
+    return is_new
+
+
+def resume(
+    db: Database,
+    account_id: str,
+    target: Target,
+    *,
+    now: str,
+    patience: Patience,
+    when: Callable[[Row], bool] = lambda _: True,
+) -> bool:
+    """End the pause of an endpoint, if there is one and `when` holds for it; tell whether it was ended."""
+
+    def job() -> bool:
+        found = _find(db, account_id, target)
+        if found is None or not when(found):
+            return False
+        return bool(db.run("DELETE FROM pauses WHERE account_id = ? AND target = ?", (account_id, target)))
+
+    found = _find(db, account_id, target)
+    if found is None or not when(found):
+        return False
+    return lift(db, account_id, (target,), job, status=None, now=now, patience=patience)
+
+
+def lift(
+    db: Database,
+    account_id: str,
+    targets: Sequence[Target],
+    job: Callable[[], T],
+    *,
+    status: str | None,
+    now: str,
+    patience: Patience,
+) -> T:
+    """Run `job` in a write: it changes the account's status to `status`, or with None ends the targets' pauses.
+
+    First what they held gets the time back, in small writes: a crash between gives it more, never less. Time for
+    which status and pause both held is given back by the one that ends last.
+    """
+    while True:
+        seen = {target: _blockers(db, account_id, target) for target in targets}
+        for target, blockers in seen.items():
+            if blockers is None or blockers["status"] == status:
+                continue
+            by_status = blockers["status_since"] if blocks(blockers["status"], target) else None
+            by_pause = blockers["since"]
+            since, other = (by_pause, by_status) if status is None else (by_status, by_pause)
+            if since is not None:
+                _give_back(db, target, account_id, since, min(now, other or now), patience.of(target))
+
+        def checked(seen: dict[Target, Row | None] = seen) -> tuple[bool, T | None]:
+            if {target: _blockers(db, account_id, target) for target in targets} != seen:
+                return False, None
+            return True, job()
+
+        is_done, result = db.write_last(checked)
+        if is_done:
+            return result  # type: ignore[return-value]
+
+
+def _give_back(db: Database, target: Target, account_id: str, since: str, end: str, lasts_s: float) -> None:
+    """Move the end of what an endpoint is owed by the time from `since` to `end`, to no more than its full time."""
+    held_s, full = epoch_s(end) - epoch_s(since), instant(epoch_s(end) + lasts_s)
+    if held_s <= 0:
+        return
+    # From the latest end down, so that what was moved is not met again; read outside the write lock.
+    before = (full, 0)
+    while page := deliveries.ending_before(db, before, _AT_ONCE):
+        ours = [row["position"] for row in page if (row["target"], row["account_id"]) == (target, account_id)]
+        if ours:
+            db.write_last(lambda ours=ours: deliveries.postpone(db, held_s, full, ours))  # type: ignore[misc]
+        before = page[-1]["expires_at"], page[-1]["position"]
+
+
+def _find(db: Database, account_id: str, target: Target) -> Row | None:
+    return db.row("SELECT * FROM pauses WHERE account_id = ? AND target = ?", (account_id, target))
+
+
+def _blockers(db: Database, account_id: str, target: Target) -> Row | None:
+    return db.row(
+        """
+        SELECT status, status_since, since, until, cause FROM accounts
+        LEFT JOIN pauses ON account_id = accounts.id AND target = ? WHERE accounts.id = ? AND deleted_at IS NULL""",
+        (target, account_id),
+    )
+
+
+def follow_clock(db: Database, seconds: float) -> None:
+    """Move the beginnings and ends of all holds along with a clock that was set; runs inside a write."""
+    by = f"{seconds:+.3f}"
+    since, until, status_since = (sqlite.shifted(column) for column in ("since", "until", "status_since"))
+    db.run(f"UPDATE pauses SET since = {since}, until = {until}", (by, by))
+    db.run(f"UPDATE accounts SET status_since = {status_since} WHERE status <> 'active'", (by,))
+
+
+def forget(db: Database, account_id: str) -> None:
+    """Drop the pauses of an account that is being deleted; runs inside a write."""
+    db.run("DELETE FROM pauses WHERE account_id = ?", (account_id,))

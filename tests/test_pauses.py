@@ -1,0 +1,264 @@
+"""Holds on a set clock: an account's deliveries or sends wait, and nothing of it ages, is lost or changes its order."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import peewee
+import pytest
+
+from crmbridge.events import epoch_s, instant
+from crmbridge.store import accounts, deliveries, pauses, turn
+from crmbridge.store.contacts import Target
+from crmbridge.upkeep import Upkeep
+from tests.rig import START_S, Rig, opened
+
+DAY_S, HOUR_S = 86_400, 3600
+
+
+def pause(rig: Rig, account: dict[str, Any], *targets: Target, until_s: float | None = None) -> None:
+    until = None if until_s is None else instant(until_s)
+
+    def job() -> None:
+        for target in targets or pauses.TARGETS:
+            pauses.pause(
+                rig.db, account["id"], target, cause="operator", reason="test", until=until, now=instant(rig.now_s)
+            )
+
+    rig.db.write(job)
+
+
+def resume(rig: Rig, account: dict[str, Any], *targets: Target) -> list[bool]:
+    now = instant(rig.now_s)
+    return [
+        pauses.resume(rig.db, account["id"], target, now=now, patience=rig.patience)
+        for target in targets or pauses.TARGETS
+    ]
+
+
+def set_status(rig: Rig, account: dict[str, Any], status: str) -> None:
+    accounts.update(rig.db, account["id"], {"status": status}, instant(rig.now_s), rig.patience)
+
+
+def upkeep(rig: Rig) -> Upkeep:
+    return Upkeep(
+        rig.db,
+        rig.settings.retention,
+        rig.patience,
+        rig.alarm,
+        clock=lambda: rig.now_s + rig.clock_is_wrong_by_s,
+    )
+
+
+def test_thirty_hours_of_pause_lose_and_kill_nothing_and_keep_the_order(rig: Rig) -> None:
+    account, contacts = rig.account(), [f"90000000000000{number}" for number in range(10)]
+    pause(rig, account)
+    wanted: dict[str, list[str]] = {contact: [] for contact in contacts}
+    for number in range(500):
+        contact = contacts[number % 10]
+        rig.say(f"in {number}", f"mid-{number}", contact=contact)
+        rig.send(account, f"out {number}", contact=contact)
+        wanted[contact].append(str(number))
+        if number % 50 == 0:
+            rig.live_through(3 * HOUR_S)
+            assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.now_s == START_S + 30 * HOUR_S
+    assert (rig.crm.received, rig.meta.sent) == ([], [])
+    assert resume(rig, account) == [True, True]
+    rig.live_through(60)
+    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.db.rows("SELECT DISTINCT state FROM deliveries") == [{"state": "done"}]
+    for contact in contacts:
+        heard = [
+            entry.event["message"].split()[1]
+            for entry in rig.taken()
+            if entry.event["event"] == "message.received" and entry.event["sender_id"] == contact
+        ]
+        assert heard == wanted[contact]
+        sent = [str(entry.text).split()[1] for entry in rig.meta.sent if entry.recipient_id == contact]
+        assert sent == wanted[contact]
+
+
+@pytest.mark.parametrize("target", pauses.TARGETS)
+def test_one_is_held_and_the_other_goes_on(rig: Rig, target: Target) -> None:
+    account = rig.account()
+    pause(rig, account, target)
+    rig.say("hello", "mid-1")
+    rig.send(account, "reply")
+    assert rig.drain() is None
+    assert bool(rig.crm.received) == (target == "instagram")
+    assert bool(rig.meta.sent) == (target == "crm")
+    resume(rig, account, target)
+    rig.drain()
+    assert rig.events()[0] == "message.received"
+    assert len(rig.meta.sent) == 1
+
+
+CHANGES = ("pause", "resume", "inactive", "error", "active")
+
+
+@pytest.mark.parametrize("target", pauses.TARGETS)
+@pytest.mark.parametrize("changes", list(itertools.product(CHANGES, repeat=3)), ids="-".join)
+def test_time_held_twice_counts_once(small: Rig, changes: tuple[str, ...], target: Target) -> None:
+    rig, account = small, small.account(f"1784140{next(_numbers)}")
+    rig.now_s = START_S
+    rig.hear(rig.item({"message": {"mid": "mid-1", "text": "hello"}}), account=account["instagram_account_id"])
+    rig.send(account, "reply")
+    before = "SELECT expires_at FROM deliveries WHERE account_id = ? AND target = ?"
+    expires_s = epoch_s(rig.db.value(before, (account["id"], target)))
+    held_s, is_paused, status = 0.0, False, "active"
+    for number, change in enumerate([*changes, "resume", "active"]):
+        passing_s = float(HOUR_S * 2**number)
+        rig.now_s += passing_s
+        held_s += passing_s if is_paused or pauses.blocks(status, target) else 0
+        if change == "pause":
+            pause(rig, account, target)
+        elif change == "resume":
+            assert resume(rig, account, target) == [is_paused]
+        else:
+            set_status(rig, account, change)
+        is_paused = (is_paused or change == "pause") and change != "resume"
+        status = status if change in ("pause", "resume") else change
+    assert epoch_s(rig.db.value(before, (account["id"], target))) - expires_s == held_s
+
+
+_numbers = itertools.count(1_000_000_000)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """One rig for many accounts."""
+    with opened(tmp_path_factory.mktemp("rig")) as rig:
+        yield rig
+
+
+def test_what_came_during_a_hold_gets_its_full_time_and_no_more(rig: Rig) -> None:
+    account = rig.account()
+    pause(rig, account)
+    rig.now_s += 100 * HOUR_S
+    rig.say("hello", "mid-1")
+    rig.now_s += HOUR_S
+    resume(rig, account)
+    assert rig.db.value("SELECT expires_at FROM deliveries") == instant(rig.now_s + DAY_S)
+
+
+def test_a_crash_within_a_resume_costs_no_time(rig: Rig) -> None:
+    account = rig.account()
+    for number in range(pauses._AT_ONCE + 1):
+        rig.say("hello", f"mid-{number}", contact=f"9{number:015}")
+    pause(rig, account)
+    rig.now_s += 30 * HOUR_S
+    # The latest end is moved first, so that the oldest row is in the second step.
+    broken = "BEFORE UPDATE OF expires_at ON deliveries WHEN NEW.position = 1 BEGIN SELECT RAISE(ABORT, 'broken'); END"
+    rig.db.write(lambda: rig.db.run(f"CREATE TRIGGER broken {broken}"))
+    with pytest.raises(peewee.IntegrityError, match="broken"):
+        resume(rig, account, "crm")
+    moved = rig.db.value("SELECT COUNT(*) FROM deliveries WHERE expires_at > ?", (instant(rig.now_s),))
+    assert moved == pauses._AT_ONCE
+    rig.drain()
+    assert rig.crm.received == []  # still held
+    rig.db.write(lambda: rig.db.run("DROP TRIGGER broken"))
+    assert resume(rig, account, "crm") == [True]
+    ends = rig.db.rows("SELECT DISTINCT expires_at FROM deliveries")
+    assert ends == [{"expires_at": instant(rig.now_s + DAY_S)}]
+
+
+def test_a_pause_ends_by_itself_when_its_time_has_come(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    pause(rig, account, until_s=rig.now_s + 30 * HOUR_S)
+    rig.live_through(30 * HOUR_S - 1)
+    assert not upkeep(rig).resume()
+    rig.now_s += 1
+    assert upkeep(rig).resume()
+    rig.drain()
+    assert rig.events() == ["message.received"]
+    assert not upkeep(rig).resume()
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_pause_follows_a_clock_that_is_set(rig: Rig, hours: int) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    pause(rig, account, until_s=rig.now_s + 40 * HOUR_S)
+    rig.live_through(20 * HOUR_S)
+    rig.clock_is_wrong_by_s = hours * HOUR_S
+    rig.live_through(20 * HOUR_S - 1)
+    assert not upkeep(rig).resume()
+    rig.now_s += 1
+    assert upkeep(rig).resume()
+    ends_s = epoch_s(rig.db.value("SELECT expires_at FROM deliveries"))
+    assert ends_s == rig.now_s + rig.clock_is_wrong_by_s + DAY_S
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_new_pause_keeps_the_beginning_and_an_automatic_one_yields_to_an_operators(rig: Rig) -> None:
+    account, began = rig.account(), instant(rig.now_s)
+
+    def held() -> dict[str, Any]:
+        (row,) = pauses.everyone(rig.db).values()
+        return {name: row[name] for name in ("cause", "reason", "since", "until")}
+
+    gone: Any = {"cause": "crm_gone", "reason": "410", "until": None}
+    assert rig.db.write(lambda: pauses.pause(rig.db, account["id"], "crm", now=began, **gone))
+    rig.now_s += 60
+    pause(rig, account, "crm", until_s=rig.now_s + 60)
+    until = instant(rig.now_s + 60)
+    assert held() == {"cause": "operator", "reason": "test", "since": began, "until": until}
+    assert not rig.db.write(lambda: pauses.pause(rig.db, account["id"], "crm", now=instant(rig.now_s), **gone))
+    assert held()["cause"] == "operator"
+
+
+def test_a_resumed_crm_that_was_down_is_asked_at_once(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    for number in range(3):
+        rig.say(f"{number}", f"mid-{number}", contact=f"90000000000000{number}")
+    rig.live_through(HOUR_S)
+    pause(rig, account)
+    assert rig.drain() is None
+    rig.crm.answer_always(None)
+    asked = len(rig.crm.received)
+    resume(rig, account)
+    rig.drain()
+    assert len(rig.crm.received) - asked == 3
+    assert rig.events() == ["message.received"] * 3
+
+
+def test_a_call_in_flight_finishes_and_its_echo_settles_a_held_send(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    rig.claim(row, account)
+    pause(rig, account)
+    rig.engine.recover()  # the worker died in the call
+    rig.live_through(HOUR_S)
+    assert rig.status(message_id)["status"] == "pending"
+    rig.echo("hello", "mid-9")
+    assert rig.status(message_id)["status"] == "delivered"
+    resume(rig, account)
+    rig.live_through(HOUR_S)
+    assert rig.meta.sent == []
+
+
+def test_a_worker_that_starts_while_paused_goes_on_after_it(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    pause(rig, account)
+    rig.drain()
+    rig.engine.stop(0)
+    rig.engine = rig.make_engine()
+    rig.engine.recover()
+    rig.live_through(30 * HOUR_S)
+    assert rig.crm.received == []
+    resume(rig, account)
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_deleted_account_leaves_no_pause(rig: Rig) -> None:
+    account = rig.account()
+    pause(rig, account)
+    turn.delete_account(rig.db, account["id"], rig.now_s)
+    assert pauses.everyone(rig.db) == {}
