@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bench import load, waiting
+from bench import load, recovery, waiting
 from bench.stage import NEIGHBOUR, SHOP, Stage
+from crmbridge import config
 
 _IDLE_MB, _LOADED_MB = 52, 64
 _IDLE_S, _WARM_UP_S = 5, 2
@@ -36,6 +37,7 @@ def main() -> None:
         "burst": _burst,
         "backlog": _backlog,
         "neighbour": _neighbour,
+        "recovery": _recovery,
     }
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure crmbridge beside what it stands on.")
     parser.add_argument("figure", nargs="*", help=f"of {', '.join(figures)} (default: all)")
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="how long each flow is measured (default: 15)")
     parser.add_argument("--messages", type=int, default=3000, help="messages of the burst (default: 3000)")
     parser.add_argument("--waiting", type=int, default=100_000, help="deliveries of the backlog (default: 100,000)")
+    parser.add_argument("--dead", type=int, default=2000, help="dead letters of the recovery (default: 2000)")
     parser.add_argument("--folder", default="/var/tmp", help="where the database is written: a disk, not memory")
     options = parser.parse_args()
     if unknown := set(options.figure) - set(figures):
@@ -242,6 +245,47 @@ def _neighbour(stage: Stage, options: argparse.Namespace) -> None:
             _say_times(f"{name}: {len(times)} of {number}", times)
             p99_ms.append(sorted(times)[math.ceil(0.99 * len(times)) - 1])
         _say("  p99 to p99 alone", f"{p99_ms[1] / p99_ms[0]:.2f}")
+
+
+# --- a CRM that was dead ---
+
+
+def _recovery(stage: Stage, options: argparse.Namespace) -> None:
+    """A CRM dead for 25 hours, then well: all dead letters are asked for while live messages flow."""
+    folder = stage.bridge.folder
+    stage.stop()
+    stage.crm_works(False)
+    ended = recovery.die(folder, options.dead)
+    _say(f"{options.dead} messages to a CRM dead for 25 hours", *(f"{number} {how}" for how, number in ended.items()))
+    stage.crm_works(True)
+    stage.arrivals(0)
+    stage.start()
+
+    def live(name: str, seconds: float) -> list[load.Order]:
+        return load.webhooks(stage, [f"{name} {turn}" for turn in range(math.ceil(options.rate * seconds))])
+
+    _fire(stage, "warm-up", live("warm-up", _WARM_UP_S), {}, per_s=options.rate)
+    print(stage.bridge.command("dlq", "retry", "--all", "--webhooks", "--preview"))
+    p99_ms, seconds = [], options.dead / config.Delivery().replay_per_s
+    for name in ("live alone", "live beside the retry"):
+        orders = live(name, seconds * 1.1)
+        if is_retry := name != "live alone":
+            began = time.monotonic()
+            print(stage.bridge.command("dlq", "retry", "--all", "--webhooks"))
+        shots = load.fire(orders, connections=_CONNECTIONS, per_s=options.rate)
+        came = stage.arrivals(len(orders) + is_retry * options.dead, wait_s=seconds)
+        _say(f"{options.rate:g} messages a second, due -> CRM, ms", "p50", "p90", "p99", "max")
+        times = [came.at[shot.text] - shot.due for shot in shots if shot.text in came.at]
+        _say_times(f"{name}: {len(times)} of {len(orders)}", times)
+        p99_ms.append(sorted(times)[math.ceil(0.99 * len(times)) - 1])
+    back = [at for text, at in came.at.items() if text.startswith("dead ")]
+    twice = sum(number - 1 for number in came.texts.values())
+    wrong = recovery.out_of_order(came)
+    _say("  came back", f"{len(back)}", f"{len(back) / (max(back) - began):.1f}/s", f"{twice} twice")
+    _say("  out of their order", f"{wrong}")
+    _say("  p99 to p99 alone", f"{p99_ms[1] / p99_ms[0]:.2f}")
+    if len(back) < options.dead or twice or wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -45,17 +45,18 @@ class Shot:
         return replace(self, arrived=at)
 
 
-def _customer(number: int) -> str:
-    return str(900_000_000_000_000 + number % _CUSTOMERS)
+def customer(number: int) -> str:
+    """Return the id of a customer; those from 0 to 49 write and are written to."""
+    return str(900_000_000_000_000 + number)
 
 
 def webhooks(stage: Stage, texts: Sequence[str], shop: str = SHOP) -> list[Order]:
     """Write signed webhooks as Meta would, one message each."""
     orders = []
     for number, text in enumerate(texts):
-        customer, now_ms = _customer(number), int(time.time() * 1000) + number
-        message = {"mid": wire.mint_mid(shop, customer, now_ms), "text": text}
-        item = {"sender": {"id": customer}, "recipient": {"id": shop}, "timestamp": now_ms, "message": message}
+        sender, now_ms = customer(number % _CUSTOMERS), int(time.time() * 1000) + number
+        message = {"mid": wire.mint_mid(shop, sender, now_ms), "text": text}
+        item = {"sender": {"id": sender}, "recipient": {"id": shop}, "timestamp": now_ms, "message": message}
         body = wire.webhook_body(wire.envelope(shop, now_ms, item))
         url = f"http://127.0.0.1:{stage.port}/webhooks/instagram"
         orders.append(Order(text, url, body, _JSON | wire.signature_headers(APP_SECRET, body)))
@@ -67,7 +68,7 @@ def sends(stage: Stage, texts: Sequence[str]) -> list[Order]:
     url, headers = f"http://127.0.0.1:{stage.port}/api/v1/messages/send", {"Authorization": f"Bearer {stage.key}"}
     orders = []
     for number, text in enumerate(texts):
-        send = {"account_id": stage.account_id, "recipient_id": _customer(number)}
+        send = {"account_id": stage.account_id, "recipient_id": customer(number % _CUSTOMERS)}
         body = json.dumps({**send, "message": text, "idempotency_key": text}).encode()
         orders.append(Order(text, url, body, _JSON | headers))
     return orders

@@ -25,9 +25,16 @@ _START_S, _WAIT_S, _QUIET_S = 20, 60, 1.5
 
 
 class Arrivals:
-    """What was accepted by the CRM and the Send API: how often each event and text, and when a text came first."""
+    """What was accepted by the CRM and the Send API: how often each event and text, and when a text came first.
 
-    def __init__(self, came: list[tuple[str, str | None, float]]) -> None:
+    `lanes` has the texts of each customer's messages at the CRM with their sequence, as they came.
+    """
+
+    def __init__(self, came: list[tuple[str, str | None, float]], heard: list[dict[str, Any]]) -> None:
+        self.lanes: dict[str, list[tuple[int, str]]] = {}
+        for event in heard:
+            if "sender_id" in event:
+                self.lanes.setdefault(event["sender_id"], []).append((event["sequence"], event["message"]))
         self.events = Counter(event for event, _, _ in came)
         self.texts = Counter(text for _, text, _ in came if text)
         self.at = {text: at for _, text, at in reversed(came) if text}
@@ -51,7 +58,8 @@ def _sandbox(pipe: Connection, ahead_s: float) -> None:
                 continue
             heard = [one for one in crm.received if one.answered == 200]
             came = [(str(one.event.get("event")), one.event.get("message"), one.at - ahead_s) for one in heard]
-            pipe.send(Arrivals(came + [("message.send", one.text, one.at - ahead_s) for one in meta.sent]))
+            came += [("message.send", one.text, one.at - ahead_s) for one in meta.sent]
+            pipe.send(Arrivals(came, [one.event for one in heard]))
             crm.reset()
             meta.reset()
 

@@ -8,10 +8,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from crmbridge import __version__, apikey, config, log, vault
+from crmbridge import __version__, apikey, config, events, log, vault
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, database
 
@@ -75,11 +76,21 @@ def _parser() -> argparse.ArgumentParser:
     command(account, "list", _account_list, "list the accounts")
 
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
-    command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
+    dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
-    retry.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows")
-    retry.add_argument("--all", action="store_true", help="every dead delivery")
+    retry.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows, or a send's msg_…: at once")
+    retry.add_argument("--all", action="store_true", help="all that the filters let through, behind live traffic")
+    retry.add_argument("--preview", action="store_true", help="with --all: only count them")
     retry.add_argument("--force", action="store_true", help="also sends in doubt, which may arrive twice")
+    for parser in (dead, retry):
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--webhooks", action="store_true", help="only what CRMs did not get")
+        which.add_argument("--sends", action="store_true", help="only what Instagram did not get")
+        parser.add_argument("--account", metavar="ID", help="only of this account")
+        parser.add_argument("--event", help="only this event, such as message.received")
+        parser.add_argument("--code", help="only what ended with this code, such as crm_error")
+        parser.add_argument("--older-than", metavar="SPAN", type=_span, help="dead for longer than 30m, 2h, 3d …")
+        parser.add_argument("--newer-than", metavar="SPAN", type=_span, help="dead for less than that")
 
     demo = command(commands, "demo", _demo, "show both flows against the bundled sandbox; brings its own configuration")
     demo.add_argument("--once", action="store_true", help="exit after the round trip, 0 when every hop arrived")
@@ -197,11 +208,18 @@ def _account_list(options: argparse.Namespace) -> None:
             print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
 
 
-def _dlq_list(options: argparse.Namespace) -> int:
+def _span(text: str) -> float:
+    try:
+        return events.read_span(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _dlq_list(options: argparse.Namespace) -> None:
     from crmbridge.ops import dlq
 
     with _database(options) as db:
-        return dlq.show(db)
+        dlq.show(db, _dlq_filters(options))
 
 
 def _dlq_retry(options: argparse.Namespace) -> int:
@@ -211,12 +229,28 @@ def _dlq_retry(options: argparse.Namespace) -> int:
 
     if bool(options.ids) == options.all:
         raise Misconfigured("name the deliveries, or say --all")
-    settings = _settings(options)
+    settings, left = _settings(options), 0
     patience = Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s)
     with _database(options) as db:
-        left = dlq.retry(db, options.ids, patience, everything=options.all, force=options.force)
+        if options.all:
+            dlq.retry_all(db, _dlq_filters(options), force=options.force, preview=options.preview)
+        else:
+            left = dlq.retry(db, options.ids, patience, force=options.force)
     ring_remote(settings.store.queue_path)
     return left
+
+
+def _dlq_filters(options: argparse.Namespace) -> Any:
+    from crmbridge.store.dead import Filter
+
+    now_s = time.time()
+    before = events.instant(now_s - options.older_than) if options.older_than else None
+    after = events.instant(now_s - options.newer_than) if options.newer_than else None
+    targets: list[Any] = ["crm"] * (not options.sends) + ["instagram"] * (not options.webhooks)
+    return [
+        Filter(target, options.account, options.event, options.code, dead_after=after, dead_before=before)
+        for target in targets
+    ]
 
 
 # --- serve and worker ---

@@ -159,6 +159,7 @@ class Delivery:
     senders: int = _key(12, _whole(3, 64))
     slots_per_endpoint: int = _key(4, _whole(2, 63))
     instagram_sends_per_s: float = _key(50, _seconds(0.1, 100))
+    replay_per_s: float = _key(20, _seconds(0.1, 1_000))
     stop_grace_s: float = _key(10, _seconds(0, 300))
 
 

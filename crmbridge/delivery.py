@@ -215,7 +215,7 @@ class Engine:
             in_flight = frozenset(self._in_flight)
         now_s = self._clock()
         for claimed, _ in finished:
-            self._endpoints.ended(_endpoint(claimed), is_retry=claimed.number > 1)
+            self._endpoints.ended(_endpoint(claimed), is_retry=_is_retry(claimed))
         # Judged once, and kept until it is recorded, by a later drain if this one fails.
         self._unrecorded += [self._judge(claimed, outcome, now_s) for claimed, outcome in finished]
         schedule = self._schedule
@@ -234,7 +234,8 @@ class Engine:
         for claimed in found.claimed:
             with self._changed:
                 self._in_flight[claimed.claim_id] = claimed
-            self._endpoints.started(_endpoint(claimed), is_retry=claimed.number > 1)
+            is_replay = claimed.retry_asked_at is not None
+            self._endpoints.started(_endpoint(claimed), is_retry=_is_retry(claimed), is_replay=is_replay)
             self._pool.submit(self._attempt, claimed)
         for endpoint, rows in found.hastened.items():
             if rows < turn.HASTEN_AT_ONCE:
@@ -301,6 +302,9 @@ class Engine:
         looks = [
             max(epoch_s(due), self._endpoints.rests_until_s(endpoint, now_s)) for endpoint, due in found.dues.items()
         ]
+        for endpoint, due, number in found.replays:
+            free_s = self._endpoints.replays_at_s(endpoint, number, now_s)
+            looks.append(max(epoch_s(due), free_s, self._endpoints.rests_until_s(endpoint, now_s)))
         return min(looks, default=None)
 
     def _follow_clock(self) -> None:
@@ -423,6 +427,11 @@ def _started_pool(threads: int) -> ThreadPoolExecutor:
         pool.submit(all_there.wait)
     all_there.wait()
     return pool
+
+
+def _is_retry(claimed: Claimed) -> bool:
+    """Tell whether a call may not take the slots that are kept for first tries."""
+    return claimed.number > 1 or claimed.retry_asked_at is not None
 
 
 def _endpoint(claimed: Claimed) -> Endpoint:

@@ -10,6 +10,7 @@ from typing import Literal
 Endpoint = tuple[str, str]  # target, account id
 Change = Literal["broken", "recovered", "proven"]
 _BREAK_AFTER = 10  # failures in a row over all rows of an endpoint, while some are still in their quick retries
+REPLAY_BURST = 20  # replays that may go one after the other, when none went for long enough
 _OVERLOADED = (408, 429, 502, 503, 504)
 
 
@@ -17,7 +18,8 @@ _OVERLOADED = (408, 429, 502, 503, 504)
 class Room:
     """What an endpoint may get now.
 
-    `calls` at most, of which `retries` may be for rows that failed before. While it is broken it gets one
+    `calls` at most, of which `retries` may be for rows that failed before, and `replays` of these for rows that
+    were dead. While it is broken it gets one
     `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
     in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
     `is_idle` tells that it has no call now: its first one is served before another endpoint's second.
@@ -28,6 +30,7 @@ class Room:
     is_idle: bool = True
     probe: Literal["head", "behind"] | None = None
     contact: str = ""
+    replays: int = 0
 
 
 NO_ROOM = Room(0, 0)
@@ -46,6 +49,8 @@ class _State:
     behind: str | None = None
     tokens: float = 0.0
     counted_s: float = 0.0
+    replays: float = 0.0
+    replays_counted_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,14 @@ class Limits:
     """Sizes: `slots` calls at a time to one endpoint, `for_first_tries` of them never given to retries.
 
     `probe_s` are the pauses between probes of a broken endpoint, the last one repeated; `per_s` bounds the
-    calls a second to one endpoint of a target.
+    calls a second to one endpoint of a target, and `replay_per_s` those for rows that were dead.
     """
 
     slots: int
     for_first_tries: int
     probe_s: Sequence[float]
     per_s: Mapping[str, float]
+    replay_per_s: float = 20.0
 
 
 class Endpoints:
@@ -74,11 +80,14 @@ class Endpoints:
         state = self._state(endpoint)
         if now_s < state.rests_until_s and state.behind is None:
             return NO_ROOM
+        replays = self._replays(state, now_s)
         if state.broken:
             if state.in_flight:
                 return NO_ROOM
             contact, state.behind = state.behind, None
-            return Room(1, 1, probe="head") if contact is None else Room(1, 1, probe="behind", contact=contact)
+            if contact is not None:
+                return Room(1, 1, probe="behind", contact=contact)
+            return Room(1, 1, probe="head", replays=replays)
         calls = self._limits.slots - state.in_flight
         per_s = self._limits.per_s.get(endpoint[0])
         if per_s is not None:
@@ -87,7 +96,12 @@ class Endpoints:
             state.counted_s = now_s
             calls = min(calls, int(state.tokens))
         retries = self._limits.slots - self._limits.for_first_tries - state.retries_in_flight
-        return Room(max(calls, 0), max(retries, 0), is_idle=not state.in_flight)
+        return Room(max(calls, 0), max(retries, 0), is_idle=not state.in_flight, replays=replays)
+
+    def _replays(self, state: _State, now_s: float) -> int:
+        earned = max(now_s - state.replays_counted_s, 0.0) * self._limits.replay_per_s
+        state.replays, state.replays_counted_s = min(state.replays + earned, REPLAY_BURST), now_s
+        return int(state.replays)
 
     def rests_until_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return before when it is no use to look at an endpoint again."""
@@ -96,16 +110,22 @@ class Endpoints:
         paced_s = now_s + (1 - state.tokens) / per_s if per_s is not None and state.tokens < 1 else 0.0
         return max(state.rests_until_s, paced_s)
 
+    def replays_at_s(self, endpoint: Endpoint, number: int, now_s: float) -> float:
+        """Return when that many replays may go to an endpoint."""
+        missing = min(number, REPLAY_BURST) - self._state(endpoint).replays
+        return now_s + max(missing, 0.0) / self._limits.replay_per_s
+
     def is_broken(self, endpoint: Endpoint) -> bool:
         """Tell whether an endpoint is believed to be down."""
         return self._state(endpoint).broken
 
-    def started(self, endpoint: Endpoint, *, is_retry: bool) -> None:
+    def started(self, endpoint: Endpoint, *, is_retry: bool, is_replay: bool = False) -> None:
         """Count a call that begins."""
         state = self._state(endpoint)
         state.in_flight += 1
         state.retries_in_flight += int(is_retry)
         state.tokens = max(state.tokens - 1, 0.0)
+        state.replays = max(state.replays - is_replay, 0.0)
 
     def ended(self, endpoint: Endpoint, *, is_retry: bool) -> None:
         """Count a call that ended."""
@@ -173,6 +193,7 @@ class Endpoints:
             state.rests_until_s += seconds
             state.worked_s += seconds
             state.counted_s += seconds
+            state.replays_counted_s += seconds
             state.broken_since_s += seconds
 
     def _state(self, endpoint: Endpoint) -> _State:

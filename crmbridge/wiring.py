@@ -136,6 +136,7 @@ def make_worker(rooms: Rooms) -> Any:
         for_first_tries=1,
         probe_s=delivery.probe_s,
         per_s={"instagram": delivery.instagram_sends_per_s},
+        replay_per_s=delivery.replay_per_s,
     )
     engine = Engine(rooms.db, make_senders(rooms), schedule, limits, rooms.alerts)
     recovered = engine.recover()

@@ -175,6 +175,10 @@ class Rig:
         assert found is not None
         return found
 
+    def dead(self) -> list[Row]:
+        """Return the dead deliveries, in the order of their death."""
+        return self.db.rows("SELECT * FROM deliveries WHERE state = 'dead' ORDER BY finished_at, position")
+
     def events(self) -> list[str]:
         """Return the names of the events that the CRM took, in order of arrival."""
         return [entry.event["event"] for entry in self.taken()]

@@ -127,10 +127,12 @@ def test_wrong_usage_is_2(tmp_path: Path, words: tuple[str, ...]) -> None:
 
 
 def test_dead_deliveries_are_named_to_be_retried(made: Path) -> None:
-    assert run(made, "dlq", "list").stdout == ""
-    assert run(made, "dlq", "retry", "--all").returncode == 0
+    assert run(made, "dlq", "list", "--older-than", "2h", "--sends").stdout.split()[:3] == ["ID", "DIED", "AGE"]
+    assert "--older-than: must be a duration" in run(made, "dlq", "list", "--older-than", "2").stderr
+    asked = run(made, "dlq", "retry", "--all", "--preview")
+    assert (asked.returncode, asked.stdout.count(": 0 match, 0 to be asked for")) == (0, 2)
     unknown = run(made, "dlq", "retry", "dlv_none")
-    assert (unknown.returncode, "left    dlv_none" in unknown.stdout) == (1, True)
+    assert (unknown.returncode, "left     dlv_none" in unknown.stdout) == (1, True)
     assert "--all" in run(made, "dlq", "retry").stderr
 
 

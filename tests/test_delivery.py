@@ -14,7 +14,7 @@ from crmbridge.delivery import Schedule, decide
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, deliveries, turn, vitals
+from crmbridge.store import accounts, dead, deliveries, turn, vitals
 from crmbridge.store.deliveries import Claimed, Outcome, Patience
 from tests.rig import SCHEDULE, START_S, Rig
 
@@ -160,10 +160,11 @@ def test_an_outage_loses_nothing(rig: Rig, hours: float, crm: bool) -> None:
 def test_what_died_in_an_outage_of_25_hours_can_be_revived(rig: Rig, crm: bool) -> None:
     sends = _outage(rig, 25, crm=crm)
     turn.expire(rig.db, rig.now_s, rig.patience)
-    dead = [row["id"] for row in deliveries.dead(rig.db)]
-    assert dead
+    gone = [row["id"] for row in rig.dead()]
+    assert gone
     refused = {entry.event["event_id"]: entry.body for entry in rig.crm.received if entry.answered == 503}
-    assert turn.revive(rig.db, dead, rig.now_s, rig.patience, force=False) == dead
+    for delivery_id in gone:
+        dead.revive(rig.db, delivery_id, rig.now_s, rig.patience)
     rig.live_through(2 * 3600)
     received = [entry.event for entry in rig.taken() if entry.event["event"] == "message.received"]
     assert sorted(event["message"] for event in received) == [f"in {number}" for number in range(10)]
@@ -176,7 +177,7 @@ def test_what_died_in_an_outage_of_25_hours_can_be_revived(rig: Rig, crm: bool) 
         for contact in range(4):
             texts = [event["message"] for event in received if event["sender_id"] == f"80{contact}"]
             assert texts == sorted(texts)
-    assert deliveries.dead(rig.db) == []
+    assert rig.dead() == []
 
 
 def test_a_401_is_final_at_once_and_alerts(rig: Rig) -> None:

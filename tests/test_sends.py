@@ -7,9 +7,10 @@ import pytest
 
 from crmbridge.delivery import Schedule, decide
 from crmbridge.endpoints import NO_ROOM
+from crmbridge.errors import Conflict
 from crmbridge.events import instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, deliveries, pauses, turn
+from crmbridge.store import accounts, dead, deliveries, pauses, turn
 from crmbridge.store.deliveries import Outcome, Patience
 from tests.rig import LIMITS, SCHEDULE, Rig
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
@@ -271,8 +272,9 @@ def test_a_look_up_that_fails_by_our_own_fault_ends_in_doubt_too(rig: Rig) -> No
     )
     rig.live_through(25 * 3600)
     assert rig.status(message_id)["error"]["code"] == "in_doubt"
-    (row,) = [row for row in deliveries.dead(rig.db) if row["target"] == "instagram"]
-    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False) == []
+    (row,) = [row for row in rig.dead() if row["target"] == "instagram"]
+    with pytest.raises(Conflict, match="twice"):
+        dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
 
 
 def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:
@@ -375,11 +377,10 @@ def test_a_send_in_doubt_is_revived_only_by_force(rig: Rig) -> None:
     rig.meta.fault("messages", after_effect=True, drop=True)
     rig.meta.fault("conversations", times=10_000, status=503, body="")
     rig.live_through(25 * 3600)
-    (row,) = [
-        row for row in deliveries.dead(rig.db) if row["message_id"] == message_id and row["target"] == "instagram"
-    ]
-    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False) == []
-    assert turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=True) == [row["id"]]
+    (row,) = [row for row in rig.dead() if row["message_id"] == message_id and row["target"] == "instagram"]
+    with pytest.raises(Conflict, match="twice"):
+        dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
+    dead.revive(rig.db, row["id"], rig.now_s, rig.patience, force=True)
     rig.drain()
     assert rig.status(message_id)["status"] == "sent"
     assert len(rig.meta.sent) == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from crmbridge.sandbox import wire
-from crmbridge.store import turn
+from crmbridge.store import dead
 from crmbridge.web.app import Timings
 from tests.rig import Rig
 from tests.shop import Shop
@@ -56,7 +56,7 @@ def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
     row = rig.db.row("SELECT * FROM deliveries ORDER BY position")
     assert row is not None
     assert row["state"] == "dead"
-    turn.revive(rig.db, [row["id"]], rig.now_s, rig.patience, force=False)
+    dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
     rig.send(account)
     rig.meta.fault("messages", status=403, body=wire.error_body(10, "outside of allowed window.", subcode=2534022))
     rig.drain()

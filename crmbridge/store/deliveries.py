@@ -55,6 +55,7 @@ class Claimed:
     expires_at: str
     correlation_id: str
     account: Row
+    retry_asked_at: str | None = None  # set: it was dead, and goes behind live traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +142,20 @@ def owe(db: Database, debt: Debt, *, now: str, expires_at: str, body: str | None
 
 _DUE = """
     SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ? AND due <= ?
-    ORDER BY due LIMIT ?"""
+        AND retry_asked_at IS NULL ORDER BY due LIMIT ?"""
+_REPLAYS = """
+    FROM deliveries WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ?
+        AND account_id = ?"""
 
 
 def due(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
-    """Return the rows of an endpoint that are due, earliest first."""
+    """Return the rows of an endpoint that are due, earliest first, but no replays."""
     return db.rows(_DUE, (target, account_id, now, limit))
+
+
+def due_replays(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
+    """Return the due heads of an endpoint's lanes in replay, earliest first."""
+    return db.rows(f"SELECT * {_REPLAYS} AND due <= ? ORDER BY due LIMIT ?", (target, account_id, now, limit))
 
 
 def first_behind(db: Database, target: str, account_id: str, contact: str) -> Row | None:
@@ -190,11 +199,19 @@ def hasten(db: Database, target: str, account_id: str, before: str, now: str, li
 
 
 def next_due(db: Database, target: str, account_id: str) -> str | None:
-    """Return when an endpoint's next row is due, or when the lease of one in flight ends."""
+    """Return when an endpoint's next row is due, replays aside, or when the lease of one in flight ends."""
     found = db.value(
-        "SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?",
+        """
+        SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
+            AND retry_asked_at IS NULL""",
         (target, account_id),
     )
+    return str(found) if found else None
+
+
+def next_replay(db: Database, target: str, account_id: str) -> str | None:
+    """Return when the next head of an endpoint's lanes in replay is due."""
+    found = db.value(f"SELECT MIN(due) {_REPLAYS}", (target, account_id))
     return str(found) if found else None
 
 
@@ -225,6 +242,7 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
     finished = None if verdict.state == "pending" else now
     failed = outcome.kind not in ("done", "absent")
+    leaves = finished or verdict.steps_aside
     touched = db.update(
         "deliveries",
         {
@@ -241,6 +259,7 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
             "last_error": outcome.message,
             "finished_at": finished,
             "latency_ms": latency_ms(claimed.accepted_at, now) if verdict.state == "done" else None,
+            "retry_asked_at": None if leaves else claimed.retry_asked_at,
         },
         "id = ? AND claim_id = ? AND state = 'pending'",
         [claimed.id, claimed.claim_id],
@@ -267,8 +286,8 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
         where = "state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1"
         lane = [claimed.target, claimed.account_id, claimed.contact]
         _note(db, where, lane, "stepped_aside", now)
-        db.update("deliveries", {"ready": 2}, where, lane)
-    if touched and (finished or verdict.steps_aside):
+        db.update("deliveries", {"ready": 2, "retry_asked_at": None}, where, lane)
+    if touched and leaves:
         promote(db, claimed.target, claimed.account_id, claimed.contact, now)
     return bool(touched)
 
@@ -288,7 +307,7 @@ def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, messa
     ended: Row = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
     if state == "done" and row["attempts"]:
         ended["latency_ms"] = latency_ms(row["accepted_at"], now)
-    db.update("deliveries", {**ended, "finished_at": now}, "id = ?", [row["id"]])
+    db.update("deliveries", {**ended, "finished_at": now, "retry_asked_at": None}, "id = ?", [row["id"]])
     _note(db, "id = ?", [row["id"]], f"{state} {code}", now)
     if row["claim_id"] is not None:
         overtaken = {"finished_at": now, "outcome": "abandoned", "code": code}
@@ -415,22 +434,19 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
     )
 
 
-def dead(db: Database) -> list[Row]:
-    """Return the dead deliveries, oldest first."""
-    return db.rows("SELECT * FROM deliveries WHERE state = 'dead' ORDER BY position")
-
-
-def revive(db: Database, row: Row, *, now: str, expires_at: str) -> None:
-    """Owe a dead delivery again, in its old place in its lane, with its retries unused."""
+def revive(db: Database, rows: Sequence[Row], *, now: str, expires_at: str, asked_at: str | None) -> None:
+    """Owe dead deliveries of one lane again, in their old places in it, with their retries unused."""
+    target, account_id, contact = lane = [rows[0][name] for name in ("target", "account_id", "contact")]
     fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
-    db.update("deliveries", {**fresh, "retries": 0, "waits": 0, "in_doubt": 0}, "id = ?", [row["id"]])
-    _note(db, "id = ?", [row["id"]], "revived", now)
+    fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "retry_asked_at": asked_at}
+    these, positions = f"position IN ({', '.join('?' * len(rows))})", [row["position"] for row in rows]
+    db.update("deliveries", fresh, these, positions)
+    _note(db, these, positions, "revived", now)
     # A send that was tried stays in front: its echo may still come.
     later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
-    lane = "state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
-    parameters = [row["target"], row["account_id"], row["contact"], row["sequence"]]
-    db.update("deliveries", {"ready": 0}, f"{lane} AND {later}", parameters)
-    promote(db, row["target"], row["account_id"], row["contact"], now)
+    where = f"state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND {later}"
+    db.update("deliveries", {"ready": 0}, where, [*lane, min(row["sequence"] for row in rows)])
+    promote(db, target, account_id, contact, now)
 
 
 def stop_pushing(db: Database, account_id: str, now: str) -> None:
@@ -439,6 +455,11 @@ def stop_pushing(db: Database, account_id: str, now: str) -> None:
     where = "state = 'pending' AND target = 'crm' AND account_id = ?"
     _note(db, where, [account_id], "done not_pushed", now)
     db.update("deliveries", ended, where, [account_id])
+    _unask(db, "target = 'crm' AND account_id = ?", account_id)
+
+
+def _unask(db: Database, where: str, account_id: str) -> None:
+    db.update("deliveries", {"retry_asked_at": None}, f"retry_asked_at IS NOT NULL AND {where}", [account_id])
 
 
 def end_account(db: Database, account_id: str, now: str) -> None:
@@ -451,3 +472,4 @@ def end_account(db: Database, account_id: str, now: str) -> None:
         WHERE state = 'pending' AND account_id = ?""",
         (now, account_id),
     )
+    _unask(db, "account_id = ?", account_id)

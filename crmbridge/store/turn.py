@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from crmbridge.endpoints import Endpoint, Room
+from crmbridge.endpoints import NO_ROOM, Endpoint, Room
 from crmbridge.events import instant
-from crmbridge.store import accounts, deliveries, inbound, messages, pauses
+from crmbridge.store import accounts, dead, deliveries, inbound, messages, pauses
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
@@ -31,11 +31,13 @@ class Finished:
 class Turn:
     """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know.
 
-    `held` are the endpoints that get nothing now, by their account's status or a pause.
+    `held` are the endpoints that get nothing now, by their account's status or a pause. `replays` says when rows
+    that were dead are due, and how many of these must be free to go.
     """
 
     claimed: list[Claimed] = field(default_factory=list)
     dues: dict[Endpoint, str] = field(default_factory=dict)
+    replays: list[tuple[Endpoint, str, int]] = field(default_factory=list)
     hastened: dict[Endpoint, int] = field(default_factory=dict)
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
@@ -84,17 +86,24 @@ def take(
                 messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
                 inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
         served, turn.held = _served(db)
+        is_any_asked = dead.is_any_asked(db)
         for target, account in _rotated(served, terms.now_s):
             endpoint = (target, account["id"])
             if endpoint in hasten:
                 turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, hasten[endpoint], now, HASTEN_AT_ONCE)
             left = senders - len(turn.claimed)
-            for row in _choose(db, endpoint, room(endpoint), left, spare, now) if left > 0 else ():
+            free = room(endpoint) if left > 0 else NO_ROOM
+            if is_any_asked:
+                number = dead.let_in(db, *endpoint, free, terms.now_s, terms.patience)
+                turn.replays += [(endpoint, now, number)] if number else []
+            for row in _choose(db, endpoint, free, left, spare, now):
                 if row["claim_id"] not in in_flight:
                     _claim(db, turn, row, account, terms)
             due = deliveries.next_due(db, *endpoint)
             if due:
                 turn.dues[endpoint] = due
+            replay_due = deliveries.next_replay(db, *endpoint) if is_any_asked else None
+            turn.replays += [(endpoint, replay_due, 1)] if replay_due else []
         turn.newest = db.value("SELECT MAX(position) FROM deliveries") or 0
         return turn
 
@@ -131,7 +140,7 @@ def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int,
     rows = deliveries.due(db, *endpoint, now, calls if room.probe else calls + _LOOK_FURTHER)
     if room.probe and not rows:
         head = deliveries.head_of_the_newest(db, *endpoint)
-        return [head] if head else []
+        return [head] if head else deliveries.due_replays(db, *endpoint, now, calls)
     chosen: list[Row] = []
     retries = room.retries
     for row in rows:
@@ -141,8 +150,9 @@ def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int,
             retries -= 1
         chosen.append(row)
         if len(chosen) == calls:
-            break
-    return chosen
+            return chosen
+    replays = min(calls - len(chosen), retries, room.replays)
+    return chosen + (deliveries.due_replays(db, *endpoint, now, replays) if replays > 0 else [])
 
 
 def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> None:
@@ -220,30 +230,6 @@ def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
     while found := deliveries.expired(db, before, _EXPIRE_AT_ONCE):
         db.write_last(lambda found=found: job(found))  # type: ignore[misc]
     return ended
-
-
-def revive(db: Database, delivery_ids: Sequence[str], now_s: float, patience: Patience, *, force: bool) -> list[str]:
-    """Owe dead deliveries again; return the ids of those that were.
-
-    A send that ended in doubt may have gone out: it is revived only with `force`.
-    """
-    now = instant(now_s)
-
-    def job() -> list[str]:
-        revived = []
-        for delivery_id in delivery_ids:
-            row = db.row("SELECT * FROM deliveries WHERE id = ? AND state = 'dead'", (delivery_id,))
-            if row is None or accounts.find(db, row["account_id"]) is None:
-                continue
-            if row["target"] == "instagram":
-                if row["last_code"] == "in_doubt" and not force:
-                    continue
-                messages.revive(db, row["message_id"], now)
-            deliveries.revive(db, row, now=now, expires_at=instant(now_s + patience.of(row["target"])))
-            revived.append(delivery_id)
-        return revived
-
-    return db.write(job)
 
 
 def repair(db: Database, now_s: float) -> int:

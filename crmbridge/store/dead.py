@@ -1,0 +1,230 @@
+"""Dead deliveries: list them, owe one again, ask for many, and let those that were asked for back in bit by bit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge.endpoints import REPLAY_BURST, Room
+from crmbridge.errors import Conflict
+from crmbridge.events import instant
+from crmbridge.store import deliveries, messages
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
+
+_SAID: dict[str, str] = {
+    "account_deleted": "Its account was deleted.",
+    "content_gone": "Its content is gone: retention erased it.",
+    "not_pushed": "The account has no crm_webhook_url.",
+    "in_doubt": "It may have arrived, and would arrive twice: look into Instagram, then use force.",
+}
+_LANES = 3  # of one endpoint in replay at a time
+_LANE_STEP, _LANE_LOW = 10, 3  # rows of a lane let back in at once, and when the next ones follow
+_ASK_AT_ONCE = 500
+# Why a dead row cannot be tried again; a send in doubt can, by force.
+_BECAUSE = """
+    CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'
+        WHEN dead.target = 'instagram' AND message.content IS NULL THEN 'content_gone'
+        WHEN dead.target = 'crm' AND dead.body IS NULL AND heard.payload IS NULL THEN 'content_gone'
+        WHEN dead.target = 'crm' AND account.crm_webhook_url IS NULL THEN 'not_pushed'
+        WHEN dead.target = 'instagram' AND dead.last_code = 'in_doubt' THEN 'in_doubt' END"""
+_DEAD = """
+    FROM deliveries AS dead LEFT JOIN accounts AS account ON account.id = dead.account_id
+        LEFT JOIN outbound_messages AS message ON message.id = dead.message_id
+        LEFT JOIN inbound_events AS heard ON heard.id = dead.event_id
+    WHERE dead.state = 'dead'"""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which dead deliveries are meant; None: any. Times are `instant` text, and the ends are included."""
+
+    target: Target
+    account_id: str | None = None
+    event: str | None = None
+    code: str | None = None
+    dead_after: str | None = None
+    dead_before: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How many rows match, how many of these are asked for now, were before, or are left out, and why."""
+
+    matching: int
+    asked: int
+    already_asked: int
+    left_out: dict[str, int]
+
+
+def page(db: Database, wanted: Filter, *, after: tuple[str, int] | None, limit: int) -> list[Row]:
+    """Return dead rows in the order of their death, after the one with that (finished_at, position).
+
+    Each has `because`: why it cannot be tried again, or None.
+    """
+    where, parameters = _matching(wanted)
+    if after is not None:
+        where += " AND (dead.finished_at, dead.position) > (?, ?)"
+        parameters += after
+    return db.rows(
+        f"SELECT dead.*, {_BECAUSE} AS because {_DEAD}{where} ORDER BY dead.finished_at, dead.position LIMIT ?",
+        (*parameters, limit),
+    )
+
+
+def _matching(wanted: Filter) -> tuple[str, list[Any]]:
+    where = " AND dead.target = ?"
+    parameters: list[Any] = [wanted.target]
+    for column, sign, value in (
+        ("account_id", "=", wanted.account_id),
+        ("event", "=", wanted.event),
+        ("last_code", "=", wanted.code),
+        ("finished_at", ">=", wanted.dead_after),
+        ("finished_at", "<=", wanted.dead_before),
+    ):
+        if value is not None:
+            where += f" AND dead.{column} {sign} ?"
+            parameters.append(value)
+    return where, parameters
+
+
+# --- one, at once ---
+
+
+def find(db: Database, name: str) -> Row | None:
+    """Return the delivery with an id, or the send of the message with that id; None when there is none."""
+    if name.startswith("msg_"):
+        return db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (name,))
+    return db.row("SELECT * FROM deliveries WHERE id = ?", (name,))
+
+
+def revive(db: Database, delivery_id: str, now_s: float, patience: Patience, *, force: bool = False) -> None:
+    """Owe a dead delivery again, at once. Raises Conflict, with the reason as its code, when that cannot be."""
+
+    def job() -> None:
+        row = db.row(f"SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.id = ?", (delivery_id,))
+        if row is None:
+            raise Conflict("It is not dead: it was delivered, or is being tried.", code="not_dead")
+        because: str | None = row["because"]
+        if because is not None and not (force and because == "in_doubt"):
+            raise Conflict(_SAID[because], code=because)
+        _owe_again(db, [row], now_s, patience, asked_at=None)
+
+    db.write(job)
+
+
+def _owe_again(db: Database, rows: Sequence[Row], now_s: float, patience: Patience, *, asked_at: str | None) -> None:
+    """Put dead rows of one lane back into it, in front of what came after them and was not sent yet."""
+    target, now = rows[0]["target"], instant(now_s)
+    if target == "instagram":
+        for row in rows:
+            messages.revive(db, row["message_id"], now)
+    deliveries.revive(db, rows, now=now, expires_at=instant(now_s + patience.of(target)), asked_at=asked_at)
+
+
+# --- many: ask for them, then let them in bit by bit ---
+
+
+def ask(db: Database, wanted: Filter, now_s: float, *, force: bool, preview: bool) -> Asked:
+    """Have all matching rows tried again that can be, behind live traffic; with `preview`, only count them.
+
+    Only marks them: the engine lets them back in, lane by lane. What dies from now on is not meant.
+    """
+    now = instant(now_s)
+    wanted = Filter(**{**vars(wanted), "dead_before": min(wanted.dead_before or now, now)})
+    where, parameters = _matching(wanted)
+    counts = db.rows(
+        f"SELECT {_BECAUSE} AS because, dead.retry_asked_at IS NOT NULL AS was_asked, COUNT(*) AS number {_DEAD}{where}"
+        " GROUP BY 1, 2",
+        parameters,
+    )
+    asked, already_asked = 0, 0
+    left_out: dict[str, int] = dict.fromkeys(_SAID, 0)
+    for row in counts:
+        if row["was_asked"]:
+            already_asked += row["number"]
+        elif row["because"] and not (force and row["because"] == "in_doubt"):
+            left_out[row["because"]] += row["number"]
+        else:
+            asked += row["number"]
+    matching = sum(row["number"] for row in counts)
+    if not preview:
+        asked = _mark(db, where, parameters, now, force=force)
+    return Asked(matching, asked, already_asked, left_out)
+
+
+def _mark(db: Database, where: str, parameters: Sequence[Any], now: str, *, force: bool) -> int:
+    """Mark the rows that match, oldest first, some hundred to a commit; return how many there were."""
+    possible = f"COALESCE({_BECAUSE}, 'in_doubt') = 'in_doubt'" if force else f"({_BECAUSE}) IS NULL"
+    sql = f"""
+        UPDATE deliveries SET retry_asked_at = ? WHERE state = 'dead' AND position IN (
+            SELECT dead.position {_DEAD}{where} AND dead.retry_asked_at IS NULL AND {possible}
+            ORDER BY dead.finished_at, dead.position LIMIT {_ASK_AT_ONCE})"""
+    total, step = 0, _ASK_AT_ONCE
+    while step == _ASK_AT_ONCE:
+        step = db.write(lambda: db.run(sql, (now, *parameters)))
+        total += step
+    return total
+
+
+def is_any_asked(db: Database) -> bool:
+    """Tell whether there is a row that was asked for and is not done."""
+    return db.value("SELECT 1 FROM deliveries WHERE retry_asked_at IS NOT NULL LIMIT 1") is not None
+
+
+def let_in(db: Database, target: Target, account_id: str, room: Room, now_s: float, patience: Patience) -> int | None:
+    """Let rows that were asked for back in: whole lanes, oldest first, a few lanes at a time.
+
+    A lane is begun only when its rows, up to a burst, may go in one go, so that what comes new in it waits
+    for a moment at most. Once begun it is kept filled until it is through: nothing later overtakes its rows.
+    Returns how many replays must be free before the next lane can begin, or None when none waits for that.
+    """
+    endpoint = (target, account_id)
+    waiting = {row["contact"]: row["number"] for row in db.rows(_WAITING, endpoint)}
+    for contact, number in waiting.items():
+        if number < _LANE_LOW:
+            waiting[contact] += _fill(db, endpoint, contact, now_s, patience)
+    most = 1 if room.probe else _LANES
+    while len(waiting) < most:
+        taken: int = sum(waiting.values())
+        if room.replays <= taken:
+            return taken + 1 if db.value(_OLDEST.format(""), endpoint) else None
+        others = f" AND contact NOT IN ({', '.join('?' * len(waiting))})" if waiting else ""
+        contact = db.value(_OLDEST.format(others), (*endpoint, *waiting))
+        if contact is None:
+            return None
+        wanted = taken + int(db.value(_SIZE, (*endpoint, contact, REPLAY_BURST)))
+        if room.calls <= 0 or room.replays < wanted:
+            return wanted
+        waiting[contact] = _fill(db, endpoint, contact, now_s, patience)
+    return None
+
+
+_WAITING = """
+    SELECT contact, COUNT(*) AS number FROM deliveries
+    WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND target = ? AND account_id = ? GROUP BY contact"""
+_OLDEST = """
+    SELECT contact FROM deliveries
+    WHERE state = 'dead' AND retry_asked_at IS NOT NULL AND target = ? AND account_id = ?{}
+    ORDER BY finished_at LIMIT 1"""
+_SIZE = """
+    SELECT COUNT(*) FROM (
+        SELECT 1 FROM deliveries WHERE state = 'dead' AND retry_asked_at IS NOT NULL AND target = ? AND account_id = ?
+            AND contact = ? LIMIT ?) AS rows_of_lane"""
+
+
+def _fill(db: Database, endpoint: tuple[Target, str], contact: str, now_s: float, patience: Patience) -> int:
+    """Let the next rows of a lane in; return how many."""
+    rows = db.rows(
+        f"""
+        SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.retry_asked_at IS NOT NULL AND dead.target = ?
+            AND dead.account_id = ? AND dead.contact = ? ORDER BY dead.sequence LIMIT ?""",
+        (*endpoint, contact, _LANE_STEP),
+    )
+    able = [row for row in rows if row["because"] in (None, "in_doubt")]
+    for row in rows:
+        if row not in able:  # its content went while it waited
+            db.update("deliveries", {"retry_asked_at": None}, "id = ?", [row["id"]])
+    if able:
+        _owe_again(db, able, now_s, patience, asked_at=able[0]["retry_asked_at"])
+    return len(able)
