@@ -74,7 +74,7 @@ def test_replays_keep_to_their_rate_and_live_messages_do_not_wait_for_it(rig: Ri
         rig.drain()
         assert "new" in [entry.event["message"] for entry in rig.taken()[before : before + 3]]  # the first three calls
     assert len(rig.taken()) == 20 + 8 + 20
-    rig.live_through(1.5)
+    rig.live_through(2.1)
     assert len(rig.taken()) == 80 + 8
 
 
