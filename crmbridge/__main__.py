@@ -72,8 +72,22 @@ def _parser() -> argparse.ArgumentParser:
         "id", help="key_… as 'key list' shows"
     )
 
-    account = commands.add_parser("account", help="look at accounts").add_subparsers(required=True, metavar="…")
-    command(account, "list", _account_list, "list the accounts")
+    account = commands.add_parser("account", help="list, hold and resume accounts").add_subparsers(
+        required=True, metavar="…"
+    )
+    command(account, "list", _account_list, "list the accounts and what is paused")
+    pause = command(account, "pause", _account_pause, "hold an account's deliveries and sends; nothing is lost")
+    resume = command(account, "resume", _account_resume, "let what was paused go on")
+    for parser in (pause, resume):
+        parser.add_argument("id", metavar="ID", help="acc_… as 'account list' shows")
+        parser.add_argument("--deliveries", action="append_const", dest="what", const="deliveries",
+                            help="what goes to the CRM (default: both)")  # fmt: skip
+        parser.add_argument("--sends", action="append_const", dest="what", const="sends",
+                            help="what goes to Instagram (default: both)")  # fmt: skip
+    end = pause.add_mutually_exclusive_group()
+    end.add_argument("--until", metavar="TIME", help="when it ends by itself, such as 2027-01-15T08:00:00Z")
+    end.add_argument("--for", metavar="SPAN", dest="lasts", help="how long it lasts, such as 30m, 2h or 3d")
+    pause.add_argument("--reason", metavar="TEXT", help="why, for whoever looks at it")
 
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
@@ -200,12 +214,39 @@ def _key_revoke(options: argparse.Namespace) -> None:
 
 
 def _account_list(options: argparse.Namespace) -> None:
+    from crmbridge.ops import accounts as ops
+
     with _database(options) as db:
-        for row in accounts.everyone(db):
-            subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
-            target = row["crm_webhook_url"] or "(pull)"
-            name = row["username"] or "-"
-            print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+        ops.show(db)
+
+
+def _account_pause(options: argparse.Namespace) -> None:
+    from crmbridge.ops import accounts as ops
+
+    with _database(options) as db:
+        ops.pause(db, options.id, options.what or (), until=options.until, lasts=options.lasts, reason=options.reason)
+    _ring(options)
+
+
+def _account_resume(options: argparse.Namespace) -> None:
+    from crmbridge.ops import accounts as ops
+
+    with _database(options) as db:
+        ops.resume(db, options.id, options.what or (), _patience(options))
+    _ring(options)
+
+
+def _ring(options: argparse.Namespace) -> None:
+    from crmbridge.worker import ring_remote
+
+    ring_remote(_settings(options).store.queue_path)
+
+
+def _patience(options: argparse.Namespace) -> Any:
+    from crmbridge.store.deliveries import Patience
+
+    delivery = _settings(options).delivery
+    return Patience(delivery.crm_give_up_s, delivery.instagram_give_up_s)
 
 
 def _span(text: str) -> float:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crmbridge.errors import Invalid
+from crmbridge.events import read_instant
 
 MESSAGE_BYTES = 1000  # Meta counts UTF-8 bytes (messaging API, "Send a text message")
 
@@ -71,6 +72,21 @@ class AccountUpdate(_Request):
     status: Literal["active", "inactive"] = _LEFT_OUT
 
 
+What = list[Literal["deliveries", "sends"]]
+_BOTH: Any = Field(default=["deliveries", "sends"], min_length=1, max_length=2)
+_Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"}), AfterValidator(read_instant)]
+
+
+class PauseRequest(_Request):
+    what: What = _BOTH
+    until: _Time | None = None
+    reason: Printable | None = None
+
+
+class ResumeRequest(_Request):
+    what: What = _BOTH
+
+
 # --- answers ---
 
 
@@ -115,6 +131,12 @@ class Attempt(_Answer):
     error: str | None
 
 
+class Held(_Answer):
+    since: Timestamp
+    until: Timestamp | None
+    reason: str | None
+
+
 class MessageStatus(_Answer):
     message_id: MessageId
     status: MessageStatusName
@@ -128,6 +150,7 @@ class MessageStatus(_Answer):
     retry_count: int
     attempt_count: int
     next_attempt_at: Timestamp | None
+    held: Held | None
     status_history: list[StatusTransition]
     attempts: list[Attempt]
     error: MessageError | None
@@ -139,6 +162,15 @@ class Subscription(_Answer):
     error: str | None
 
 
+class Pause(Held):
+    cause: Literal["operator", "crm_gone"]
+
+
+class Pauses(_Answer):
+    deliveries: Pause | None
+    sends: Pause | None
+
+
 class Account(_Answer):
     account_id: AccountId
     instagram_account_id: str
@@ -147,6 +179,7 @@ class Account(_Answer):
     status_reason: str | None
     crm_webhook_url: str | None
     subscription: Subscription
+    paused: Pauses
     token_checked_at: Timestamp | None
     token_expires_at: Timestamp | None
     created_at: Timestamp

@@ -8,7 +8,7 @@ from typing import Any
 from crmbridge import contract
 from crmbridge.errors import Conflict
 from crmbridge.events import Shown, Thread, epoch_s, instant, new_id
-from crmbridge.store import accounts, contacts, deliveries
+from crmbridge.store import accounts, contacts, deliveries, pauses
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
 
@@ -221,6 +221,8 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
         (send["id"] if send else "",),
     )
     waits = send is not None and send["state"] == "pending" and send["claim_id"] is None
+    account = accounts.find(db, message["account_id"]) if waits else None
+    held = pauses.hold(db, account, "instagram") if account else None
     history = db.rows(
         "SELECT status, at AS timestamp FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,)
     )
@@ -229,7 +231,8 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
         "message_id": message["id"],
         **{name: message[name] for name in shown.split()},
         "attempt_count": send["attempts"] if send else 0,
-        "next_attempt_at": send["due"] if send and waits and send["ready"] else None,
+        "next_attempt_at": send["due"] if send and waits and send["ready"] and not held else None,
+        "held": {name: held[name] for name in ("since", "until", "reason")} if held else None,
         "status_history": history,
         "attempts": attempts,
         "error": error_of(message),

@@ -11,6 +11,7 @@ from crmbridge.store.deliveries import Patience
 
 Cause = Literal["operator", "crm_gone"]
 TARGETS: tuple[Target, ...] = ("crm", "instagram")
+WHAT: dict[str, Target] = {"deliveries": "crm", "sends": "instagram"}  # in words for people
 _AT_ONCE = 500
 T = TypeVar("T")
 
@@ -51,6 +52,18 @@ def pause(
     if not is_new and cause == "operator":
         db.update("pauses", why, "account_id = ? AND target = ?", [account_id, target])
     return is_new
+
+
+def stop(
+    db: Database, account_id: str, what: Sequence[str], *, reason: str | None, until: str | None, now: str
+) -> None:
+    """Have an operator hold an account's ``deliveries`` or ``sends`` back."""
+
+    def job() -> None:
+        for name in what:
+            pause(db, account_id, WHAT[name], cause="operator", reason=reason, until=until, now=now)
+
+    db.write(job)
 
 
 def resume(

@@ -7,7 +7,7 @@ from crmbridge import contract, log, net
 from crmbridge.errors import BridgeError, Conflict, Invalid
 from crmbridge.events import instant
 from crmbridge.instagram.client import Client, Identity
-from crmbridge.store import accounts, inbound, turn
+from crmbridge.store import accounts, inbound, pauses, turn
 from crmbridge.store.database import Row
 from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
@@ -35,6 +35,8 @@ class AccountRoutes:
             Route("GET", one, self.show, "accounts:read"),
             Route("PUT", one, self.update, "accounts:write"),
             Route("DELETE", one, self.delete, "admin"),
+            Route("POST", f"{one}/pause", self.pause, "accounts:write"),
+            Route("POST", f"{one}/resume", self.resume, "accounts:write"),
         ]
 
     def page(self, call: Call) -> Reply:
@@ -45,11 +47,12 @@ class AccountRoutes:
         found = accounts.page(call.db, after=call.query.get("cursor", ""), limit=limit + 1, only=only)
         shown, more = found[:limit], len(found) > limit
         cursor = shown[-1]["id"] if more else None
-        return Reply({"accounts": [_shown(row) for row in shown], "next_cursor": cursor, "has_more": more})
+        paused = pauses.everyone(call.db)
+        return Reply({"accounts": [_shown(row, paused) for row in shown], "next_cursor": cursor, "has_more": more})
 
     def show(self, call: Call) -> Reply:
         """Show an account, never a credential."""
-        return Reply(_shown(call.account(call.path["account_id"])))
+        return self._answer(call, call.account(call.path["account_id"]))
 
     def create(self, call: Call) -> Reply:
         """Check the token, store the account, subscribe it to its webhooks, and route what already came for it."""
@@ -77,7 +80,7 @@ class AccountRoutes:
             log.info("account.adopted", account=row["id"], events=adopted)
             self._wake()
         row = self._subscribe(call, row, request.access_token)
-        return Reply(_shown(row), 201, {"Location": f"/api/v1/accounts/{row['id']}"})
+        return self._answer(call, row, 201, {"Location": f"/api/v1/accounts/{row['id']}"})
 
     def update(self, call: Call) -> Reply:
         """Change what the request names; a new token must belong to the same Instagram account."""
@@ -112,7 +115,30 @@ class AccountRoutes:
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
         self._wake()
-        return Reply(_shown(row))
+        return self._answer(call, row)
+
+    def pause(self, call: Call) -> Reply:
+        """Hold the account's deliveries or sends back; the same again changes only the end and the reason."""
+        row = call.account(call.path["account_id"])
+        request = call.read(contract.PauseRequest)
+        now = instant(call.now_s)
+        if request.until is not None and request.until <= now:
+            detail = {"field": "until", "problem": "must lie ahead"}
+            raise Invalid("The pause would be over already.", details=[detail])
+        pauses.stop(call.db, row["id"], request.what, reason=request.reason, until=request.until, now=now)
+        log.info("account.paused", account=row["id"], what=",".join(request.what), until=request.until)
+        return self._answer(call, row)
+
+    def resume(self, call: Call) -> Reply:
+        """Let what was paused go on; what was not stays as it is."""
+        row = call.account(call.path["account_id"])
+        request = call.read(contract.ResumeRequest)
+        now = instant(call.now_s)
+        for what in request.what:
+            pauses.resume(call.db, row["id"], pauses.WHAT[what], now=now, patience=self._patience)
+        log.info("account.resumed", account=row["id"], what=",".join(request.what))
+        self._wake()
+        return self._answer(call, row)
 
     def delete(self, call: Call) -> Reply:
         """Erase the account's secrets and end what it still owes."""
@@ -125,6 +151,9 @@ class AccountRoutes:
         turn.delete_account(call.db, row["id"], call.now_s)
         log.info("account.deleted", account=row["id"])
         return Reply({"account_id": row["id"], "deleted": True})
+
+    def _answer(self, call: Call, row: Row, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
+        return Reply(_shown(row, pauses.everyone(call.db)), status, headers or {})
 
     def _identify(self, token: str, wanted: set[str]) -> Identity:
         identity = self._client.whoami(token)
@@ -152,12 +181,18 @@ class AccountRoutes:
             raise Invalid("webhook_secret is required with crm_webhook_url.", details=[detail])
 
 
-def _shown(row: Row) -> dict[str, Any]:
+def _shown(row: Row, paused: dict[tuple[str, str], Row]) -> dict[str, Any]:
     ok = row["subscription_ok"]
+
+    def shown(target: str) -> dict[str, Any] | None:
+        found = paused.get((target, row["id"]))
+        return {name: found[name] for name in ("since", "until", "reason", "cause")} if found else None
+
     return {
         "account_id": row["id"],
         **{name: row[name] for name in ("instagram_account_id", "username", "status", "status_reason")},
         "crm_webhook_url": row["crm_webhook_url"],
         "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
+        "paused": {what: shown(target) for what, target in pauses.WHAT.items()},
         **{name: row[name] for name in ("token_checked_at", "token_expires_at", "created_at", "updated_at")},
     }

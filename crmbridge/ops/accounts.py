@@ -1,0 +1,63 @@
+"""``crmbridge account``: list the accounts, hold their deliveries or sends, let them go on."""
+
+import time
+from collections.abc import Sequence
+
+from crmbridge.errors import Misconfigured, NotFound
+from crmbridge.events import instant, read_instant, read_span
+from crmbridge.store import accounts, pauses
+from crmbridge.store.database import Database
+from crmbridge.store.deliveries import Patience
+
+
+def show(db: Database) -> None:
+    """Print a line for each account, oldest first, and one below it for each pause."""
+    paused = pauses.everyone(db)
+    for row in accounts.everyone(db):
+        subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
+        target = row["crm_webhook_url"] or "(pull)"
+        name = row["username"] or "-"
+        print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+        for what in pauses.WHAT:
+            pause = paused.get((pauses.WHAT[what], row["id"]))
+            if pause:
+                until = f" until {pause['until']}" if pause["until"] else ""
+                why = f": {pause['reason']}" if pause["reason"] else ""
+                print(f"  {what} paused since {pause['since']}{until} ({pause['cause']}){why}")
+
+
+def pause(
+    db: Database, account_id: str, what: Sequence[str], *, until: str | None, lasts: str | None, reason: str | None
+) -> None:
+    """Hold deliveries or sends back, or with neither both. Raises Misconfigured for a time that makes no sense."""
+    _require(db, account_id)
+    now_s = time.time()
+    try:
+        if lasts is not None:
+            until = instant(now_s + read_span(lasts))
+        elif until is not None:
+            until = read_instant(until)
+    except ValueError as error:
+        raise Misconfigured(f"{'--for' if lasts is not None else '--until'} {error}") from None
+    if until is not None and until <= instant(now_s):
+        raise Misconfigured("the pause would be over already")
+    if reason is not None and not (reason.isprintable() and 0 < len(reason) <= 255):
+        raise Misconfigured("--reason must be printable text of at most 255 characters")
+    pauses.stop(db, account_id, what or list(pauses.WHAT), reason=reason, until=until, now=instant(now_s))
+    for name in what or pauses.WHAT:
+        print(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
+
+
+def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience) -> None:
+    """Let what was paused go on, of the two or both."""
+    _require(db, account_id)
+    for name in what or pauses.WHAT:
+        ended = pauses.resume(db, account_id, pauses.WHAT[name], now=instant(time.time()), patience=patience)
+        print(f"resumed {name} of {account_id}" if ended else f"{name} of {account_id} were not paused")
+
+
+def _require(db: Database, account_id: str) -> None:
+    try:
+        accounts.found(db, account_id)
+    except NotFound:
+        raise Misconfigured(f"there is no account {account_id}; 'crmbridge account list' shows them") from None

@@ -1,0 +1,107 @@
+"""Pauses by API and command line, over the real server."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from crmbridge.events import instant
+from crmbridge.sandbox.demo import HopFailed
+from tests.shop import CUSTOMER, SHOP_ID, Shop
+
+NOTHING = {"deliveries": None, "sends": None}
+
+
+def post(shop: Shop, verb: str, body: Any, **options: Any) -> Any:
+    return shop.call("POST", f"/api/v1/accounts/{shop.account_id}/{verb}", body, **options)
+
+
+def test_what_is_paused_waits_and_a_resume_lets_it_go(fresh_shop: Shop) -> None:
+    shop = fresh_shop
+    until = datetime.now(UTC) + timedelta(hours=2)
+    paused = post(shop, "pause", {"until": until.isoformat(), "reason": "stocktaking"}).json()["paused"]
+    for what in ("deliveries", "sends"):
+        assert paused[what] == {
+            "since": paused[what]["since"],
+            "until": instant(until.timestamp()),
+            "reason": "stocktaking",
+            "cause": "operator",
+        }
+    shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
+    answer = shop.send("soon", "paused-1")
+    assert answer.status_code == 202
+    shop.wait_rows("SELECT target FROM deliveries WHERE state = 'pending' ORDER BY 1", [("crm",), ("instagram",)])
+    status = shop.status(answer.json()["message_id"])
+    assert (status["status"], status["next_attempt_at"]) == ("pending", None)
+    assert status["held"] == {name: paused["sends"][name] for name in ("since", "until", "reason")}
+    again = post(shop, "pause", {"what": ["sends"]}).json()["paused"]
+    assert again == {"deliveries": paused["deliveries"], "sends": {**paused["sends"], "until": None, "reason": None}}
+    assert post(shop, "resume", {"what": ["sends"]}).json()["paused"] == {**paused, "sends": None}
+    shop.meta.wait_sent(1)
+    assert shop.crm.received == []
+    assert post(shop, "resume", {}).json()["paused"] == NOTHING
+    assert shop.crm.wait(2)[0].event["event"] == "message.received"
+    assert post(shop, "resume", {}).status_code == 200
+    assert shop.status(answer.json()["message_id"])["held"] is None
+    listed = shop.call("GET", "/api/v1/accounts").json()["accounts"][0]
+    assert listed["paused"] == NOTHING
+
+
+@pytest.mark.slow
+def test_an_end_that_comes_lets_it_go_by_itself(fresh_shop: Shop) -> None:
+    until = datetime.now(UTC) + timedelta(seconds=1)
+    assert post(fresh_shop, "pause", {"until": until.isoformat()}).status_code == 200
+    fresh_shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
+    fresh_shop.crm.wait(1, timeout_s=30)
+    assert datetime.now(UTC) > until
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"until": "2020-01-01T00:00:00Z"}, "until"),
+        ({"until": "tomorrow"}, "until"),
+        ({"until": "2099-01-01T00:00:00"}, "until"),
+        ({"what": []}, "what"),
+        ({"what": ["everything"]}, "what.0"),
+        ({"reason": ""}, "reason"),
+        ({"targets": ["sends"]}, "targets"),
+    ],
+)
+def test_a_pause_that_makes_no_sense_is_refused(shop: Shop, body: Any, field: str) -> None:
+    answer = post(shop, "pause", body)
+    assert answer.status_code == 400
+    assert [entry["field"] for entry in answer.json()["details"]] == [field]
+    shown = shop.call("GET", f"/api/v1/accounts/{shop.account_id}").json()
+    assert shown["paused"] == NOTHING
+
+
+def test_a_pause_needs_the_right_to_change_the_account(shop: Shop) -> None:
+    reader = shop.bridge.command(
+        "key", "create", "--name", "r", "--account", shop.account_id, "--permission", "accounts:read"
+    )
+    for verb in ("pause", "resume"):
+        assert post(shop, verb, {}, key=reader).json()["error"] == "permission_missing"
+
+
+def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
+    shop = fresh_shop
+    for words in (["--for", "soon"], ["--until", "2020-01-01T00:00:00Z"], ["--reason", "\n"]):
+        with pytest.raises(HopFailed):
+            shop.bridge.command("account", "pause", shop.account_id, *words)
+    with pytest.raises(HopFailed):
+        shop.bridge.command("account", "pause", "acc_unknown")
+    said = shop.bridge.command("account", "pause", shop.account_id, "--deliveries", "--for", "2h", "--reason", "tea")
+    assert said.startswith(f"paused deliveries of {shop.account_id} until 2")
+    listed = shop.bridge.command("account", "list").splitlines()
+    assert len(listed) == 2
+    assert listed[1].startswith("  deliveries paused since 2")
+    assert listed[1].endswith("(operator): tea")
+    shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
+    shop.wait_rows("SELECT state FROM deliveries", [("pending",)])
+    assert shop.bridge.command("account", "resume", shop.account_id).splitlines() == [
+        f"resumed deliveries of {shop.account_id}",
+        f"sends of {shop.account_id} were not paused",
+    ]
+    shop.crm.wait(1, timeout_s=3)  # the bell was rung: the sweep comes only every 5 s
+    assert len(shop.bridge.command("account", "list").splitlines()) == 1
