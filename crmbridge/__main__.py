@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     command(commands, "migrate", _migrate, "bring the database's schema up to this version")
     command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
 
+    explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
+    explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
+                           "correlation id, or an id of Instagram")  # fmt: skip
+
     key = commands.add_parser("key", help="make, list and revoke API keys").add_subparsers(required=True, metavar="…")
     create = command(key, "create", _key_create, "make an API key and print it, once")
     create.add_argument("--name", required=True, help="what the key is for")
@@ -180,6 +184,13 @@ def _check(options: argparse.Namespace) -> int:
     from crmbridge.ops import check
 
     return check.run(_settings(options), config.find(options.config, os.environ))
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from crmbridge.ops import explain
+
+    with _database(options) as db:
+        return explain.run(db, options.id)
 
 
 # --- keys and accounts ---

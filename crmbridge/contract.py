@@ -197,6 +197,110 @@ class AccountDeleted(_Answer):
     deleted: Literal[True]
 
 
+class Storage(_Answer):
+    database_bytes: int
+    wal_bytes: int
+    free_bytes: int
+    disk_free_bytes: int
+
+
+class WorkerState(_Answer):
+    last_beat_at: Timestamp | None
+
+
+class RequestTimes(_Answer):
+    count: int
+    slow: int
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+
+
+class OpenAlert(_Answer):
+    alert: str
+    account_id: AccountId | None
+    since: Timestamp
+    last_at: Timestamp
+    count: int
+    message: str
+
+
+class Latency(_Answer):
+    count: int
+    p50_ms: int
+    p95_ms: int
+    p99_ms: int
+    max_ms: int
+
+
+class LatencyByWay(_Answer):
+    webhooks: Latency | None
+    sends: Latency | None
+
+
+class PausedSince(_Answer):
+    deliveries: Timestamp | None
+    sends: Timestamp | None
+
+
+class AccountStats(_Answer):
+    account_id: AccountId
+    username: str | None
+    status: AccountStatusName
+    status_reason: str | None
+    paused_since: PausedSince
+    pending_webhooks: int
+    oldest_pending_webhook_at: Timestamp | None
+    dead_webhooks: int
+    pending_sends: int
+    oldest_pending_send_at: Timestamp | None
+    dead_sends: int
+    last_event_at: Timestamp | None
+    latency: LatencyByWay
+
+
+class Stats(_Answer):
+    timestamp: Timestamp
+    version: str
+    uptime_s: int
+    storage: Storage
+    worker: WorkerState
+    requests: RequestTimes
+    unrouted_events: int
+    alerts: list[OpenAlert]
+    accounts: list[AccountStats]
+
+
+StoryKind = Literal["message", "event", "account", "conversation"]
+
+
+class StoryStep(_Answer):
+    at: Timestamp
+    step: str
+    text: str
+
+
+class Story(_Answer):
+    kind: StoryKind
+    id: str
+    facts: dict[str, str | int | None]
+    steps: list[StoryStep]
+    next: list[str]
+    to_type: list[str]
+
+
+class OtherMeaning(_Answer):
+    kind: StoryKind
+    id: str
+    to_type: str
+
+
+class Explanation(_Answer):
+    id: str
+    stories: list[Story]
+    others: list[OtherMeaning]
+
+
 class Health(_Answer):
     status: Literal["healthy", "unhealthy"]
     timestamp: Timestamp

@@ -174,11 +174,18 @@ def make_worker(rooms: Rooms) -> Any:
 
 def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     """Return the web application; `wake` rings the worker."""
-    from crmbridge.web import docs_routes, event_routes, health_routes, message_routes, webhook_routes
+    from crmbridge.web import (
+        docs_routes,
+        event_routes,
+        health_routes,
+        insight_routes,
+        message_routes,
+        webhook_routes,
+    )
     from crmbridge.web.account_routes import AccountRoutes
-    from crmbridge.web.app import App
+    from crmbridge.web.app import App, Timings
 
-    instagram = rooms.settings.instagram
+    instagram, timings = rooms.settings.instagram, Timings()
     return App(
         rooms.db,
         [
@@ -188,5 +195,7 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
             *message_routes.routes(wake, rooms.patience),
             *event_routes.routes(),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),
+            *insight_routes.routes(timings),
         ],
+        timings=timings,
     )

@@ -11,7 +11,6 @@ STEPS = (
     "CREATE INDEX deliveries_contact ON deliveries (account_id, contact)",
     "CREATE INDEX deliveries_slow ON deliveries (finished_at) WHERE latency_ms > 5000",
     "CREATE INDEX inbound_correlation ON inbound_events (correlation_id)",
-    "CREATE INDEX inbound_account ON inbound_events (account_id, received_at)",
     "CREATE INDEX outbound_correlation ON outbound_messages (correlation_id)",
 )
 

@@ -1,0 +1,384 @@
+"""``crmbridge explain ID``: what became of a message, what comes next, and what to type. Never what it says."""
+
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from crmbridge.events import instant
+from crmbridge.store import alerts, overview, pauses, story
+from crmbridge.store.database import Database, Row
+from crmbridge.store.story import Kind, Life, Owed
+
+_SHOWN_AT_ONCE = 3
+_WIDTH = 110
+_FAR_SIDE = {"crm": "the CRM", "instagram": "Instagram"}
+_WHAT = {"crm": "deliveries", "instagram": "sends"}
+_CAME_TO = {
+    "done": "done",
+    "retry": "failed",
+    "refused": "refused for good",
+    "in_doubt": "nobody said whether it was taken",
+    "fault": "we failed ourselves",
+    "abandoned": "broken off: the worker stopped, or something else settled it",
+    "absent": "the conversation does not show it",
+    None: "no answer yet",
+}
+_HOW = {"delivered": "Instagram's echo showed it in the conversation", "pending": "accepted, to be sent"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that happened: `step` is a stable word for it."""
+
+    at: str
+    step: str
+    text: str
+
+
+@dataclass
+class Story:
+    """All that is known of one thing, in order of time; what comes next; the commands that may help."""
+
+    kind: Kind
+    id: str
+    facts: dict[str, str | int | None]
+    steps: list[Step] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
+    to_type: list[str] = field(default_factory=list)
+
+    def tell(self, at: str | None, step: str, text: str) -> None:
+        """Add a step."""
+        if at is not None:
+            self.steps.append(Step(at, step, text))
+
+    def advise(self, command: str) -> None:
+        """Add a command, once."""
+        if command not in self.to_type:
+            self.to_type.append(command)
+
+
+def run(db: Database, given: str) -> int:
+    """Print what an id means; return 0, or 1 when nothing here has it."""
+    found = explain(db, given, time.time())
+    if not found["stories"] and not found["others"]:
+        print(f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention")
+        return 1
+    if found["others"]:
+        print(f"{given} means several things; choose one:")
+        print("\n".join(f"  {other['to_type']}" for other in found["others"]))
+    print("\n\n".join(_lines(one) for one in found["stories"]))
+    return 0
+
+
+def explain(db: Database, given: str, now_s: float) -> dict[str, Any]:
+    """Return the stories of an id, or where it means many things, `others`: each with the command that tells it."""
+    meanings = story.meanings(db, given)
+    if len(meanings) > _SHOWN_AT_ONCE:
+        others = [{"kind": kind, "id": known, "to_type": f"crmbridge explain {known}"} for kind, known in meanings]
+        return {"id": given, "stories": [], "others": others}
+    return {"id": given, "stories": [asdict(_tell(db, *meaning, instant(now_s))) for meaning in meanings], "others": []}
+
+
+def _tell(db: Database, kind: Kind, known: str, now: str) -> Story:
+    if kind == "account":
+        return _account(db, known, now)
+    if kind == "conversation":
+        return _conversation(db, known)
+    if kind == "message":
+        found = _message(story.of_message(db, known), now)
+    else:
+        found = _event(story.of_event(db, known), now)
+    found.steps.sort(key=lambda step: step.at)  # stable: what happened at once stays in order of cause
+    return found
+
+
+def _lines(found: dict[str, Any]) -> str:
+    lines = [f"{found['kind']} {found['id']}"]
+    lines += [f"  {name.replace('_', ' '):21} {value}" for name, value in found["facts"].items() if value is not None]
+    if found["steps"]:
+        lines.append("")
+    for step in found["steps"]:
+        lines += _wrapped(f"{step['at']}  ", step["text"])
+    if found["next"] or found["to_type"]:
+        lines.append("")
+    for text in found["next"]:
+        lines += _wrapped("next: ", text)
+    lines += [f"type: {command}" for command in found["to_type"]]
+    return "\n".join(lines)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+# --- messages and events ---
+
+
+def _message(life: Life, now: str) -> Story:
+    message = life.message
+    assert message is not None  # noqa: S101
+    found = Story(
+        "message",
+        message["id"],
+        {
+            "what": "a message that the CRM sent",
+            "status": message["status"],
+            **_parties(life, message["recipient_id"]),
+            "instagram_message_id": message["instagram_message_id"],
+            "idempotency_key": message["idempotency_key"],
+            "correlation_id": message["correlation_id"],
+            "error": _problem(message["error_code"], message["error_message"]),
+        },
+    )
+    found.tell(message["created_at"], "accepted", f"accepted from the CRM and stored; {message['correlation_id']}")
+    for heard in life.heard:
+        what = "showed it in the conversation (echo)" if heard["kind"] == "message.echo" else f"told {heard['kind']}"
+        found.tell(heard["received_at"], "heard", f"Instagram {what}: {heard['id']}, {heard['state']}{_repeats(heard)}")
+    for owed in life.owed:
+        if owed.row["target"] == "instagram":
+            _deliver(found, owed, now)
+    for change in life.transitions[1:]:  # the first is its acceptance
+        if change["reason"] != "revived":  # told with the delivery
+            found.tell(change["at"], "status", f"status {change['status']}: {_how(life, change)}")
+    for owed in life.owed:
+        if owed.row["target"] == "crm":
+            _deliver(found, owed, now)
+    return found
+
+
+def _event(life: Life, now: str) -> Story:
+    event = life.event
+    assert event is not None  # noqa: S101
+    found = Story(
+        "event",
+        event["id"],
+        {
+            "what": f"{event['kind']}, told by Instagram",
+            "state": event["state"],
+            "message_id": "msg_" + event["id"].removeprefix("evt_"),
+            **_parties(life, event["contact"]),
+            "instagram_account_id": event["instagram_account_id"],
+            "instagram_message_id": event["instagram_message_id"],
+            "correlation_id": event["correlation_id"],
+        },
+    )
+    found.tell(event["occurred_at"], "occurred", "it happened, by Instagram's clock")
+    found.tell(event["received_at"], "received", f"received by webhook, verified and stored; {event['correlation_id']}")
+    if event["repeats"]:
+        text = f"Instagram told it again: {event['repeats']} time(s) by then, each dropped as a repetition"
+        found.tell(event["repeated_at"], "repeated", text)
+    if event["state"] == "unrouted":
+        found.next.append(
+            f"no account here has the Instagram account id {event['instagram_account_id']}; it is delivered when"
+            " POST /api/v1/accounts creates that account"
+        )
+        found.advise("crmbridge account list")
+    elif event["state"] == "held":
+        found.next.append("it waits until a send to this contact is settled, which it may be the echo or receipt of")
+        found.advise(f"crmbridge explain {life.conversation_id}")
+    elif event["state"] == "noted":
+        found.next.append("nothing: it changed the status of what was sent, and the CRM was told of that")
+        if event["instagram_message_id"]:
+            found.advise(f"crmbridge explain {event['instagram_message_id']}")
+    if event["payload"] is None:
+        found.next.append("its text is gone by retention")
+    for owed in life.owed:
+        _deliver(found, owed, now)
+    return found
+
+
+def _parties(life: Life, contact: str) -> dict[str, str | int | None]:
+    name = life.account["username"] if life.account else None
+    return {
+        "account": f"{life.account['id']}{f' ({name})' if name else ''}" if life.account else None,
+        "contact": contact or None,
+        "conversation": life.conversation_id,
+    }
+
+
+def _how(life: Life, change: Row) -> str:
+    """Tell how we know of a change of status."""
+    status = change["status"]
+    if status == "sent":
+        send = next((owed for owed in life.owed if owed.row["target"] == "instagram"), None)
+        last = send.attempts[-1] if send and send.attempts else None
+        if last and last["kind"] == "look_up" and last["outcome"] == "done":
+            return "it was found in Instagram's conversation"
+        proven = send is not None and send.row["last_code"] == "echo"
+        return "its echo proved it" if proven else "Instagram accepted it"
+    if status == "read":
+        seen = any(heard["kind"] == "message.read" for heard in life.heard)
+        return "Instagram's receipt for it" if seen else "inferred: the customer has read a later message"
+    return str(change["reason"] or _HOW.get(status, "?"))
+
+
+def _problem(code: str | None, text: str | None) -> str | None:
+    return None if code is None else f"{code}: {text}" if text else code
+
+
+def _repeats(heard: Row) -> str:
+    return f"; told again {heard['repeats']} time(s)" if heard["repeats"] else ""
+
+
+# --- deliveries ---
+
+
+def _deliver(found: Story, owed: Owed, now: str) -> None:
+    """Tell a delivery: when it was owed, each call, what befell it between them, and what comes next."""
+    row, to = owed.row, _FAR_SIDE[owed.row["target"]]
+    is_send = row["target"] == "instagram"
+    name = "send" if is_send else row["event"]
+    text = f"{name} owed to {to}: {row['id']}"
+    found.tell(
+        row["accepted_at"], "owed", text if is_send else f"{text}, {row['event_id']}, sequence {row['sequence']}"
+    )
+    notes = [line.split(" ", 2) for line in (row["notes"] or "").splitlines()]
+    for at, word, *_ in notes:
+        if word == "revived":
+            found.tell(at, "revived", f"{name} to {to}: a person had it tried again (dlq retry)")
+    for attempt in owed.attempts:
+        found.tell(attempt["started_at"], attempt["kind"], f"{name} to {to}, {_attempt(attempt, row['target'])}")
+    for at, word, *code in notes:
+        if word == "stepped_aside":
+            text = f"{name} to {to} stepped aside: later events of this conversation may overtake it"
+            found.tell(at, word, text)
+        elif word in ("done", "dead"):
+            ended = {
+                "echo": "settled by its echo", "not_pushed": "not pushed any more: the CRM reads it when it asks",
+                "account_deleted": "given up: the account was deleted",
+            }.get(code[0], f"given up: {code[0]}")  # fmt: skip
+            found.tell(at, word, f"{name} to {to} {ended}")
+    _foresee(found, owed, name, now)
+
+
+def _attempt(attempt: Row, target: str) -> str:
+    is_call = attempt["kind"] == "call"
+    head = f"attempt {attempt['number']}" if is_call else f"looking for what attempt {attempt['number']} sent"
+    parts = [_CAME_TO.get(attempt["outcome"], str(attempt["outcome"]))]
+    if attempt["http_status"] is not None:
+        parts.insert(0, f"HTTP {attempt['http_status']}")
+    if attempt["duration_ms"] is not None:
+        parts.append(f"{attempt['duration_ms']} ms")
+    # What a CRM's status means is told by its code.
+    text = None if target == "crm" and attempt["http_status"] is not None else attempt["error"]
+    is_told = attempt["outcome"] in ("done", "absent", None)
+    return f"{head}: {', '.join(parts)}" + ("" if is_told else f" ({_problem(attempt['code'], text)})")
+
+
+def _foresee(found: Story, owed: Owed, name: str, now: str) -> None:
+    row = owed.row
+    if row["state"] == "dead":
+        _say_dead(found, row, name)
+        return
+    if row["state"] == "done":
+        if row["last_code"] == "not_pushed":
+            found.next.append(f"{name}: nothing is pushed to this account's CRM; GET /api/v1/events gives it the event")
+        return
+    if owed.hold is not None:
+        _say_held(found, owed.hold, f"{name} is", row["account_id"], row["target"])
+    elif row["claim_id"] is not None:
+        found.next.append(f"{name}: a call is in flight since {row['tried_at']}; it is taken back at {row['due']}")
+    elif owed.head is not None:
+        about = owed.head["message_id"] or owed.head["event_id"]
+        when = "its call is in flight" if owed.head["claim_id"] else f"whose next try is at {owed.head['due']}"
+        found.next.append(f"{name} waits behind {owed.head['id']} ({about}) of the same conversation, {when}")
+        found.advise(f"crmbridge explain {owed.head['id']}")
+    elif row["in_doubt"]:
+        found.next.append(f"{name}: look-up {row['look_ups'] + 1} in Instagram's conversation at {row['due']}")
+    else:
+        overdue = row["due"] < now
+        text = f"{name}: attempt {row['attempts'] + 1} at {row['due']}, given up after {row['expires_at']}"
+        found.next.append(text + ("; due, but its endpoint rests or is busy, or no worker runs" if overdue else ""))
+        if overdue:
+            found.advise("crmbridge check")
+
+
+def _say_held(found: Story, hold: Row, what: str, account_id: str, target: str) -> None:
+    until = f" until {hold['until']}" if hold["until"] else ""
+    found.next.append(
+        f"{what} held since {hold['since']}{until}, without ageing: {hold['reason'] or 'no reason given'}"
+    )
+    if "cause" in hold:  # a pause; what the account's status holds goes on when that is mended
+        found.advise(f"crmbridge account resume {account_id} --{_WHAT[target]}")
+    else:
+        found.next.append(f"PUT /api/v1/accounts/{account_id} with a new access_token, or status active, lets it go on")
+
+
+def _say_dead(found: Story, row: Row, name: str) -> None:
+    doubtful = row["target"] == "instagram" and row["last_code"] == "in_doubt"
+    if row["retry_asked_at"] is not None:
+        found.next.append(f"{name} is dead; since {row['retry_asked_at']} it waits to be let in behind live traffic")
+        return
+    found.next.append(f"{name} is dead since {row['finished_at']}: nothing happens by itself")
+    if row["gone"]:
+        found.next.append("it cannot be tried again: its content is gone by retention")
+        return
+    if doubtful:
+        found.next.append("it may have arrived: look into Instagram before it is sent again")
+    found.advise(f"crmbridge dlq retry {row['id']}" + (" --force" if doubtful else ""))
+
+
+# --- accounts and conversations ---
+
+
+def _account(db: Database, account_id: str, now: str) -> Story:
+    row = story.account(db, account_id)
+    subscribed = {1: "yes", 0: f"no: {row['subscription_error']}", None: "unknown"}[row["subscription_ok"]]
+    facts: dict[str, str | int | None] = {
+        "instagram_account_id": row["instagram_account_id"],
+        "username": row["username"],
+        "status": row["status"] + (f": {row['status_reason']}" if row["status_reason"] else ""),
+        "status_since": row["status_since"],
+        "crm_webhook_url": row["crm_webhook_url"] or "none: the CRM reads its events when it asks",
+        "subscribed": subscribed,
+        "token_checked_at": row["token_checked_at"],
+        "token_expires_at": row["token_expires_at"],
+        "deleted_at": row["deleted_at"],
+    }
+    found = Story("account", account_id, facts)
+    found.tell(row["created_at"], "created", "created here")
+    for seen in overview.accounts(db, account_id):
+        for target, name in overview.NAMES.items():
+            facts[f"pending_{name}"], facts[f"dead_{name}"] = seen[f"pending_{name}"], seen[f"dead_{name}"]
+            late = seen["latency"][name]
+            if late:
+                facts[f"{name}_last_hour"] = (
+                    f"{late['count']}, p50 {late['p50_ms']} ms, p95 {late['p95_ms']} ms, p99 {late['p99_ms']} ms"
+                )
+            hold = pauses.hold(db, row, target)
+            if hold is not None:
+                _say_held(found, hold, f"{_WHAT[target]} are", account_id, target)
+            if seen[f"dead_{name}"]:
+                path = "webhooks" if target == "crm" else "messages"
+                found.next.append(f"{seen[f'dead_{name}']} dead {name}; GET /api/v1/admin/dlq/{path} lists them")
+                found.advise("crmbridge dlq list")
+        found.tell(seen["last_event_at"], "heard", "Instagram's last word about it came")
+    for alert in alerts.everything(db):
+        if alert["account_id"] == account_id and alert["cleared_at"] is None:
+            found.next.append(f"alert {alert['kind']} is open since {alert['since']}: {alert['message']}")
+    for waiting in story.stuck(db, account_id, 5):
+        found.next.append(f"stuck since {waiting['since']}: {waiting['event']}, {waiting['why']}")
+        found.advise(waiting["to_type"])
+    found.steps.sort(key=lambda step: step.at)
+    return found
+
+
+def _conversation(db: Database, conversation_id: str) -> Story:
+    contact, rows = story.conversation(db, conversation_id)
+    found = Story("conversation", conversation_id, {"account": contact["account_id"], "contact": contact["contact"]})
+    for lane in story.waiting(db, contact):
+        found.facts[f"pending_{overview.NAMES[lane['target']]}"] = lane["number"]
+        if lane["head"]:
+            found.advise(f"crmbridge explain {lane['head']}")
+    for row in rows:
+        name = "send" if row["target"] == "instagram" else row["event"]
+        took = f" after {row['latency_ms']} ms" if row["latency_ms"] is not None else ""
+        code = f" ({row['last_code']})" if row["state"] != "done" and row["last_code"] else ""
+        about = row["message_id"] or row["event_id"]
+        text = f"{name} to {_FAR_SIDE[row['target']]}: {row['state']}{took}{code}; {about}"
+        found.tell(row["accepted_at"], row["state"], text)
+    return found

@@ -1,0 +1,102 @@
+"""What an operator looks at in the sqlite3 shell. Read-only; each row tells the command to type next."""
+
+from peewee import Database
+from playhouse.migrate import SchemaMigrator
+
+VIEWS = (
+    """
+    CREATE VIEW stuck AS  -- what is owed and not on its normal way: failing, held, or waiting for over a minute
+        SELECT waiting.id, waiting.account_id, waiting.contact, waiting.target, waiting.event,
+            CASE
+                WHEN pauses.since IS NOT NULL THEN 'paused: ' || COALESCE(pauses.reason, pauses.cause)
+                WHEN accounts.status = 'inactive' THEN 'the account is inactive'
+                WHEN accounts.status = 'error' AND waiting.target = 'instagram'
+                    THEN 'the account is in error: ' || COALESCE(accounts.status_reason, 'no reason given')
+                WHEN waiting.in_doubt THEN 'Instagram may have taken it; it is looked for'
+                WHEN waiting.ready = 0 THEN 'waits behind ' || COALESCE(head.id, 'nobody: the next sweep mends it')
+                WHEN waiting.attempts > 0 THEN 'failed ' || waiting.attempts || ' time(s)'
+                ELSE 'not tried yet: its endpoint rests or is busy, or no worker runs'
+            END AS why,
+            waiting.accepted_at AS since,
+            CASE WHEN pauses.since IS NULL AND waiting.ready > 0 THEN waiting.due END AS next_try,
+            waiting.expires_at AS gives_up_at,
+            waiting.attempts, waiting.last_code, waiting.last_http_status, waiting.last_error,
+            CASE WHEN pauses.since IS NOT NULL THEN 'crmbridge account resume ' || waiting.account_id
+                ELSE 'crmbridge explain ' || COALESCE(head.id, waiting.id) END AS to_type
+        FROM deliveries AS waiting
+        JOIN accounts ON accounts.id = waiting.account_id
+        LEFT JOIN pauses ON pauses.account_id = waiting.account_id AND pauses.target = waiting.target
+        LEFT JOIN deliveries AS head ON waiting.ready = 0 AND head.state = 'pending' AND head.ready = 1
+            AND head.target = waiting.target AND head.account_id = waiting.account_id AND head.contact = waiting.contact
+        WHERE waiting.state = 'pending' AND (
+            pauses.since IS NOT NULL OR accounts.status = 'inactive' OR waiting.in_doubt = 1
+            OR (accounts.status = 'error' AND waiting.target = 'instagram')
+            OR (waiting.attempts > 0 AND waiting.claim_id IS NULL) OR (head.attempts > 0 AND head.claim_id IS NULL)
+            OR waiting.accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 minute'))
+        UNION ALL
+        SELECT MIN(id), NULL, MIN(contact), 'crm', COUNT(*) || ' unrouted',
+            'no account here has the Instagram account id ' || instagram_account_id,
+            MIN(received_at), NULL, NULL, 0, NULL, NULL, NULL, 'crmbridge explain ' || MIN(id)
+        FROM inbound_events WHERE state = 'unrouted' GROUP BY instagram_account_id""",
+    """
+    CREATE VIEW dead AS  -- what was given up, until a person has it tried again
+        SELECT id, account_id, contact, target, event, COALESCE(message_id, event_id) AS about, finished_at AS died_at,
+            attempts, last_code, last_http_status, last_error, accepted_at, gone AS content_gone, retry_asked_at,
+            CASE WHEN gone THEN 'crmbridge explain ' || id
+                WHEN target = 'instagram' AND last_code = 'in_doubt' THEN 'crmbridge dlq retry ' || id || ' --force'
+                ELSE 'crmbridge dlq retry ' || id END AS to_type
+        FROM deliveries WHERE state = 'dead'""",
+    """
+    CREATE VIEW recent AS  -- every event for a CRM and every send, the newest first
+        SELECT accepted_at AS at, account_id, contact,
+            CASE target WHEN 'crm' THEN 'to the CRM' ELSE 'to Instagram' END AS way,
+            event, COALESCE(message_id, event_id) AS about, state, attempts, last_code, last_http_status,
+            finished_at, latency_ms, 'crmbridge explain ' || id AS to_type
+        FROM deliveries ORDER BY position DESC""",
+    """
+    CREATE VIEW slow AS  -- what took longer than five seconds to get there, the newest first
+        SELECT finished_at, latency_ms, account_id, contact, target, event, attempts, accepted_at, id,
+            'crmbridge explain ' || id AS to_type
+        FROM deliveries WHERE latency_ms > 5000 ORDER BY finished_at DESC""",
+    """
+    CREATE VIEW latency_last_hour AS  -- accepted to done, in milliseconds, of what a call did in the last hour
+        WITH done AS (
+            SELECT account_id, target, latency_ms,
+                ROW_NUMBER() OVER (PARTITION BY account_id, target ORDER BY latency_ms) AS place,
+                COUNT(*) OVER (PARTITION BY account_id, target) AS number
+            FROM deliveries
+            WHERE state <> 'pending' AND latency_ms IS NOT NULL
+                AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour'))
+        SELECT account_id, target, number AS count,
+            MIN(CASE WHEN place * 100 >= number * 50 THEN latency_ms END) AS p50_ms,
+            MIN(CASE WHEN place * 100 >= number * 95 THEN latency_ms END) AS p95_ms,
+            MIN(CASE WHEN place * 100 >= number * 99 THEN latency_ms END) AS p99_ms,
+            MAX(latency_ms) AS max_ms, 'crmbridge explain ' || account_id AS to_type
+        FROM done GROUP BY account_id, target, number""",
+    """
+    CREATE VIEW account_overview AS  -- one row for each account: what it waits for, what died, when it was last heard
+        SELECT id AS account_id, username, status, status_reason,
+            (SELECT since FROM pauses WHERE account_id = accounts.id AND target = 'crm') AS deliveries_paused_since,
+            (SELECT since FROM pauses WHERE account_id = accounts.id AND target = 'instagram') AS sends_paused_since,
+            (SELECT COUNT(*) FROM deliveries
+                WHERE state = 'pending' AND target = 'crm' AND account_id = accounts.id) AS pending_webhooks,
+            (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
+                WHERE state = 'pending' AND target = 'crm' AND account_id = accounts.id)) AS oldest_pending_webhook_at,
+            (SELECT COUNT(*) FROM deliveries
+                WHERE state = 'dead' AND target = 'crm' AND account_id = accounts.id) AS dead_webhooks,
+            (SELECT COUNT(*) FROM deliveries
+                WHERE state = 'pending' AND target = 'instagram' AND account_id = accounts.id) AS pending_sends,
+            (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
+                WHERE state = 'pending' AND target = 'instagram' AND account_id = accounts.id))
+                AS oldest_pending_send_at,
+            (SELECT COUNT(*) FROM deliveries
+                WHERE state = 'dead' AND target = 'instagram' AND account_id = accounts.id) AS dead_sends,
+            (SELECT MAX(received_at) FROM inbound_events WHERE account_id = accounts.id) AS last_event_at,
+            'crmbridge explain ' || id AS to_type
+        FROM accounts WHERE deleted_at IS NULL""",
+)
+
+
+def up(migrator: SchemaMigrator, db: Database) -> None:
+    for view in VIEWS:
+        db.execute_sql(view.strip())

@@ -1,0 +1,27 @@
+"""How the whole bridge is doing, read from the views that an operator sees."""
+
+from typing import Any
+
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Database, Row
+
+NAMES: dict[Target, str] = {"crm": "webhooks", "instagram": "sends"}
+
+
+def accounts(db: Database, account_id: str | None = None) -> list[Row]:
+    """Return each account, or one, with what it waits for, what died, and the latencies of its last hour."""
+    where, parameters = (" WHERE account_id = ?", [account_id]) if account_id else ("", [])
+    found = db.rows(f"SELECT * FROM account_overview{where} ORDER BY account_id", parameters)
+    late: dict[str, dict[str, Any]] = {}
+    for row in db.rows(f"SELECT * FROM latency_last_hour{where}", parameters):
+        shown = {name: row[name] for name in ("count", "p50_ms", "p95_ms", "p99_ms", "max_ms")}
+        late.setdefault(row["account_id"], {})[NAMES[row["target"]]] = shown
+    for row in found:
+        del row["to_type"]
+        row["latency"] = {name: late.get(row["account_id"], {}).get(name) for name in NAMES.values()}
+    return found
+
+
+def unrouted(db: Database) -> int:
+    """Return how many events wait for an account that is not here."""
+    return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))

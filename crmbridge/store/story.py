@@ -1,0 +1,163 @@
+"""What is known of one message, conversation or account, whatever id it is asked by. Only reads."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from crmbridge.store import pauses
+from crmbridge.store.database import Database, Row
+
+Kind = Literal["message", "event", "account", "conversation"]
+MEANINGS_MOST = 50
+_ITEMS = 20
+
+
+@dataclass(frozen=True)
+class Owed:
+    """A delivery with its attempts, and what it waits for: its account's hold, or the head of its lane."""
+
+    row: Row
+    attempts: list[Row]
+    hold: Row | None
+    head: Row | None
+
+
+@dataclass(frozen=True)
+class Life:
+    """A message that was sent (`message`) or something that came in (`event`), with all that became of it.
+
+    `heard` are the channel's echoes and receipts of it.
+    """
+
+    message: Row | None
+    event: Row | None
+    account: Row | None
+    conversation_id: str | None
+    transitions: list[Row]
+    heard: list[Row]
+    owed: list[Owed]
+
+
+def meanings(db: Database, given: str) -> list[tuple[Kind, str]]:
+    """Return what an id of any kind may mean: kind and our own id, at most `MEANINGS_MOST` and one."""
+    prefix, _, rest = given.partition("_")
+    found: list[tuple[Kind, str]] = []
+
+    def look(kind: Kind, sql: str, *parameters: Any) -> None:
+        for row in db.rows(f"{sql} LIMIT {MEANINGS_MOST + 1}", parameters):
+            if (kind, row["id"]) not in found:
+                found.append((kind, row["id"]))
+
+    if prefix == "msg":
+        look("message", "SELECT id FROM outbound_messages WHERE id = ?", given)
+        look("event", "SELECT id FROM inbound_events WHERE id = ?", f"evt_{rest}")
+    elif prefix == "evt":
+        look("event", "SELECT id FROM inbound_events WHERE id = ?", given)
+        look("message", "SELECT message_id AS id FROM deliveries WHERE event_id = ? AND message_id IS NOT NULL", given)
+    elif prefix == "dlv":
+        look("message", "SELECT message_id AS id FROM deliveries WHERE id = ? AND message_id IS NOT NULL", given)
+        look("event", "SELECT event_id AS id FROM deliveries WHERE id = ? AND message_id IS NULL", given)
+    elif prefix == "acc":
+        look("account", "SELECT id FROM accounts WHERE id = ?", given)
+    elif prefix == "cnv":
+        look("conversation", "SELECT conversation_id AS id FROM contacts WHERE conversation_id = ?", given)
+    if found:
+        return found
+    ours = "account_id IN (SELECT id FROM accounts)"
+    look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND instagram_message_id = ?", given)
+    if not found:  # its echoes and receipts belong to its own story
+        heard = f"SELECT id FROM inbound_events WHERE ({ours} OR account_id IS NULL) AND instagram_message_id = ?"
+        look("event", f"{heard} AND kind <> 'message.read'", given)
+    look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND idempotency_key = ?", given)
+    look("message", "SELECT id FROM outbound_messages WHERE correlation_id = ?", given)
+    look("event", "SELECT id FROM inbound_events WHERE correlation_id = ?", given)
+    look("conversation", f"SELECT conversation_id AS id FROM contacts WHERE {ours} AND contact = ?", given)
+    look("account", "SELECT id FROM accounts WHERE instagram_account_id = ?", given)
+    return found[: MEANINGS_MOST + 1]
+
+
+def of_message(db: Database, message_id: str) -> Life:
+    """Return what became of a message that a CRM asked us to send."""
+    message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
+    heard = db.rows(
+        "SELECT id, kind, state, occurred_at, received_at, repeats, repeated_at FROM inbound_events"
+        " WHERE account_id = ? AND instagram_message_id = ? ORDER BY received_at",
+        (message["account_id"], message["instagram_message_id"]),
+    )
+    transitions = db.rows("SELECT * FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,))
+    owed = db.rows("SELECT * FROM deliveries WHERE message_id = ? ORDER BY position", (message_id,))
+    return _life(db, message, None, message["account_id"], message["recipient_id"], transitions, heard, owed)
+
+
+def of_event(db: Database, event_id: str) -> Life:
+    """Return what became of something that the channel told us."""
+    event = _one(db, "SELECT * FROM inbound_events WHERE id = ?", event_id)
+    owed = db.rows("SELECT * FROM deliveries WHERE event_id = ? ORDER BY position", (event_id,))
+    return _life(db, None, event, event["account_id"], event["contact"], [], [], owed)
+
+
+def _life(
+    db: Database,
+    message: Row | None,
+    event: Row | None,
+    account_id: str | None,
+    contact: str,
+    transitions: list[Row],
+    heard: list[Row],
+    rows: list[Row],
+) -> Life:
+    account = db.row("SELECT * FROM accounts WHERE id = ?", (account_id,))
+    conversation_id = db.value(
+        "SELECT conversation_id FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
+    )
+    owed = [_owed(db, row, account) for row in rows]
+    return Life(message, event, account, conversation_id, transitions, heard, owed)
+
+
+def _owed(db: Database, row: Row, account: Row | None) -> Owed:
+    attempts = db.rows("SELECT * FROM delivery_attempts WHERE delivery_id = ? ORDER BY position", (row["id"],))
+    head = None
+    if row["state"] == "pending" and row["ready"] == 0:
+        head = db.row(
+            "SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
+            " AND ready = 1",
+            (row["target"], row["account_id"], row["contact"]),
+        )
+    return Owed(row, attempts, pauses.hold(db, account, row["target"]) if account else None, head)
+
+
+def account(db: Database, account_id: str) -> Row:
+    """Return an account, also a deleted one, without its secrets."""
+    row = _one(db, "SELECT * FROM accounts WHERE id = ?", account_id)
+    return {name: value for name, value in row.items() if not name.endswith("_sealed")}
+
+
+def stuck(db: Database, account_id: str, limit: int) -> list[Row]:
+    """Return what of an account is not on its normal way, the longest waiting first."""
+    return db.rows("SELECT * FROM stuck WHERE account_id = ? LIMIT ?", (account_id, limit))
+
+
+def conversation(db: Database, conversation_id: str) -> tuple[Row, list[Row]]:
+    """Return a contact, and the newest deliveries about it, oldest first."""
+    contact = _one(db, "SELECT * FROM contacts WHERE conversation_id = ?", conversation_id)
+    rows = db.rows(
+        "SELECT * FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY position DESC LIMIT ?",
+        (contact["account_id"], contact["contact"], _ITEMS),
+    )
+    return contact, rows[::-1]
+
+
+def waiting(db: Database, contact: Row) -> list[Row]:
+    """Return how many deliveries wait in each lane of a contact, and which is the head."""
+    return db.rows(
+        """
+        SELECT target, COUNT(*) AS number, MAX(CASE WHEN ready = 1 THEN id END) AS head FROM deliveries
+        WHERE state = 'pending' AND account_id = ? AND contact = ? GROUP BY target""",
+        (contact["account_id"], contact["contact"]),
+    )
+
+
+def _one(db: Database, sql: str, value: str) -> Row:
+    row = db.row(sql, (value,))
+    if row is None:
+        raise LookupError(value)
+    return row

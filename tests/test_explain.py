@@ -1,0 +1,202 @@
+"""``explain``: the story of a message that met every trouble, asked by any of its ids; on a set clock."""
+
+import json
+import re
+from typing import Any
+
+from crmbridge import config
+from crmbridge.events import instant
+from crmbridge.ops import explain
+from crmbridge.sandbox import wire
+from crmbridge.store import dead, deliveries, pauses
+from tests.rig import START_S, Rig
+from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
+from tests.test_cli import run
+
+README = (config.ROOT / "README.md").read_text()
+OTHER_CUSTOMER = "900000000000002"
+TRANSIENT = wire.error_body(2, "An unexpected error has occurred. Please retry your request later.")
+
+
+def stories(rig: Rig, given: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = explain.explain(rig.db, given, rig.now_s)["stories"]
+    return found
+
+
+def story(rig: Rig, given: str) -> dict[str, Any]:
+    (found,) = stories(rig, given)
+    return found
+
+
+def told(rig: Rig, given: str) -> str:
+    return explain._lines(story(rig, given))
+
+
+def troubled(rig: Rig) -> str:
+    """Have a send meet every trouble: doubt, errors, death, a person, a CRM that is down or refuses it, a reader."""
+    account = rig.account()
+    message_id = rig.send(account, "a secret offer")
+    rig.meta.fault("messages", drop=True)
+    rig.meta.fault("messages", times=3, status=500, body=TRANSIENT)
+    rig.live_through(100)
+    rig.crm.answer_always(503)  # down when it is to hear of the failure
+    rig.live_through(7)
+    rig.crm.answer_always(None)
+    rig.live_through(3600)
+    dead.revive(rig.db, dead_id(rig), rig.now_s, rig.patience)
+    rig.crm.answer(500, times=7, event="message.sent")
+    rig.live_through(1)
+    (sent,) = rig.meta.sent
+    rig.echo("a secret offer", str(sent.mid))
+    rig.echo("a secret offer", str(sent.mid))
+    for number in range(6):  # the CRM takes what others write
+        rig.say("hello", f"mid-{number}", contact=OTHER_CUSTOMER)
+        rig.live_through(10)
+    rig.hear(rig.item({"read": {"mid": sent.mid}}))
+    rig.live_through(600)
+    return message_id
+
+
+def dead_id(rig: Rig) -> str:
+    (row,) = rig.db.rows("SELECT id FROM deliveries WHERE state = 'dead'")
+    return str(row["id"])
+
+
+def normal(text: str) -> str:
+    """Leave out what differs from run to run: ids, durations, and where lines break."""
+    text = re.sub(r"\b(msg|evt|dlv|acc|cnv)_[0-9a-z]{26}\b", r"\1_ID", text)
+    text = re.sub(r"\baWdf\w+…?", "MID", text)
+    text = re.sub(r"\(trace [\w-]+\)", "(trace)", text)
+    return re.sub(r"\s+", " ", re.sub(r"\b\d+ ms\b", "N ms", text)).strip()
+
+
+def test_a_message_that_met_every_trouble_has_the_story_that_readme_shows(rig: Rig) -> None:
+    found = told(rig, troubled(rig))
+    shown = re.search(r"```\n\$ crmbridge explain [^\n]+\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    assert normal(found) == normal(shown[1])
+    assert max(len(line) for line in found.splitlines() if "aWdf" not in line) <= 110
+    for step in ("stepped_aside", "dead", "revived", "look_up"):
+        assert step in {entry["step"] for entry in story(rig, "key-0")["steps"]}
+
+
+def test_every_id_of_a_message_leads_to_its_story(rig: Rig) -> None:
+    message_id = troubled(rig)
+    ids = {message_id, "key-0", str(rig.meta.sent[0].mid)}
+    for row in rig.db.rows("SELECT id, event_id FROM deliveries WHERE message_id = ?", (message_id,)):
+        ids |= {row["id"], row["event_id"] or message_id}
+    assert len(ids) == 12
+    assert {story(rig, given)["id"] for given in ids} == {message_id}
+
+
+def test_every_id_of_what_a_customer_wrote_leads_to_its_story(rig: Rig) -> None:
+    rig.account()
+    (kept,) = rig.say("a secret question", "mid-1")
+    rig.drain()
+    row = rig.db.row("SELECT * FROM deliveries")
+    assert row is not None
+    assert kept.event_id is not None
+    ids = {kept.event_id, "msg_" + kept.event_id.removeprefix("evt_"), row["id"], "mid-1", "test"}
+    assert {story(rig, given)["id"] for given in ids} == {kept.event_id}
+    assert [step["step"] for step in story(rig, "mid-1")["steps"]] == ["occurred", "received", "owed", "call"]
+
+
+def test_an_account_and_a_conversation_have_stories(rig: Rig) -> None:
+    message_id = troubled(rig)
+    (conversation,) = stories(rig, CUSTOMER)
+    assert conversation == story(rig, conversation["id"])
+    assert len(conversation["steps"]) == 5
+    assert all(message_id in step["text"] for step in conversation["steps"])
+    account = story(rig, SHOP_ID)
+    assert account == story(rig, account["id"])
+    assert account["facts"]["dead_sends"] == 0
+    assert "secret" not in str(rig.db.rows("SELECT crm_webhook_url, id FROM accounts")) + str(account)
+
+
+def test_no_story_tells_what_a_message_says(rig: Rig) -> None:
+    troubled(rig)
+    rig.say("a secret question", "mid-secret")
+    asked = [row["id"] for row in rig.db.rows("SELECT id FROM inbound_events UNION SELECT id FROM outbound_messages")]
+    asked += [row["conversation_id"] for row in rig.db.rows("SELECT conversation_id FROM contacts")]
+    everything = json.dumps([explain.explain(rig.db, given, rig.now_s) for given in [*asked, SHOP_ID]])
+    assert "offer" not in everything
+    assert "question" not in everything
+    assert "sealed" not in everything
+
+
+def test_what_waits_says_for_whom_and_until_when(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    rig.say("one", "mid-1")
+    rig.say("two", "mid-2")
+    rig.live_through(2)
+    head = rig.db.value("SELECT id FROM deliveries ORDER BY position")
+    assert story(rig, "mid-1")["next"] == [
+        f"message.received: attempt 3 at {instant(rig.now_s + 1)}, given up after {instant(START_S + 86_400)}"
+    ]
+    (waits,) = story(rig, "mid-2")["next"]
+    assert f"waits behind {head} (evt_" in waits
+    assert story(rig, "mid-2")["to_type"] == [f"crmbridge explain {head}"]
+    rig.now_s += 3600
+    assert "no worker runs" in story(rig, "mid-1")["next"][0]
+    now = instant(rig.now_s)
+    rig.db.write(
+        lambda: pauses.pause(rig.db, account["id"], "crm", cause="operator", reason="moving", until=None, now=now)
+    )
+    assert story(rig, "mid-1")["next"] == [f"message.received is held since {now}, without ageing: moving"]
+    assert story(rig, account["id"])["to_type"][0] == f"crmbridge account resume {account['id']} --deliveries"
+
+
+def test_a_call_in_flight_a_doubt_and_a_death_in_doubt_are_told(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    rig.claim(row, account)
+    assert "a call is in flight since" in story(rig, message_id)["next"][0]
+    rig.engine.recover()
+    assert "broken off" in told(rig, message_id)
+    assert story(rig, message_id)["next"][0].startswith("send: look-up 1 in Instagram's conversation at ")
+    rig.meta.fault("conversations", times=10_000, status=503, body="")
+    rig.live_through(25 * 3600)
+    found = story(rig, message_id)
+    assert "it may have arrived: look into Instagram before it is sent again" in found["next"]
+    assert found["to_type"] == [f"crmbridge dlq retry {row['id']} --force"]
+
+
+def test_what_came_for_nobody_or_changed_something_else_is_told(rig: Rig) -> None:
+    account = rig.account()
+    (stray,) = rig.hear_body(wire.webhook_body(wire.envelope(OTHER_ID, 1, rig.item({"message": {"mid": "stray"}}))))
+    assert stray.event_id is not None
+    assert "no account here has the Instagram account id" in story(rig, stray.event_id)["next"][0]
+    message_id = rig.send(account, "hello")
+    rig.drain()
+    (echo,) = rig.echo("hello", str(rig.meta.sent[0].mid))
+    assert echo.event_id is not None
+    assert story(rig, echo.event_id)["next"][0].startswith("nothing: it changed the status")
+    assert "Instagram's echo showed it" in told(rig, message_id)
+
+
+def test_an_id_of_many_things_lists_them(rig: Rig) -> None:
+    rig.account()
+    for number in range(60):
+        rig.say("hello", f"mid-{number}", contact=f"80{number}")
+    found = explain.explain(rig.db, "test", rig.now_s)
+    assert (found["stories"], len(found["others"])) == ([], 51)
+    assert found["others"][0]["to_type"].startswith("crmbridge explain evt_")
+    assert explain.explain(rig.db, "nothing", rig.now_s) == {"id": "nothing", "stories": [], "others": []}
+
+
+def test_the_command_and_the_api_tell_the_same(shop: Shop) -> None:
+    message_id = shop.send("hello", "explained-1").json()["message_id"]
+    shop.meta.wait_sent(1)
+    shop.crm.wait(2, where=lambda entry: entry.event.get("message_id") == message_id)
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)])
+    answer = shop.call("GET", f"/api/v1/admin/explain/{message_id}", key=shop.admin_key)
+    assert answer.status_code == 200
+    (found,) = answer.json()["stories"]
+    assert shop.bridge.command("explain", "explained-1") == explain._lines(found)
+    assert shop.call("GET", f"/api/v1/admin/explain/{message_id}").status_code == 403
+    unknown = shop.call("GET", "/api/v1/admin/explain/msg_nothing", key=shop.admin_key)
+    assert (unknown.status_code, unknown.json()["error"]) == (404, "id_not_found")
+    done = run(shop.database.parent.parent, "explain", "msg_nothing")
+    assert (done.returncode, "nothing here has the id" in done.stdout) == (1, True)

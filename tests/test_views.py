@@ -1,0 +1,142 @@
+"""The views and README's queries, through the real sqlite3 program, while the bridge works."""
+
+import re
+import subprocess
+import threading
+
+import pytest
+
+from crmbridge import config
+from crmbridge.store import overview
+from tests.rig import Rig
+from tests.shop import OTHER_ID, SHOP_ID, Shop
+
+QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
+MAY_BE_EMPTY = {"What was slow?", "Which alerts are open?"}
+VIEWS = ("stuck", "dead", "recent", "slow", "account_overview", "latency_last_hour", "webhook_deliveries")
+
+
+def sqlite(shop: Shop, *words: str) -> str:
+    done = subprocess.run(
+        ["sqlite3", "-readonly", str(shop.database), *words], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def load(shop: Shop, end: threading.Event) -> None:
+    number = 0
+    while not end.wait(0.01):
+        number += 1
+        shop.meta.customer_says(SHOP_ID, f"70{number % 50}", f"hello {number}")
+
+
+def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> None:
+    shop, end = fresh_shop, threading.Event()
+    shop.crm.answer(401, event="message.sent")
+    shop.meta.customer_says(SHOP_ID, "900000000000001", "good day")
+    shop.meta.customer_says(OTHER_ID, "900000000000001", "nobody is here")
+    shop.send("good day to you", "key-1")
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(1,)])
+    shop.meta.fault("messages", status=403)
+    shop.send("this fails", "key-2")
+    shop.wait_rows("SELECT COUNT(*) FROM outbound_messages WHERE status = 'failed'", [(1,)])
+    path = f"/api/v1/accounts/{shop.account_id}/pause"
+    assert shop.call("POST", path, {"what": ["sends"], "reason": "the shop is closed"}).status_code == 200
+    shop.send("this waits", "key-3")
+    thread = threading.Thread(target=load, args=(shop, end))
+    thread.start()
+    try:
+        found = {question: sqlite(shop, query) for question, query in QUERIES}
+        shown = {view: sqlite(shop, f".schema {view}") for view in VIEWS}
+    finally:
+        end.set()
+        thread.join()
+    assert len(QUERIES) > 15
+    assert {question for question, rows in found.items() if not rows} <= MAY_BE_EMPTY
+    assert f"crmbridge account resume {shop.account_id}" in found["What is stuck, since when, and why?"]
+    assert "no account here has the Instagram account id" in found["What is stuck, since when, and why?"]
+    assert f"crmbridge explain {shop.account_id}" in found["How late are we?"]
+    assert "crmbridge dlq retry dlv_" in found["What died today?"]
+    assert all(text.startswith("CREATE VIEW") and "--" in text.splitlines()[0] for text in shown.values())
+
+
+def test_every_row_of_a_view_says_what_to_type(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(401)
+    rig.say("one", "mid-1")
+    rig.drain()
+    rig.crm.answer_always(503)
+    rig.say("two", "mid-2")
+    rig.say("three", "mid-3")
+    rig.live_through(7)
+    rig.crm.answer_always(None)
+    rig.live_through(20)
+    rig.crm.answer_always(503)
+    rig.say("four", "mid-4")
+    rig.drain()
+    for view in ("stuck", "dead", "recent", "slow", "account_overview"):
+        found = rig.db.rows(f"SELECT to_type FROM {view}")
+        assert found, view
+        assert all(re.match(r"crmbridge (explain|dlq retry) (dlv|acc)_", row["to_type"]) for row in found), view
+
+
+def test_stuck_shows_what_is_not_on_its_normal_way_alone(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("well", "mid-1")
+    rig.drain()
+    rig.send(account)
+    rig.drain()
+    assert rig.db.rows("SELECT * FROM stuck") == []
+    rig.crm.answer_always(503)
+    rig.say("ill", "mid-2")
+    rig.say("behind it", "mid-3")
+    rig.pass_s(1)
+    ill, behind = rig.db.rows("SELECT * FROM stuck ORDER BY id")
+    assert (ill["why"], ill["last_http_status"]) == ("failed 1 time(s)", 503)
+    assert behind["why"] == f"waits behind {ill['id']}"
+    assert behind["to_type"] == f"crmbridge explain {ill['id']}"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM stuck LIMIT 20",
+        "SELECT * FROM dead LIMIT 20",
+        "SELECT * FROM recent LIMIT 20",
+        "SELECT * FROM recent WHERE account_id = 'a' AND contact = 'c' LIMIT 20",
+        "SELECT * FROM slow LIMIT 20",
+        "SELECT * FROM latency_last_hour",
+        "SELECT * FROM account_overview",
+        "SELECT id FROM outbound_messages WHERE correlation_id = 'x'",
+        "SELECT id FROM inbound_events WHERE correlation_id = 'x'",
+        "SELECT id FROM outbound_messages WHERE account_id IN (SELECT id FROM accounts) AND idempotency_key = 'x'",
+        "SELECT * FROM deliveries WHERE account_id = 'a' AND contact = 'c' ORDER BY position DESC LIMIT 20",
+    ],
+)
+def test_no_question_reads_a_whole_table(rig: Rig, query: str) -> None:
+    plan = [row["detail"] for row in rig.db.rows(f"EXPLAIN QUERY PLAN {query}")]
+    large = ("deliveries", "waiting", "head", "inbound_events", "outbound_messages", "delivery_attempts")
+    scans = [step for step in plan if step.startswith("SCAN") and step.split()[1] in large]
+    # In the order of its rows with a limit, or over an index that holds only what is asked for.
+    partial = ("deliveries_expiry", "deliveries_dead_account", "deliveries_slow", "inbound_unrouted")
+    assert not [step for step in scans if not step.endswith(partial) and "FROM recent LIMIT" not in query]
+
+
+def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
+    account = rig.account()
+
+    def fill() -> None:
+        for number in range(1, 101):
+            values = {"contact": "c", "sequence": number, "event": "e", "ready": 1, "due": "", "correlation_id": "x"}
+            values |= {"id": f"dlv_{number}", "target": "crm", "account_id": account["id"], "state": "done"}
+            rig.db.insert("deliveries", {**values, "accepted_at": "", "expires_at": "", "latency_ms": number})
+        rig.db.run("UPDATE deliveries SET finished_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-59 minutes')")
+        rig.db.run("UPDATE deliveries SET finished_at = '2020-01-01T00:00:00.000Z' WHERE latency_ms > 50")
+
+    rig.db.write(fill)
+    (row,) = overview.accounts(rig.db)
+    assert row["latency"] == {
+        "webhooks": {"count": 50, "p50_ms": 25, "p95_ms": 48, "p99_ms": 50, "max_ms": 50},
+        "sends": None,
+    }
