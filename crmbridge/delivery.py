@@ -129,6 +129,7 @@ class Engine:
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
         linger_s: float = 2.0,
+        down_after_s: float = 900.0,
     ) -> None:
         self._db = db
         self._senders = senders
@@ -138,6 +139,7 @@ class Engine:
         self._monotonic = monotonic
         self._jitter = jitter
         self._linger_s = linger_s  # a drain sleeps this long for the next due row; Huey's schedule is coarser
+        self._down_after_s = down_after_s
         self._endpoints = Endpoints(limits)
         self._pool = _started_pool(schedule.senders)
         self._changed = threading.Condition()
@@ -263,6 +265,9 @@ class Engine:
         answered = outcome.kind in ("refused", "absent") or (outcome.kind == "retry" and outcome.counts)
         if outcome.kind == "done" or (claimed.target == "instagram" and answered):
             change = self._endpoints.worked(endpoint, now_s)
+            self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id)
+            if claimed.target == "crm":
+                self._alarm.clear("crm_unauthorized", account=claimed.account_id)
         elif outcome.kind == "retry" and claimed.kind == "call":
             change = self._endpoints.failed(
                 endpoint,
@@ -275,6 +280,10 @@ class Engine:
             )
             if outcome.after_s is not None and claimed.target == "instagram":
                 self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))
+        failing_s = self._endpoints.failing_s(endpoint, now_s)
+        if failing_s >= self._down_after_s:
+            problem = f"it has been failing since {instant(now_s - failing_s)}; the last try: {outcome.message}"
+            self._alarm.alert(f"{claimed.target}_down", problem, account=claimed.account_id)
         if change in ("broken", "recovered"):
             log.warning(
                 f"endpoint.{change}",
@@ -371,7 +380,7 @@ class Engine:
     def _report(self, entry: Finished, now_s: float) -> None:
         claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
         latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
-        write = log.info if outcome.kind == "done" else log.warning
+        write = log.info if outcome.kind == "done" else log.error if verdict.state == "dead" else log.warning
         write(
             "delivery.attempted",
             delivery=claimed.id,
@@ -407,9 +416,9 @@ class Engine:
         if outcome.alert:
             self._alarm.alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
         elif verdict.state == "dead" and claimed.target == "crm":
-            problem = f"a delivery to the CRM of {claimed.account_id} is dead: {outcome.message}"
+            problem = f"delivery {claimed.id} to the CRM is dead: {outcome.message}"
             self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
-        elif verdict.state == "dead" and claimed.kind == "look_up":
+        elif verdict.state == "dead" and outcome.code == "in_doubt":
             problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
             self._alarm.alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
 

@@ -43,7 +43,7 @@ class _State:
     failures: int = 0
     worked_s: float = 0.0
     broken: bool = False
-    broken_since_s: float = 0.0
+    failing_since_s: float = 0.0
     probes: int = 0
     rests_until_s: float = 0.0
     behind: str | None = None
@@ -119,6 +119,11 @@ class Endpoints:
         """Tell whether an endpoint is believed to be down."""
         return self._state(endpoint).broken
 
+    def failing_s(self, endpoint: Endpoint, now_s: float) -> float:
+        """Return for how long an endpoint has done nothing but fail, in seconds; 0 after a success."""
+        state = self._state(endpoint)
+        return now_s - state.failing_since_s if state.failures else 0.0
+
     def started(self, endpoint: Endpoint, *, is_retry: bool, is_replay: bool = False) -> None:
         """Count a call that begins."""
         state = self._state(endpoint)
@@ -159,14 +164,14 @@ class Endpoints:
         before this one, at `previous_s`, the far side works and it is this row that it cannot take.
         """
         state = self._state(endpoint)
+        if not state.failures:
+            state.failing_since_s = now_s
         state.failures += 1
         was_broken = state.broken
         others_pass = previous_s is not None and state.worked_s > previous_s
         state.broken = was_broken or (is_worn and not others_pass) or state.failures >= _BREAK_AFTER
         if not state.broken:
             return None
-        if not was_broken:
-            state.broken_since_s = now_s
         if was_broken and not was_head:
             return None  # the second half of one probe
         pauses = self._limits.probe_s
@@ -194,7 +199,7 @@ class Endpoints:
             state.worked_s += seconds
             state.counted_s += seconds
             state.replays_counted_s += seconds
-            state.broken_since_s += seconds
+            state.failing_since_s += seconds
 
     def _state(self, endpoint: Endpoint) -> _State:
         return self._states.setdefault(endpoint, _State())

@@ -44,9 +44,13 @@ class Upkeep:
 
     def expire(self) -> None:
         """End what could not even be tried in its time."""
-        for account, rows in turn.expire(self._db, self._clock(), self._patience).items():
-            problem = f"{rows} deliveries of {account} are dead: the far side was unavailable for too long"
-            self._alarm.alert("dead_letter", problem, account=account)
+        for (target, code, account), rows in turn.expire(self._db, self._clock(), self._patience).items():
+            log.error("delivery.expired", target=target, account=account, code=code, deliveries=rows)
+            problem = f"{rows} could not even be tried in time: the far side was unavailable for too long"
+            if target == "crm":
+                self._alarm.alert("dead_letter", problem, account=account, causes=rows)
+            elif code == "in_doubt":
+                self._alarm.alert("in_doubt", problem, account=account, causes=rows)
 
     def resume(self) -> bool:
         """End the pauses whose time has come; tell whether there were any."""
@@ -63,10 +67,8 @@ class Upkeep:
         return ended
 
     def beat(self) -> None:
-        """Write the worker's heartbeat; say so when the disk is full."""
+        """Write the worker's heartbeat."""
         vitals.beat(self._db, "worker", self._clock())
-        if self._db.is_full:
-            self._alarm.alert("disk_full", "the disk is full: nothing new is taken until there is space")
 
     def prune(self) -> None:
         """Erase texts and rows that are older than retention says."""

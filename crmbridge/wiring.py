@@ -115,6 +115,7 @@ def make_worker(rooms: Rooms) -> Any:
     from crmbridge.delivery import Engine, Schedule
     from crmbridge.endpoints import Limits
     from crmbridge.upkeep import Upkeep
+    from crmbridge.watch import Watch
     from crmbridge.worker import Job, Worker
 
     if not rooms.db.take_worker_lock():
@@ -138,11 +139,19 @@ def make_worker(rooms: Rooms) -> Any:
         per_s={"instagram": delivery.instagram_sends_per_s},
         replay_per_s=delivery.replay_per_s,
     )
-    engine = Engine(rooms.db, make_senders(rooms), schedule, limits, rooms.alerts)
+    engine = Engine(
+        rooms.db,
+        make_senders(rooms),
+        schedule,
+        limits,
+        rooms.alerts,
+        down_after_s=rooms.settings.alerts.endpoint_down_after_s,
+    )
     recovered = engine.recover()
     if recovered:
         log.warning("worker.recovered", deliveries=recovered)
     upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts)
+    watch = Watch(rooms.db, rooms.settings.alerts, rooms.alerts)
     worker: Worker
 
     def ring() -> None:
@@ -155,9 +164,12 @@ def make_worker(rooms: Rooms) -> Any:
     jobs = [
         Job("ring", 5, ring),
         Job("beat", 10, upkeep.beat),
+        Job("disk", 10, watch.disk),
         Job("resume", 10, resume),
         Job("sweep", 60, upkeep.sweep),
         Job("expire", 60, upkeep.expire),
+        Job("look", 60, watch.look),
+        Job("listen", 3600, watch.listen),
         Job("prune", 3600, upkeep.prune),
     ]
     worker = Worker(

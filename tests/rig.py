@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from crmbridge.store import accounts, database, deliveries, inbound, messages
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
+from crmbridge.watch import Watch
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 
 START_S = 1_800_000_000.0
@@ -74,10 +76,19 @@ class Rig:
         self.rooms = wiring.open_rooms(self.settings)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alarm = Recorder(self.db, lambda: self.now_s)
-        self.alerts, self.cleared = self.alarm.raised, self.alarm.cleared
         self.engine = self.make_engine()
         self._keys = itertools.count()
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
+
+    @property
+    def alerts(self) -> list[tuple[str, str]]:
+        """The causes of alerts so far, as (kind, message)."""
+        return self.alarm.raised
+
+    @property
+    def cleared(self) -> list[str]:
+        """The kinds of the all-clears so far."""
+        return self.alarm.cleared
 
     def make_engine(self, limits: Limits = LIMITS, **changes: Any) -> Engine:
         """Return an engine on the rig's clock, with real senders; a second one stands for a second worker."""
@@ -93,6 +104,10 @@ class Rig:
             jitter=lambda: 1.0,
             linger_s=0,
         )
+
+    def watch(self, **limits: Any) -> Watch:
+        """Return what looks for trouble, on the rig's clock."""
+        return Watch(self.db, replace(self.settings.alerts, **limits), self.alarm, clock=lambda: self.now_s)
 
     def account(self, instagram_account_id: str = SHOP_ID, **changes: Any) -> dict[str, Any]:
         """Store an account as the API would, without asking Instagram."""

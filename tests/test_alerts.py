@@ -13,8 +13,11 @@ import pytest
 from crmbridge import log
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
+from crmbridge.events import instant
 from crmbridge.sandbox import LoopbackServer
+from crmbridge.store import accounts, database, dead, turn
 from crmbridge.store import alerts as record
+from crmbridge.upkeep import Upkeep
 from tests.rig import START_S, Recorder, Rig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,3 +282,233 @@ def _news(**changes: Any) -> telling.News:
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (61, "1 min"), (7500, "2 h 5 min"), (266_400, "3 d 2 h")])
 def test_durations_are_told_as_people_say_them(seconds: float, words: str) -> None:
     assert telling.span(seconds) == words
+
+
+# --- the real causes ---
+
+
+def passing(rig: Rig, office: Office, seconds: float) -> None:
+    """Live through a while as the worker does, its alerts told at the end."""
+    rig.live_through(seconds)
+    office.pass_s(0)
+
+
+def test_dead_letters_are_told_and_their_end_too(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    rig.crm.answer_always(500)
+    rig.say("the CRM cannot take this", "mid-1")
+    passing(rig, office, 25 * 3600)
+    rig.watch().look()
+    office.pass_s(10)
+    assert ("raised", "dead_letter") in office.posted
+    assert ("cleared", "dead_letter") not in office.posted
+    rig.crm.answer_always(None)
+    dead.revive(rig.db, rig.db.value("SELECT id FROM deliveries WHERE state = 'dead'"), rig.now_s, rig.patience)
+    rig.drain()
+    rig.watch().look()
+    office.pass_s(10)
+    assert ("cleared", "dead_letter") in office.posted
+    assert office.alarm.opened("dead_letter") == {}
+    assert account["id"] in str(record.everything(rig.db))
+
+
+def test_ten_thousand_dead_letters_make_a_handful_of_alerts(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    rig.say("the first", "mid-1")
+    template = rig.db.rows("SELECT * FROM deliveries")[0]
+
+    def owe_many() -> None:
+        for number in range(10_000):
+            copy = {**template, "position": None, "id": f"dlv_{number:05}", "contact": f"9{number:05}"}
+            rig.db.insert("deliveries", copy)
+
+    rig.db.write(owe_many)
+    rig.now_s += 25 * 3600
+    upkeep = Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=lambda: rig.now_s)
+    upkeep.expire()
+    office.pass_s(2 * DAY_S)
+    assert office.posted == [("raised", "dead_letter")]
+    assert "10,001 times" in office.letters[0]
+    assert office.alarm.opened("dead_letter").keys() == {account["id"]}
+
+
+def test_a_401_is_told_and_the_next_success_ends_it(rig: Rig, office: Office) -> None:
+    rig.account()
+    rig.crm.answer(401)
+    rig.say("one", "mid-1")
+    rig.drain()
+    office.pass_s(10)
+    rig.say("two", "mid-2")
+    rig.drain()
+    office.pass_s(10)
+    assert office.posted == [("raised", "crm_unauthorized"), ("cleared", "crm_unauthorized")]
+
+
+@pytest.mark.parametrize("target", ["crm", "instagram"])
+def test_an_endpoint_that_is_down_for_long_is_told_and_its_recovery_too(rig: Rig, office: Office, target: str) -> None:
+    account = rig.account()
+    if target == "crm":
+        rig.crm.answer_always(503)
+        rig.say("one", "mid-1")
+    else:
+        rig.meta.fault("messages", times=10_000, status=503, body="")
+        rig.send(account)
+    passing(rig, office, 890)
+    assert office.posted == []
+    passing(rig, office, 1500)
+    assert office.posted == [("raised", f"{target}_down")]
+    if target == "crm":
+        rig.crm.answer_always(None)
+    else:
+        rig.meta.clear_faults()
+    passing(rig, office, 1200)
+    assert office.posted == [("raised", f"{target}_down"), ("cleared", f"{target}_down")]
+
+
+def test_an_endpoint_that_nothing_waits_for_any_more_is_not_called_down(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    rig.say("one", "mid-1")
+    passing(rig, office, 2000)
+    rig.watch().look()
+    assert rig.cleared == []
+    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
+    rig.watch().look()
+    office.pass_s(10)
+    assert office.posted == [("raised", "crm_down"), ("cleared", "crm_down")]
+
+
+def test_a_send_in_doubt_is_told_until_it_is_settled(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", drop=True, after_effect=True)
+    rig.meta.fault("conversations", times=10_000, status=500)
+    message_id = rig.send(account)
+    passing(rig, office, 25 * 3600)
+    assert rig.status(message_id)["error"]["code"] == "in_doubt"
+    assert [posted for posted in office.posted if posted[1] == "in_doubt"] == [("raised", "in_doubt")]
+    rig.watch().look()
+    rig.meta.clear_faults()
+    died = rig.db.value("SELECT id FROM deliveries WHERE state = 'dead' AND target = 'instagram'")
+    dead.revive(rig.db, died, rig.now_s, rig.patience, force=True)
+    rig.watch().look()
+    office.pass_s(10)
+    assert [posted for posted in office.posted if posted[1] == "in_doubt"][1:] == [("cleared", "in_doubt")]
+
+
+def test_a_fault_of_our_own_is_over_after_an_hour_without_one(rig: Rig, office: Office) -> None:
+    rig.account(webhook_secret_sealed="not sealed by this key")
+    rig.say("one", "mid-1")
+    rig.drain()
+    office.pass_s(3500)
+    assert office.posted == [("raised", "system_fault")]
+    office.pass_s(200)
+    assert office.posted == [("raised", "system_fault"), ("cleared", "system_fault")]
+
+
+def test_a_disk_with_little_space_is_told_and_its_relief_too(rig: Rig, office: Office) -> None:
+    rig.watch(disk_free_mb=0).disk()
+    assert rig.alerts == []
+    rig.watch(disk_free_mb=1_000_000_000).disk()
+    office.pass_s(10)
+    assert "MB are free on the disk of" in office.letters[0]
+    free_mb = rig.db.sizes()["disk_free_bytes"] / 1_000_000
+    rig.watch(disk_free_mb=free_mb * 0.9).disk()  # more than the limit, but not by a quarter
+    office.pass_s(10)
+    assert office.posted == [("raised", "disk_nearly_full")]
+    rig.watch(disk_free_mb=free_mb * 0.5).disk()
+    office.pass_s(10)
+    assert office.posted == [("raised", "disk_nearly_full"), ("cleared", "disk_nearly_full")]
+
+
+def test_a_full_disk_is_told_and_that_there_is_space_again(
+    rig: Rig, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.watch().disk()
+    rig.db._run_full()
+    rig.watch().disk()
+    office.pass_s(10)
+    assert office.posted == [("raised", "disk_full")]
+    monkeypatch.setattr(database, "_LOOK_FOR_SPACE_S", 0)
+    rig.watch().disk()
+    office.pass_s(10)
+    assert office.posted == [("raised", "disk_full"), ("cleared", "disk_full")]
+
+
+def talk(rig: Rig, days: int, hours: tuple[int, ...]) -> None:
+    """Have a customer write at these hours of each of the days to come."""
+    begin_s = rig.now_s
+    for day in range(days):
+        for hour in hours:
+            rig.now_s = begin_s + day * DAY_S + hour * 3600
+            rig.say("hello", f"mid-{day}-{hour}")
+
+
+def test_an_account_that_usually_talks_and_falls_silent_is_told_of(rig: Rig, office: Office) -> None:
+    rig.account()
+    talk(rig, 10, (1, 5, 9))  # no pause over 16 hours
+    watch = rig.watch()
+    for _ in range(48):
+        rig.now_s += 3600
+        watch.listen()
+    assert rig.alerts == []
+    for _ in range(24):
+        rig.now_s += 3600
+        watch.listen()
+        office.pass_s(0)
+    assert office.posted == [("raised", "silence")]
+    assert "until then no pause was over 16 hours" in office.letters[0]
+    watch.look()
+    rig.say("back again", "mid-back")
+    watch.look()
+    office.pass_s(10)
+    assert office.posted == [("raised", "silence"), ("cleared", "silence")]
+
+
+@pytest.mark.parametrize(
+    ("days", "hours", "silent_h", "limit_h"),
+    [
+        pytest.param(6, (1, 9), 500, 24, id="talks on too few days"),
+        pytest.param(10, (1,), 71, 24, id="three days' pause of one that talks once a day"),
+        pytest.param(10, tuple(range(24)), 23, 24, id="no sooner than the limit"),
+        pytest.param(10, (1, 9), 500, 0, id="switched off"),
+    ],
+)
+def test_silence_that_is_usual_is_no_alert(
+    rig: Rig, days: int, hours: tuple[int, ...], silent_h: int, limit_h: int
+) -> None:
+    rig.account()
+    talk(rig, days, hours)
+    rig.now_s += silent_h * 3600
+    rig.watch(silence_hours=limit_h).listen()
+    assert rig.alerts == []
+
+
+def test_a_token_that_ends_is_told_of_three_times_and_then_that_it_is_dead(rig: Rig, office: Office) -> None:
+    account = rig.account(token_expires_at=instant(rig.now_s + 20 * DAY_S))
+    watch = rig.watch()
+
+    def live(days: int) -> list[tuple[str, str]]:
+        told = len(office.posted)
+        for _ in range(days * 24):
+            watch.listen()
+            watch.look()
+            office.pass_s(3600)
+        return office.posted[told:]
+
+    assert live(5) == []
+    assert live(5) == [("raised", "token_expiring")]
+    assert live(5) == [("repeated", "token_expiring")]
+    assert live(4) == []
+    assert live(3) == [("repeated", "token_expiring"), ("raised", "token_dead")]
+    fresh = {"token_expires_at": instant(rig.now_s + 60 * DAY_S), "token_checked_at": instant(rig.now_s)}
+    accounts.update(rig.db, account["id"], fresh, instant(rig.now_s), rig.patience)
+    assert sorted(live(1)) == [("cleared", "token_dead"), ("cleared", "token_expiring")]
+
+
+def test_a_deleted_account_has_no_open_alerts(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    for kind in KINDS:
+        raise_some(office, kind=kind, account=account["id"])
+    turn.delete_account(rig.db, account["id"], rig.now_s)
+    rig.watch().look()
+    assert sorted(rig.cleared) == sorted(KINDS)

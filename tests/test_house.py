@@ -15,7 +15,7 @@ FLOORS = (
     {"endpoints"},
     {"store", "instagram", "crm"},
     {"alerts"},
-    {"delivery", "upkeep", "ops"},
+    {"delivery", "upkeep", "watch", "ops"},
     {"worker", "web"},
     {"wiring"},
     {"__main__"},

@@ -31,9 +31,16 @@ class Alarm(Protocol):
     """What the other rooms see of the alerts. All may be called from any thread, often, and hold nobody up."""
 
     def alert(
-        self, kind: str, message: str, *, account: str | None = None, todo: str | None = None, **facts: Any
+        self,
+        kind: str,
+        message: str,
+        *,
+        account: str | None = None,
+        todo: str | None = None,
+        causes: int = 1,
+        **facts: Any,
     ) -> None:
-        """Raise an alert of a kind, or count one more cause of the one that is open; `todo` is what to type."""
+        """Raise an alert of a kind, or count more causes of the one that is open; `todo` is what to type."""
 
     def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
         """Give the all-clear, if such an alert is open."""
@@ -109,9 +116,16 @@ class Alerts:
     # --- raising: memory and the log, nothing else ---
 
     def alert(
-        self, kind: str, message: str, *, account: str | None = None, todo: str | None = None, **facts: Any
+        self,
+        kind: str,
+        message: str,
+        *,
+        account: str | None = None,
+        todo: str | None = None,
+        causes: int = 1,
+        **facts: Any,
     ) -> None:
-        """Raise an alert, or count one more cause of the one that is open."""
+        """Raise an alert, or count more causes of the one that is open."""
         key, now_s = (kind, account or ""), self._clock()
         with self._changed:
             known = self._alerts.get(key)
@@ -119,11 +133,11 @@ class Alerts:
                 known.quiet_s, known.last_s, known.todo = None, now_s, todo
                 if kind_of(kind).once and known.message == message:
                     return
-                known.count, known.message = known.count + 1, message
+                known.count, known.message = known.count + causes, message
                 self._note(key, now_s + _SAVE_EVERY_S)
                 return
             reopened = known is not None and now_s - (known.cleared_s or 0) < self._repeat_after_s
-            self._alerts[key] = _Alert(message, now_s, now_s, todo, reopened=reopened)
+            self._alerts[key] = _Alert(message, now_s, now_s, todo, causes, reopened=reopened)
             self._note(key, now_s)
             self._wake()
         log.alert(f"alert.{kind}", state="raised", message=message, account=account, todo=todo, **facts)

@@ -1,5 +1,6 @@
 """One turn of the engine in one transaction: record what came back, claim what is free."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -208,9 +209,9 @@ def recover(db: Database, terms: Terms) -> int:
     return db.write_last(job)
 
 
-def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
-    """End what waited past its time without being tried; return how many rows of each account that were."""
-    ended: dict[str, int] = {}
+def expire(db: Database, now_s: float, patience: Patience) -> dict[tuple[str, str, str], int]:
+    """End what waited past its time without being tried; return how many rows by target, code and account."""
+    ended = Counter[tuple[str, str, str]]()
     now, before = instant(now_s), instant(now_s - _EXPIRY_GRACE_S)
     problem = "not delivered in time: the far side was unavailable"
 
@@ -224,7 +225,7 @@ def expire(db: Database, now_s: float, patience: Patience) -> dict[str, int]:
             if row["target"] == "instagram":
                 messages.fail(db, row["message_id"], code, problem, now, patience)
                 inbound.release_held(db, row["account_id"], row["contact"], now, patience)
-            ended[row["account_id"]] = ended.get(row["account_id"], 0) + 1
+            ended[row["target"], code, row["account_id"]] += 1
 
     # What is held is passed over, too: outside the write lock.
     while found := deliveries.expired(db, before, _EXPIRE_AT_ONCE):

@@ -1,0 +1,115 @@
+"""Looks for what no single delivery shows: a disk that fills, an account fallen silent, a token that ends; and for
+alerts whose cause is gone. Every job is safe to run at any time."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+from crmbridge.alerts import Alarm
+from crmbridge.alerts.kinds import KINDS
+from crmbridge.config import Alerts
+from crmbridge.errors import Unavailable
+from crmbridge.events import epoch_s, instant
+from crmbridge.store import accounts, vitals
+from crmbridge.store import alerts as record
+from crmbridge.store.database import Database, Row
+
+_HOUR_S, _DAY_S = 3600, 86_400
+_MB = 1_000_000
+_USUAL_DAYS, _TALKING_DAYS, _TIMES_LONGEST = 14, 7, 3
+_TOKEN_DAYS = (1, 7, 14)
+
+
+class Watch:
+    """The jobs, with the database, the limits of ``[alerts]`` and the clock they work by."""
+
+    def __init__(self, db: Database, limits: Alerts, alarm: Alarm, *, clock: Callable[[], float] = time.time) -> None:
+        self._db = db
+        self._limits = limits
+        self._alarm = alarm
+        self._clock = clock
+
+    def disk(self) -> None:
+        """Tell of a disk that is full or nearly, and of one that has space again."""
+        if self._db.is_full:  # only a write finds out that there is space again, and none may come
+            with contextlib.suppress(Unavailable):
+                vitals.probe(self._db, self._clock())
+        if self._db.is_full:
+            self._alarm.alert("disk_full", "the disk is full: nothing new is taken until there is space")
+        else:
+            self._alarm.clear("disk_full")
+        free_mb = self._db.sizes()["disk_free_bytes"] / _MB
+        if free_mb < self._limits.disk_free_mb:
+            problem = f"{free_mb:.0f} MB are free on the disk of {self._db.path}"
+            self._alarm.alert("disk_nearly_full", problem)
+        elif free_mb >= self._limits.disk_free_mb * 1.25:
+            self._alarm.clear("disk_nearly_full", message=f"{free_mb:.0f} MB are free")
+
+    def look(self) -> None:
+        """Give the all-clear for alerts whose cause is gone."""
+        for kind in KINDS:
+            for account_id, since in self._alarm.opened(kind).items():
+                account = accounts.find(self._db, account_id) if account_id else None
+                if account_id and account is None:
+                    self._alarm.clear(kind, account=account_id, message="the account was deleted")
+                elif account is not None and self._is_over(kind, account, since):
+                    self._alarm.clear(kind, account=account_id)
+
+    def _is_over(self, kind: str, account: Row, since: str) -> bool:
+        if kind == "dead_letter":
+            return not record.has_dead(self._db, "crm", account["id"])
+        if kind == "in_doubt":
+            return not record.has_dead(self._db, "instagram", account["id"])
+        if kind == "crm_down":
+            return not record.has_pending(self._db, "crm", account["id"])
+        if kind == "instagram_down":
+            return not record.has_pending(self._db, "instagram", account["id"])
+        if kind == "silence":
+            return account["status"] != "active" or (record.last_heard(self._db, account["id"]) or "") > since
+        if kind == "token_dead":
+            return (account["token_checked_at"] or "") > since and self._token_left_s(account) > 0
+        return False
+
+    def listen(self) -> None:
+        """Tell of accounts that have fallen silent and of tokens that end."""
+        for account in accounts.everyone(self._db):
+            if account["status"] == "active":
+                self._listen_to(account)
+            self._watch_token(account)
+
+    def _listen_to(self, account: Row) -> None:
+        last, now_s = record.last_heard(self._db, account["id"]), self._clock()
+        if last is None or not self._limits.silence_hours:
+            return
+        if now_s - epoch_s(last) < self._limits.silence_hours * _HOUR_S:
+            return
+        hours = record.active_hours(self._db, account["id"], instant(epoch_s(last) - _USUAL_DAYS * _DAY_S))
+        pause_h = usual_pause_h(hours)
+        if pause_h is not None and now_s - epoch_s(last) > pause_h * _TIMES_LONGEST * _HOUR_S:
+            problem = (
+                f"nothing has come from Instagram since {last[:16]}Z; until then no pause was over {pause_h} hours"
+            )
+            self._alarm.alert("silence", problem, account=account["id"])
+
+    def _watch_token(self, account: Row) -> None:
+        left_s, ends = self._token_left_s(account), account["token_expires_at"]
+        step = next((days for days in _TOKEN_DAYS if left_s <= days * _DAY_S), None)
+        if left_s <= 0:
+            self._alarm.alert("token_dead", f"the access token ended at {ends[:16]}Z", account=account["id"])
+        elif step is not None:
+            problem = f"the access token ends at {ends[:16]}Z, in less than {step} day{'s' if step > 1 else ''}"
+            self._alarm.alert("token_expiring", problem, account=account["id"])
+        else:
+            self._alarm.clear("token_expiring", account=account["id"])
+
+    def _token_left_s(self, account: Row) -> float:
+        ends = account["token_expires_at"]
+        return float("inf") if ends is None else epoch_s(ends) - self._clock()
+
+
+def usual_pause_h(hours: Sequence[int]) -> int | None:
+    """Return an account's longest pause between active hours, in hours; None when it was active on too few days."""
+    if len({hour // 24 for hour in hours}) < _TALKING_DAYS:
+        return None
+    return max(later - earlier for earlier, later in itertools.pairwise(hours))
