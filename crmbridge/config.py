@@ -168,6 +168,8 @@ class Retention:
     text_days: int = _key(7, _whole(1, 3_650))
     metadata_days: int = _key(90, _whole(7, 3_650))
     unrouted_days: int = _key(7, _whole(1, 3_650))
+    unrouted_max: int = _key(10_000, _whole(0, 10_000_000))
+    max_mb: int = _key(2_048, _whole(0, 1_000_000))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.config import Retention
+from crmbridge.errors import Unavailable
 from crmbridge.events import instant
-from crmbridge.store import accounts, inbound, pauses, turn, vitals
+from crmbridge.store import accounts, inbound, pauses, retention, turn, vitals
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
 _DAY_S = 86_400
+_MB = 2**20
+_KEY_DAYS = 7  # the channel repeats events for days, and CRMs their sends
+_LARGE_LOG_BYTES = 32 * _MB
 
 
 class Upkeep:
@@ -20,17 +24,19 @@ class Upkeep:
     def __init__(
         self,
         db: Database,
-        retention: Retention,
+        retain: Retention,
         patience: Patience,
         alarm: Alarm,
         *,
         clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._db = db
-        self._retention = retention
+        self._retention = retain
         self._patience = patience
         self._alarm = alarm
         self._clock = clock
+        self._pause = pause
 
     def sweep(self) -> None:
         """Give headless lanes a head, and route events whose account came after them."""
@@ -71,17 +77,41 @@ class Upkeep:
         vitals.beat(self._db, "worker", self._clock())
 
     def prune(self) -> None:
-        """Erase texts and rows that are older than retention says."""
+        """Take the texts and rows that are older, or more, than retention says."""
+        now_s, kept = self._clock(), self._retention
 
         def before(days: int) -> str:
-            return instant(self._clock() - days * _DAY_S)
+            return instant(now_s - days * _DAY_S)
 
-        kept = self._retention
-        touched = vitals.prune(
-            self._db,
+        terms = retention.Terms(
             texts_before=before(kept.text_days),
             rows_before=before(kept.metadata_days),
             unrouted_before=before(kept.unrouted_days),
+            keys_before=before(_KEY_DAYS),
+            unrouted_most=kept.unrouted_max,
+            bytes_most=kept.max_mb * _MB,
         )
-        if touched:
-            log.info("retention.pruned", rows=touched, **self._db.sizes())
+        swept = retention.sweep(self._db, terms, pause=self._pause)
+        if swept.unrouted:
+            log.warning("unrouted.dropped", events=swept.unrouted)
+        if swept.texts or swept.rows or swept.pages:
+            log.info(
+                "retention.pruned", texts=swept.texts, rows=swept.rows, pages_freed=swept.pages, **self._db.sizes()
+            )
+        if swept.is_large:
+            problem = f"the database is larger than [retention] max_mb = {kept.max_mb}, and nothing more may go"
+            self._alarm.alert("database_large", problem)
+            log.warning("storage.database_large", max_mb=kept.max_mb, used_bytes=self._db.used_bytes())
+        elif swept.is_large is False:
+            self._alarm.clear("database_large")
+
+    def checkpoint(self) -> None:
+        """Carry the database's log over; say so when it grows all the same."""
+        try:
+            carried = self._db.checkpoint()
+        except Unavailable as error:
+            log.warning("storage.checkpoint_failed", error=error.message)
+            return
+        size = self._db.sizes()["wal_bytes"]
+        if not carried and size > _LARGE_LOG_BYTES:
+            log.warning("storage.wal_large", wal_bytes=size, cause="a long read of the database")

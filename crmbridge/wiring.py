@@ -170,7 +170,8 @@ def make_worker(rooms: Rooms) -> Any:
         Job("expire", 60, upkeep.expire),
         Job("look", 60, watch.look),
         Job("listen", 3600, watch.listen),
-        Job("prune", 3600, upkeep.prune),
+        Job("prune", 60, upkeep.prune),
+        Job("checkpoint", 60, upkeep.checkpoint),
     ]
     worker = Worker(
         engine,

@@ -142,7 +142,7 @@ class Worker:
         self._drain_task = self._huey.task(name="drain")(self._drain)
         for job in jobs:
             self._register(job)
-        self._consumer = _Consumer(self._huey, workers=2, scheduler_interval=1)
+        self._consumer = _Consumer(self._huey, workers=3, scheduler_interval=1)
         self._threads: list[threading.Thread] = []
         self._bell: socket.socket | None = None
 

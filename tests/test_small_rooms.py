@@ -1,4 +1,4 @@
-"""Ids, times, keys, the vault, signatures, the log and retention."""
+"""Ids, times, keys, the vault, signatures and the log."""
 
 import base64
 import hashlib
@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from crmbridge import apikey, crm, events, log, signing, vault
 from crmbridge.errors import Misconfigured, TooMany
-from crmbridge.store import vitals
-from tests.rig import START_S, Rig
+from tests.rig import START_S
 
 
 def test_ids_rise_and_do_not_repeat() -> None:
@@ -177,33 +176,3 @@ def test_a_logged_exception_shows_where_but_not_what(lines: io.StringIO) -> None
     assert "exception=ValueError" in lines.getvalue()
     assert "test_small_rooms.py" in lines.getvalue()
     assert "customer wrote" not in lines.getvalue()
-
-
-def test_retention_erases_texts_then_rows_and_never_what_is_owed(rig: Rig) -> None:
-    account = rig.account()
-    rig.say("old and delivered", "mid-1")
-    rig.send(account, "old and sent")
-    rig.drain()
-    rig.drain()
-    rig.crm.answer_always(500)
-    rig.say("old and owed", "mid-2", contact="900000000000002")
-    day_s = 86_400
-
-    def prune(days: float) -> None:
-        rig.now_s = START_S + days * day_s
-        before = {"texts_before": 7, "rows_before": 90, "unrouted_before": 7}
-        vitals.prune(rig.db, **{name: events.instant(rig.now_s - age * day_s) for name, age in before.items()})
-
-    prune(8)
-    stored = [path.read_bytes() for path in rig.db.path.parent.glob("bridge.db")]
-    texts = rig.db.rows("SELECT payload FROM inbound_events ORDER BY id")
-    assert [bool(row["payload"]) for row in texts] == [False, True], stored
-    assert rig.db.value("SELECT content FROM outbound_messages") is None
-    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE body IS NOT NULL AND state <> 'pending'") == 0
-    prune(91)
-    assert rig.db.value("SELECT COUNT(*) FROM inbound_events") == 1
-    for table in ("outbound_messages", "status_transitions", "delivery_attempts"):
-        assert rig.db.value(f"SELECT COUNT(*) FROM {table}") == 0
-    rig.crm.answer_always(None)
-    rig.drain()
-    assert rig.taken()[-1].event["message"] == "old and owed"

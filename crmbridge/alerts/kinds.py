@@ -97,6 +97,12 @@ KINDS = {
         "there is space again",
         lasting=True,
     ),
+    "database_large": Kind(
+        "the database is larger than [retention] max_mb, though nothing more of it may go",
+        "look for what is owed: crmbridge dlq list, and accounts whose CRM is down; or raise max_mb",
+        "it is smaller than that",
+        lasting=True,
+    ),
     "system_fault": Kind(
         "the bridge itself failed at something",
         "look for 'error' in the log around that time, and report it",

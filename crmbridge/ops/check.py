@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crmbridge import config, vault
 from crmbridge.errors import Misconfigured
-from crmbridge.store import accounts, database
+from crmbridge.store import accounts, database, retention
 
 
 def run(settings: config.Settings, source: Path) -> int:
@@ -46,6 +46,9 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
         sizes = db.sizes()
         told = ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:.1f}" for name, size in sizes.items())
         found.append(("ok", f"sizes in MB: {told}"))
+        if sizes["free_bytes"] > retention.SPARE_BYTES and not db.can_shrink():
+            todo = f'sqlite3 {settings.store.path} "PRAGMA auto_vacuum = incremental; VACUUM"'
+            found.append(("warning", f"the file cannot shrink; while the service is stopped: {todo}"))
         if db.is_full:
             found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
         everyone = accounts.everyone(db)

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -141,16 +141,21 @@ class Database:
     def write_last(self, job: Callable[[], T]) -> T:
         """Like `write`, alone in its transaction and after the writes that wait already; also on a full disk."""
         ticket = _Ticket(job)
-        self._turn.acquire()
-        try:
+        with self._turn_taken():
             self._commit_waiting()  # once: those that come meanwhile must not hold it up for ever
             was_full = self._is_full
             self._commit([ticket])
             if self._is_full and not was_full:  # the reserve was freed just now
                 self._commit([ticket])
+        return ticket.result()
+
+    @contextlib.contextmanager
+    def _turn_taken(self) -> Iterator[None]:
+        self._turn.acquire()
+        try:
+            yield
         finally:
             self._pass_on()
-        return ticket.result()
 
     def _pass_on(self) -> None:
         """End this thread's turn; whoever waits first may lead the next one.
@@ -264,6 +269,34 @@ class Database:
     def sizes(self) -> dict[str, int]:
         """Return what is on the disk: database_bytes, wal_bytes, free_bytes of it to use again, disk_free_bytes."""
         return sqlite.sizes(self._db, self.path)
+
+    def free_bytes(self) -> int:
+        """Return what of the file is free to be used again."""
+        return sqlite.page_bytes(self._db, "freelist_count")
+
+    def used_bytes(self) -> int:
+        """Return what of the file is in use."""
+        return sqlite.page_bytes(self._db, "page_count") - self.free_bytes()
+
+    def can_shrink(self) -> bool:
+        """Tell whether the file gives free pages back to the disk; one made by an early version does not."""
+        return sqlite.can_shrink(self._db)
+
+    def shrink(self, pages: int) -> int:
+        """Give up to so many free pages back to the disk; return how many there were."""
+        return self.write_last(lambda: sqlite.shrink(self._db, pages))
+
+    def checkpoint(self) -> bool:
+        """Carry the log over into the database; False when a long read stood in the way of some of it.
+
+        Nobody writes meanwhile, in no process. Raises Unavailable when it cannot be done.
+        """
+        with self._turn_taken():
+            try:
+                with self._file_lock.held():
+                    return sqlite.checkpoint(self._db)
+            except _BROKEN as error:
+                raise _unavailable(error) from error
 
     def close_thread(self) -> None:
         """Close the calling thread's connection."""

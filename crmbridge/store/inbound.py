@@ -104,7 +104,10 @@ def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -
         state = _apply_echo(db, account, row, now, patience)
     else:
         state = _forward(db, account, row, now, patience)
-    db.run("UPDATE inbound_events SET state = ?, account_id = ? WHERE id = ?", (state, account["id"], row["id"]))
+    changed: Row = {"state": state, "account_id": account["id"]}
+    if state == "noted":  # nobody is owed its content
+        changed["payload"] = None
+    db.update("inbound_events", changed, "id = ?", [row["id"]])
     return state
 
 

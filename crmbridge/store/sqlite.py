@@ -14,7 +14,9 @@ _CACHE_KIB = 1024
 _CHECKPOINT_PAGES = 1000
 # Without a worker that checkpoints, a writer takes over before the log grows past about 64 MB.
 _CHECKPOINT_PAGES_OTHERS = 16_000
+_LOG_BYTES = 8 * 2**20  # what a log that had to grow keeps once it begins anew
 BUSY_TIMEOUT_S = 4.0  # Meta waits five seconds for its answer
+_INCREMENTAL = 2
 _RESERVE_BYTES = 4 * 1024 * 1024
 
 
@@ -26,12 +28,14 @@ def connect(path: Path) -> SqliteDatabase:
     return SqliteDatabase(
         str(path),
         pragmas={
+            "auto_vacuum": "incremental",  # takes effect when the file is made
             "journal_mode": "wal",
             "synchronous": "full",
             "cache_size": -_CACHE_KIB,
             "foreign_keys": 0,
             "temp_store": "memory",
             "wal_autocheckpoint": _CHECKPOINT_PAGES_OTHERS,
+            "journal_size_limit": _LOG_BYTES,
         },
         timeout=BUSY_TIMEOUT_S,
         autoconnect=True,
@@ -49,13 +53,37 @@ def sizes(database: SqliteDatabase, path: Path) -> dict[str, int]:
     return {
         "database_bytes": path.stat().st_size,
         "wal_bytes": log.stat().st_size if log.exists() else 0,
-        "free_bytes": _number(database, "freelist_count") * _number(database, "page_size"),
+        "free_bytes": page_bytes(database, "freelist_count"),
         "disk_free_bytes": disk.f_bavail * disk.f_frsize,
     }
 
 
 def _number(database: SqliteDatabase, pragma: str) -> int:
     return int(database.execute_sql(f"PRAGMA {pragma}").fetchone()[0])
+
+
+def page_bytes(database: SqliteDatabase, pragma: str) -> int:
+    """Return the size of the pages that a pragma counts."""
+    return _number(database, pragma) * _number(database, "page_size")
+
+
+def can_shrink(database: SqliteDatabase) -> bool:
+    """Tell whether the file was made so that free pages can be given back."""
+    return _number(database, "auto_vacuum") == _INCREMENTAL
+
+
+def shrink(database: SqliteDatabase, pages: int) -> int:
+    """Give up to so many free pages back to the disk, inside a write; return how many there were."""
+    before = _number(database, "freelist_count")
+    for _ in range(min(pages, before)):  # Python's sqlite3 ends this pragma after its first page
+        database.execute_sql("PRAGMA incremental_vacuum(1)")
+    return before - _number(database, "freelist_count")
+
+
+def checkpoint(database: SqliteDatabase) -> bool:
+    """Carry the log over into the database without waiting for readers; tell whether all of it was."""
+    busy, in_log, carried = database.execute_sql("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return not busy and in_log == carried
 
 
 LAST_POSITION = "SELECT seq FROM sqlite_sequence WHERE name = 'deliveries'"

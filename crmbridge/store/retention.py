@@ -1,0 +1,209 @@
+"""What grows old: texts first, then rows, never what is owed; in steps so small that nobody waits for them.
+
+What may go is read outside the write lock, from indexes that lead straight to it; each step looks again before it
+takes anything.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crmbridge.store.database import Database
+
+_STEP_S = 0.004  # what a step aims at, inside its transaction
+_REST = 4  # times as long as a step took, its commit included, the others have the disk to themselves
+_FEWEST, _MOST = 10, 500
+SPARE_BYTES = 16 * 2**20  # of the file stays free, to be used again
+_PAGES = 64
+_EVER = "9999"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Up to when what is kept: times as text; `bytes_most` of pages in use, 0 for no bound."""
+
+    texts_before: str
+    rows_before: str
+    unrouted_before: str
+    keys_before: str  # nothing that tells a repetition goes before this
+    unrouted_most: int
+    bytes_most: int
+
+
+@dataclass
+class Swept:
+    """What a run took: deliveries' texts, unrouted events' payloads, rows, and pages given back to the disk.
+
+    `is_large`: nothing more may go, and it is over its bound all the same. None when there was no time to find out.
+    """
+
+    texts: int = 0
+    unrouted: int = 0
+    rows: int = 0
+    pages: int = 0
+    is_large: bool | None = None
+
+
+def sweep(db: Database, terms: Terms, *, budget_s: float = 10, pause: Callable[[float], None] = time.sleep) -> Swept:
+    """Take what is old, or too much, as far as the time goes."""
+    swept, run = Swept(), _Run(db, time.monotonic() + budget_s, pause)
+
+    def is_large() -> bool:
+        return 0 < terms.bytes_most < db.used_bytes()
+
+    for state in ("done", "dead"):
+        swept.texts += run.work_off(_texts(state, terms.texts_before))
+    swept.unrouted += run.work_off(_unrouted(terms.unrouted_before))
+    swept.unrouted += run.work_off(_unrouted(_EVER), most=_count_unrouted(db) - terms.unrouted_most)
+    swept.rows += run.work_off(_deliveries(terms.rows_before))
+    swept.rows += run.work_off(_events("noted", terms.rows_before))
+    swept.rows += run.work_off(_events("dropped", min(terms.unrouted_before, terms.keys_before)))
+    swept.texts += run.work_off(_texts("done", _EVER), go_on=is_large)
+    swept.rows += run.work_off(_deliveries(terms.keys_before), go_on=is_large)
+    swept.rows += run.work_off(_events("noted", terms.keys_before), go_on=is_large)
+    swept.is_large = None if run.is_over() else is_large()
+    while db.can_shrink() and db.free_bytes() > SPARE_BYTES and not run.is_over():
+        swept.pages += run.step(lambda: db.shrink(_PAGES))
+    return swept
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Rows that may go: the query for the keys of the first ones, and what takes them inside a write."""
+
+    sql: str
+    parameters: tuple[Any, ...]
+    take: Callable[[Database, Sequence[Any]], int]
+
+
+class _Run:
+    """Steps with pauses between them until the time is up."""
+
+    def __init__(self, db: Database, until_s: float, pause: Callable[[float], None]) -> None:
+        self._db = db
+        self._until_s = until_s
+        self._pause = pause
+
+    def work_off(self, kind: _Kind, *, most: int | None = None, go_on: Callable[[], bool] = lambda: True) -> int:
+        """Take rows of a kind, at most that many, for as long as `go_on` says; return how many there were."""
+        size, total = _FEWEST * 5, 0
+        while (most is None or total < most) and not self.is_over() and go_on():
+            at_once = size if most is None else min(size, most - total)
+            keys = [
+                next(iter(row.values())) for row in self._db.rows(f"{kind.sql} LIMIT ?", (*kind.parameters, at_once))
+            ]
+            if not keys:
+                break
+            inside_s = 0.0
+
+            def job(keys: Sequence[Any] = keys) -> int:
+                nonlocal inside_s
+                began = time.monotonic()
+                touched = kind.take(self._db, keys)
+                inside_s = time.monotonic() - began
+                return touched
+
+            total += self.step(lambda job=job: self._db.write_last(job))  # type: ignore[misc]
+            faster = min(max(_STEP_S / max(inside_s, 1e-6), 0.5), 2.0)
+            size = round(min(max(size * faster, _FEWEST), _MOST))
+        return total
+
+    def is_over(self) -> bool:
+        """Tell whether the rest is for the next run."""
+        return time.monotonic() >= self._until_s
+
+    def step(self, work: Callable[[], int]) -> int:
+        """Do one step, then pause for the others."""
+        began = time.monotonic()
+        done = work()
+        self._pause(_REST * (time.monotonic() - began))
+        return done
+
+
+def _marks(keys: Sequence[Any]) -> str:
+    return ", ".join("?" * len(keys))
+
+
+# A dead one that was asked for again waits for its turn: it is owed.
+_FINISHED = "finished_at < ? AND retry_asked_at IS NULL"
+
+
+def _texts(state: str, before: str) -> _Kind:
+    """What finished deliveries said, and what they were made of."""
+    old = f"gone = 0 AND state = ? AND {_FINISHED}"
+
+    def take(db: Database, positions: Sequence[Any]) -> int:
+        rows = db.rows(
+            f"SELECT position, target, event_id, message_id FROM deliveries"
+            f" WHERE position IN ({_marks(positions)}) AND {old}",
+            (*positions, state, before),
+        )
+        events = [row["event_id"] for row in rows if row["target"] == "crm"]
+        sends = [row["message_id"] for row in rows if row["target"] == "instagram"]
+        db.run(f"UPDATE inbound_events SET payload = NULL WHERE id IN ({_marks(events)})", events)
+        db.run(f"UPDATE outbound_messages SET content = NULL WHERE id IN ({_marks(sends)})", sends)
+        taken = [row["position"] for row in rows]
+        return db.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
+
+    return _Kind(f"SELECT position FROM deliveries WHERE {old} ORDER BY finished_at", (state, before), take)
+
+
+def _deliveries(before: str) -> _Kind:
+    """Finished deliveries with their attempts and what they were made of."""
+    old = f"state <> 'pending' AND {_FINISHED}"
+
+    def take(db: Database, positions: Sequence[Any]) -> int:
+        rows = db.rows(
+            f"SELECT position, id, event_id, message_id FROM deliveries"
+            f" WHERE position IN ({_marks(positions)}) AND {old}",
+            (*positions, before),
+        )
+        ids, taken = [row["id"] for row in rows], [row["position"] for row in rows]
+        events = [row["event_id"] for row in rows if row["event_id"]]
+        messages = list({row["message_id"] for row in rows if row["message_id"]})
+        db.run(f"DELETE FROM delivery_attempts WHERE delivery_id IN ({_marks(ids)})", ids)
+        touched = db.run(f"DELETE FROM deliveries WHERE position IN ({_marks(taken)})", taken)
+        db.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(events)})", events)
+        # A message stays as long as anything is known of what became of it.
+        db.run(
+            f"DELETE FROM outbound_messages WHERE id IN ({_marks(messages)})"
+            " AND NOT EXISTS (SELECT 1 FROM deliveries WHERE message_id = outbound_messages.id)",
+            messages,
+        )
+        db.run(
+            f"DELETE FROM status_transitions WHERE message_id IN ({_marks(messages)})"
+            " AND NOT EXISTS (SELECT 1 FROM outbound_messages WHERE id = status_transitions.message_id)",
+            messages,
+        )
+        return touched
+
+    return _Kind(f"SELECT position FROM deliveries WHERE {old} ORDER BY finished_at", (before,), take)
+
+
+_OLD_EVENTS = "state = ? AND received_at < ?"
+
+
+def _events(state: str, before: str) -> _Kind:
+    """Events that led to no delivery."""
+
+    def take(db: Database, ids: Sequence[Any]) -> int:
+        where = f"id IN ({_marks(ids)}) AND {_OLD_EVENTS}"
+        return db.run(f"DELETE FROM inbound_events WHERE {where}", (*ids, state, before))
+
+    return _Kind(f"SELECT id FROM inbound_events WHERE {_OLD_EVENTS} ORDER BY received_at", (state, before), take)
+
+
+def _unrouted(before: str) -> _Kind:
+    """What unrouted events said; they stay as keys, by which their repetitions are known."""
+
+    def take(db: Database, ids: Sequence[Any]) -> int:
+        where = f"id IN ({_marks(ids)}) AND {_OLD_EVENTS}"
+        return db.update("inbound_events", {"state": "dropped", "payload": None}, where, [*ids, "unrouted", before])
+
+    sql = f"SELECT id FROM inbound_events WHERE {_OLD_EVENTS} ORDER BY received_at"
+    return _Kind(sql, ("unrouted", before), take)
+
+
+def _count_unrouted(db: Database) -> int:
+    return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))
