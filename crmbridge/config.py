@@ -134,6 +134,8 @@ class Instagram:
     graph_url: str = _key("https://graph.instagram.com/v26.0", _url)
     app_secrets: tuple[str, ...] = _key((), _words, secret=True)
     verify_token: str = _key("", _text, secret=True)
+    comments: bool = _key(False, _flag)
+    mentions: bool = _key(False, _flag)
     connect_timeout_s: float = _key(5.0, _seconds(0.1, 60))
     timeout_s: float = _key(30.0, _seconds(1, 300))
 

@@ -331,6 +331,7 @@ class Attachment(_Answer):
     url: str | None
     title: str | None
     instagram_id: str | None
+    payload: dict[str, Any] | None
 
 
 class StoryReference(_Answer):
@@ -344,17 +345,72 @@ class ReplyReference(_Answer):
     story: StoryReference | None
 
 
-class _CrmMessage(_CrmEvent):
-    message_id: MessageId
-    sender_id: str
+class QuickReplyChoice(_Answer):
+    payload: str | None
+
+
+class Referral(_Answer):
+    ref: str | None
+    source: str | None
+    type: str | None
+    ad_id: str | None
+    product_id: str | None
+    ad: dict[str, Any] | None
+
+
+class Reaction(_Answer):
+    action: str
+    name: str | None
+    emoji: str | None
+
+
+class Postback(_Answer):
+    title: str | None
+    payload: str | None
+
+
+class Edit(_Answer):
+    number: int | None
+
+
+class Comment(_Answer):
+    id: str
+    parent_id: str | None
+    username: str | None
+    media_id: str | None
+    media_type: str | None
+    ad_id: str | None
+
+
+class Mention(_Answer):
+    media_id: str | None
+    comment_id: str | None
+
+
+class _CrmInbound(_CrmEvent):
+    """What every event of the channel has; `message_id` names the message that the event is or is about."""
+
+    message_id: MessageId | None
+    sender_id: str | None
     sender_username: str | None
-    recipient_id: str
+    recipient_id: str | None
     message: str | None
     message_type: str
     instagram_message_id: str | None
-    conversation_id: str
+    conversation_id: str | None
     attachments: list[Attachment]
+    window_expires_at: Timestamp | None
+
+
+class _CrmMessage(_CrmInbound):
+    message_id: MessageId
+    sender_id: str
+    recipient_id: str
+    conversation_id: str
     reply_to: ReplyReference | None
+    quick_reply: QuickReplyChoice | None
+    referral: Referral | None
+    is_self: bool
 
 
 class MessageReceived(_CrmMessage):
@@ -365,16 +421,44 @@ class MessageEcho(_CrmMessage):
     event: Literal["message.echo"]
 
 
-class MessageUnsupported(_CrmEvent):
+class MessageReaction(_CrmInbound):
+    event: Literal["message.reaction"]
+    reaction: Reaction
+
+
+class MessagePostback(_CrmInbound):
+    event: Literal["message.postback"]
+    postback: Postback
+    referral: Referral | None
+    is_self: bool
+
+
+class MessageEdited(_CrmInbound):
+    event: Literal["message.edited"]
+    edit: Edit
+
+
+class MessageDeleted(_CrmInbound):
+    event: Literal["message.deleted"]
+
+
+class MessageReferral(_CrmInbound):
+    event: Literal["message.referral"]
+    referral: Referral
+
+
+class CommentReceived(_CrmInbound):
+    event: Literal["comment.received"]
+    comment: Comment
+
+
+class MentionReceived(_CrmInbound):
+    event: Literal["mention.received"]
+    mention: Mention
+
+
+class MessageUnsupported(_CrmInbound):
     event: Literal["message.unsupported"]
-    message_id: MessageId
-    sender_id: str | None
-    sender_username: str | None
-    message: None
-    message_type: Literal["unsupported"]
-    instagram_message_id: str | None
-    conversation_id: str | None
-    attachments: list[Attachment]
     raw: Any
 
 
@@ -391,7 +475,14 @@ class MessageStatusEvent(_CrmEvent):
 CRM_EVENTS: dict[str, type[_CrmEvent]] = {
     "message.received": MessageReceived,
     "message.echo": MessageEcho,
+    "message.reaction": MessageReaction,
+    "message.postback": MessagePostback,
+    "message.edited": MessageEdited,
+    "message.deleted": MessageDeleted,
+    "message.referral": MessageReferral,
     "message.unsupported": MessageUnsupported,
+    "comment.received": CommentReceived,
+    "mention.received": MentionReceived,
     "message.sent": MessageStatusEvent,
     "message.delivered": MessageStatusEvent,
     "message.read": MessageStatusEvent,

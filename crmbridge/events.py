@@ -91,12 +91,16 @@ CORRELATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """One thing that came with a message. `url` is a bearer secret: never logged."""
+    """One thing that came with a message. `url` is a bearer secret: never logged.
+
+    `payload` holds what else the channel said of it, as it came.
+    """
 
     type: str
     url: str | None = None
     title: str | None = None
     external_id: str | None = None
+    payload: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +129,20 @@ class Thread:
     since_s: float
 
 
+NOTED = "channel.noted"  # kept, and no CRM is told
+TEST = "channel.test"  # a test of the channel's own console; belongs to no account
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelEvent:
     """One thing a channel told us, already verified and read.
 
-    `kind` is the name of the CRM event it becomes, or ``message.read`` for a receipt.
-    `external_account_id` is the account's id at the channel, `contact` the customer's.
+    `kind` is the name of the CRM event it becomes, ``message.read`` for a receipt, or ``channel.…`` for what
+    is only kept. `external_account_id` is the account's id at the channel, `contact` the customer's, empty when
+    the channel did not say; `from_account` tells that the account acted, not the customer.
     `dedupe_key` is the same for every repetition of the same fact within one account.
+    `external_id` names the message that the event is or is about.
+    `extra` holds what only some kinds have: reaction, postback, quick_reply, referral, edit, comment, mention.
     `raw` is the item as it came, kept only where we did not understand it.
     """
 
@@ -145,5 +156,6 @@ class ChannelEvent:
     message_type: str | None = None
     attachments: tuple[Attachment, ...] = ()
     reply_to: ReplyTo | None = None
+    from_account: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Any = None

@@ -49,7 +49,7 @@ def open_rooms(settings: config.Settings) -> Rooms:
         settings=settings,
         db=db,
         vault=keys_of_secrets,
-        client=Client(graph, settings.instagram.graph_url),
+        client=Client(graph, settings.instagram.graph_url, _more_fields(settings.instagram)),
         reach=reach,
         alerts=Alerts(
             db,
@@ -60,6 +60,12 @@ def open_rooms(settings: config.Settings) -> Rooms:
         ),
         patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
     )
+
+
+def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
+    """Return the webhook fields beyond those of conversations that accounts are subscribed to."""
+    comments = ("comments", "live_comments") if settings.comments else ()
+    return (*comments, "mentions") if settings.mentions else comments
 
 
 def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
@@ -198,13 +204,13 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     from crmbridge.web.account_routes import AccountRoutes
     from crmbridge.web.app import App, Timings
 
-    instagram, timings = rooms.settings.instagram, Timings()
+    timings = Timings()
     return App(
         rooms.db,
         [
             *docs_routes.routes(config.ROOT),
             *health_routes.HealthRoutes().routes(),
-            *webhook_routes.routes(instagram.app_secrets, instagram.verify_token, wake, rooms.patience),
+            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience),
             *message_routes.routes(wake, rooms.patience),
             *event_routes.routes(),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),

@@ -48,10 +48,11 @@ def message(**fields: Any) -> dict[str, Any]:
             {"kind": "message.echo", "contact": CUSTOMER},
         ),
         ({**PARTIES, "read": {"mid": "m1"}}, {"kind": "message.read", "external_id": "m1", "contact": CUSTOMER}),
-        (message(is_deleted=True), {"kind": "message.unsupported", "external_id": "m1", "contact": CUSTOMER}),
+        (message(is_deleted=True), {"kind": "message.deleted", "external_id": "m1", "contact": CUSTOMER}),
         (message(is_unsupported=True), {"kind": "message.unsupported", "external_id": "m1"}),
         (message(), {"kind": "message.unsupported"}),
-        ({**PARTIES, "reaction": {"mid": "m1", "action": "react"}}, {"kind": "message.unsupported"}),
+        ({**PARTIES, "reaction": {"mid": "m1", "action": "react"}}, {"kind": "message.reaction"}),
+        ({**PARTIES, "reaction": {"action": "react"}}, {"kind": "message.unsupported"}),
         ({"message_edit": {"mid": "m1", "num_edit": 0}}, {"kind": "message.unsupported", "contact": ""}),
         ({**PARTIES, "sender": {"id": int(CUSTOMER)}, "message": {"mid": "m", "text": "n"}}, {"contact": CUSTOMER}),
         ("not an object", {"kind": "message.unsupported", "raw": "not an object"}),
@@ -270,8 +271,14 @@ def test_the_crm_gets_every_fact_of_a_message(rig: Rig) -> None:
         "message_type": "ig_reel",
         "instagram_message_id": "mid-1",
         "conversation_id": first["conversation_id"],
-        "attachments": [{"type": "ig_reel", "url": "https://r.example", "title": "A reel", "instagram_id": "42"}],
+        "attachments": [
+            {"type": "ig_reel", "url": "https://r.example", "title": "A reel", "instagram_id": "42", "payload": None}
+        ],
         "reply_to": {"message_id": first["message_id"], "instagram_message_id": "mid-0", "story": None},
+        "quick_reply": None,
+        "referral": None,
+        "is_self": False,
+        "window_expires_at": "2027-01-16T08:00:00.000Z",
     }
 
 

@@ -53,7 +53,8 @@ class Sent:
 class Client:
     """One Graph address; the token comes with each call."""
 
-    def __init__(self, session: net.Session, graph_url: str) -> None:
+    def __init__(self, session: net.Session, graph_url: str, more_fields: Sequence[str] = ()) -> None:
+        self._fields = (*_FIELDS, *more_fields)
         self._session = session
         self._graph_url = graph_url
         self._origin = _VERSION.sub("", graph_url)
@@ -72,7 +73,7 @@ class Client:
 
     def subscribe(self, token: str, user_id: str) -> str | None:
         """Subscribe the account to its webhooks; return the problem in a sentence, or None."""
-        query = [("subscribed_fields", ",".join(_FIELDS))]
+        query = [("subscribed_fields", ",".join(self._fields))]
         try:
             _, answer = self._ask("POST", f"/{user_id}/subscribed_apps", token, query)
         except (Invalid, Unavailable) as error:

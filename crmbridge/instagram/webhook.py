@@ -5,12 +5,13 @@ import hmac
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from crmbridge import signing
 from crmbridge.errors import Forbidden, Invalid, Unauthorized
-from crmbridge.events import ChannelEvent
+from crmbridge.events import NOTED, ChannelEvent
 from crmbridge.instagram import wire
 
 _ITEMS_AT_MOST = 2000  # Meta batches 1000 updates
@@ -47,11 +48,15 @@ def verify(body: bytes, signature: str | None, app_secrets: Sequence[str]) -> No
         raise Unauthorized("X-Hub-Signature-256 matches none of the app secrets.", code="signature_mismatch")
 
 
-def read(body: bytes, received_at: str) -> list[ChannelEvent]:
-    """Return the events in a verified body; what is no JSON, or far more than Meta sends, is kept as one event."""
+def read(body: bytes, received_at: str, *, quiet: Collection[str] = ()) -> list[ChannelEvent]:
+    """Return the events in a verified body; what is no JSON, or far more than Meta sends, is kept as one event.
+
+    Events of the `quiet` kinds are only kept.
+    """
     text = body.decode("utf-8", "replace")
     try:
-        events = list(itertools.islice(wire.read(_json(text), received_at), _ITEMS_AT_MOST + 1))
+        found = itertools.islice(wire.read(_json(text), received_at), _ITEMS_AT_MOST + 1)
+        events = [replace(event, kind=NOTED) if event.kind in quiet else event for event in found]
     except (ValueError, RecursionError):
         return [_kept_whole(text, received_at)]
     if len(events) > _ITEMS_AT_MOST:

@@ -20,9 +20,20 @@ def next_sequence(db: Database, target: Target, account_id: str, contact: str, n
     return int(db.value(_NEXT[target], (account_id, contact, new_id("cnv"), now)))
 
 
-def find(db: Database, account_id: str, contact: str) -> Row:
-    """Return the contact's conversation_id and username."""
-    row = db.row(
-        "SELECT conversation_id, username FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
+def wrote(db: Database, account_id: str, contact: str, at: str) -> None:
+    """Note when a customer last wrote; runs inside a write, after `next_sequence`."""
+    db.run(
+        """
+        UPDATE contacts SET last_wrote_at = ? WHERE account_id = ? AND contact = ?
+            AND (last_wrote_at IS NULL OR last_wrote_at < ?)""",
+        (at, account_id, contact, at),
     )
-    return row or {"conversation_id": None, "username": None}
+
+
+def find(db: Database, account_id: str, contact: str) -> Row:
+    """Return the contact's conversation_id, username and last_wrote_at."""
+    names = ("conversation_id", "username", "last_wrote_at")
+    found = db.row(
+        f"SELECT {', '.join(names)} FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
+    )
+    return found or dict.fromkeys(names)

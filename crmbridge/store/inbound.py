@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from crmbridge import contract
-from crmbridge.events import ChannelEvent, epoch_s, instant, new_id
+from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries, messages
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Debt, Patience
@@ -14,6 +14,11 @@ from crmbridge.store.deliveries import Debt, Patience
 _ADOPT_AT_ONCE = 200
 # What rendering raises where the content is gone or is not what it was when it was written.
 UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
+_WINDOW_S = 86_400  # a customer may be answered this long (Meta: "24-hour standard messaging window")
+_OPEN_THE_WINDOW = ("message.received", "message.postback")
+# What a message is known by; the other kinds are about one.
+_MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
+_WITHDRAWN = json.dumps({"message_type": "deleted"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _keep_one(
             "kind": event.kind,
             "dedupe_key": event.dedupe_key,
             "instagram_message_id": event.external_id,
-            "state": "unrouted",
+            "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
             "payload": _payload(event),
             "occurred_at": event.occurred_at,
             "received_at": now,
@@ -78,8 +83,10 @@ def _keep_one(
             (now, event.external_account_id, event.dedupe_key),
         )
         return Kept("duplicate", event, None, account["id"] if account else None)
+    if event.kind == TEST:
+        return Kept("noted", event, event_id, None)
     if account is None:
-        return Kept("unrouted", event, event_id, None)
+        return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
     state = _apply(db, account, _found(db, event_id), now, patience)
     return Kept(state, event, event_id, account["id"])
 
@@ -90,6 +97,7 @@ def _payload(event: ChannelEvent) -> str:
         "message_type": event.message_type,
         "attachments": [asdict(attachment) for attachment in event.attachments],
         "reply_to": asdict(event.reply_to) if event.reply_to else None,
+        "from_account": event.from_account,
         "extra": dict(event.extra),
         "raw": event.raw,
     }
@@ -98,11 +106,18 @@ def _payload(event: ChannelEvent) -> str:
 
 def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     """Do what an event asks for and return its new state."""
-    if row["kind"] == "message.read":
+    if not row["contact"] and row["instagram_message_id"]:
+        row = _with_contact(db, account, row)
+    kind = row["kind"]
+    if kind == NOTED or _is_known_otherwise(db, account, row):
+        state = "noted"
+    elif kind == "message.read":
         state = _apply_read(db, account, row, now, patience)
-    elif row["kind"] == "message.echo":
+    elif kind == "message.echo":
         state = _apply_echo(db, account, row, now, patience)
     else:
+        if kind == "message.deleted":
+            _withdraw(db, account, row)
         state = _forward(db, account, row, now, patience)
     changed: Row = {"state": state, "account_id": account["id"]}
     if state == "noted":  # nobody is owed its content
@@ -111,8 +126,57 @@ def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -
     return state
 
 
+def _with_contact(db: Database, account: Row, row: Row) -> Row:
+    """Find the customer of an event that names only a message, such as an edit without its parties."""
+    known = _about(db, account["id"], row["instagram_message_id"])
+    sent = messages.find_external(db, account["id"], row["instagram_message_id"])
+    contact = known["contact"] if known else sent["recipient_id"] if sent else ""
+    db.update("inbound_events", {"contact": contact}, "id = ?", [row["id"]])
+    return {**row, "contact": contact}
+
+
+def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
+    """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
+    sign of a new message that is here already."""
+    mid = row["instagram_message_id"]
+    if row["kind"] in ("message.received", "message.echo") and mid:
+        withdrawn = _find(db, account["id"], mid, ("message.deleted",)) is not None
+        if withdrawn:
+            db.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
+        return withdrawn
+    return row["dedupe_key"] == f"new:{mid}" and _about(db, account["id"], mid, but=row["id"]) is not None
+
+
+def _withdraw(db: Database, account: Row, row: Row) -> None:
+    """Erase what a customer, or the shop, took back: its text and the addresses of its attachments."""
+    named = [account["id"], row["instagram_message_id"], row["id"]]
+    where = "account_id = ? AND instagram_message_id = ? AND id <> ?"
+    for event in db.rows(f"SELECT id FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
+        db.update("inbound_events", {"payload": _WITHDRAWN}, "id = ?", [event["id"]])
+        db.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
+    sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
+    db.update("outbound_messages", {"content": None}, sent, named[:2])
+
+
+def _about(db: Database, account_id: str, external_id: str, *, but: str = "") -> Row | None:
+    """Return the event that brought a message, or None."""
+    return _find(db, account_id, external_id, _MESSAGES, but=but)
+
+
+def _find(db: Database, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
+    marks = ", ".join("?" * len(kinds))
+    return db.row(
+        f"""
+        SELECT id, contact FROM inbound_events WHERE account_id = ? AND instagram_message_id = ? AND id <> ?
+            AND kind IN ({marks}) ORDER BY received_at LIMIT 1""",
+        (account_id, external_id, but, *kinds),
+    )
+
+
 def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
+    if row["kind"] in _OPEN_THE_WINDOW:
+        contacts.wrote(db, account["id"], row["contact"], row["occurred_at"])
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
     expires = instant(epoch_s(now) + patience.crm_s)
@@ -122,9 +186,11 @@ def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience)
 
 def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     external_id = row["instagram_message_id"]
-    message = messages.find_external(db, account["id"], external_id)
+    message = messages.find_external(db, account["id"], external_id) if external_id else None
     if message is not None:
         sent_until = message["sent_at"]
+    elif external_id is None:  # Messenger's form tells a time
+        sent_until = json.loads(row["payload"] or "{}").get("extra", {}).get("read_until")
     elif _is_open(deliveries.tried_send(db, account["id"], row["contact"])):
         return "held"
     else:
@@ -221,28 +287,56 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
     if row["payload"] is None:
         raise LookupError(f"the content of {row['id']} is gone")
     content, contact = json.loads(row["payload"]), contacts.find(db, account["id"], row["contact"])
-    echo, unsupported = row["kind"] == "message.echo", row["kind"] == "message.unsupported"
-    sender = account["instagram_account_id"] if echo else row["contact"]
+    kind, extra, ours = (
+        row["kind"],
+        content.get("extra", {}),
+        content.get("from_account", row["kind"] == "message.echo"),
+    )
+    shop, customer = account["instagram_account_id"], row["contact"] or extra.get("sender_id")
+    in_conversation = row["contact"] and kind not in ("comment.received", "mention.received")
+    last = contact["last_wrote_at"] if in_conversation else None
     fields: dict[str, Any] = {
         "event_id": row["id"],
         "sequence": delivery["sequence"],
         "account_id": account["id"],
         "timestamp": row["occurred_at"],
-        "message_id": "msg_" + row["id"].removeprefix("evt_"),
-        "sender_id": content.get("extra", {}).get("sender_id") if unsupported else sender,
-        "sender_username": account["username"] if echo else contact["username"],
+        "message_id": _message_id(db, account["id"], row),
+        "sender_id": shop if ours else customer,
+        "sender_username": account["username"] if ours else contact["username"],
+        "recipient_id": customer if ours else shop,
         "message": content.get("text"),
         "message_type": content["message_type"],
         "instagram_message_id": row["instagram_message_id"],
-        "conversation_id": contact["conversation_id"] if row["contact"] else None,
+        "conversation_id": contact["conversation_id"] if in_conversation else None,
         "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
+        "window_expires_at": instant(epoch_s(last) + _WINDOW_S) if last else None,
     }
-    if unsupported:
-        fields["raw"] = content.get("raw")
-    else:
-        fields["recipient_id"] = row["contact"] if echo else account["instagram_account_id"]
+    shape = contract.CRM_EVENTS[kind].model_fields
+    for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):
+        if name in shape:
+            fields[name] = extra.get(name)
+    if "is_self" in shape:
+        fields["is_self"] = bool(extra.get("is_self"))
+    if "reply_to" in shape:
         fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"))
-    return contract.crm_body(row["kind"], fields)
+    if "raw" in shape:
+        fields["raw"] = content.get("raw")
+    return contract.crm_body(kind, fields)
+
+
+def _message_id(db: Database, account_id: str, row: Row) -> str | None:
+    """Return our id of the message that an event is or is about, or None when it is not here."""
+    if row["kind"] in _MESSAGES:
+        return "msg_" + str(row["id"]).removeprefix("evt_")
+    return _our_id(db, account_id, row["instagram_message_id"]) if row["instagram_message_id"] else None
+
+
+def _our_id(db: Database, account_id: str, external_id: str) -> str | None:
+    sent = messages.find_external(db, account_id, external_id)
+    if sent:
+        return str(sent["id"])
+    heard = _about(db, account_id, external_id)
+    return "msg_" + str(heard["id"]).removeprefix("evt_") if heard else None
 
 
 def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
@@ -251,21 +345,15 @@ def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
         "url": entry["url"],
         "title": entry["title"],
         "instagram_id": entry["external_id"],
+        "payload": entry.get("payload"),
     }
 
 
 def _reply_to(db: Database, account_id: str, reply: dict[str, Any] | None) -> dict[str, Any] | None:
     if reply is None:
         return None
-    external_id, ours = reply["external_id"], None
-    if external_id:
-        sent = messages.find_external(db, account_id, external_id)
-        heard = db.value(
-            "SELECT id FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?"
-            " AND kind IN ('message.received', 'message.echo')",
-            (account_id, external_id),
-        )
-        ours = sent["id"] if sent else "msg_" + heard.removeprefix("evt_") if heard else None
+    external_id = reply["external_id"]
+    ours = _our_id(db, account_id, external_id) if external_id else None
     story = {"id": reply["story_id"], "url": reply["story_url"]} if reply["story_id"] or reply["story_url"] else None
     return {"message_id": ours, "instagram_message_id": external_id, "story": story}
 

@@ -1,0 +1,520 @@
+"""The channel's specification: every shape that Instagram posts (tests/payloads), and what the CRM gets of it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crmbridge import contract
+from crmbridge.sandbox import Sandbox
+from tests.rig import Rig
+from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
+
+PAYLOADS = Path(__file__).parent / "payloads"
+_IMAGE = json.loads((PAYLOADS / "image.json").read_text())["entry"][0]["messaging"][0]["message"]
+MID, URL = _IMAGE["mid"], _IMAGE["attachments"][0]["payload"]["url"]
+# What nearly every payload here has; `told` names what is different.
+USUAL = {
+    "sender_id": CUSTOMER,
+    "recipient_id": SHOP_ID,
+    "timestamp": "2027-01-15T08:00:00.123Z",
+    "instagram_message_id": MID,
+    "message": None,
+    "attachments": [],
+}
+
+
+def told(event: str, **facts: Any) -> dict[str, Any]:
+    return {"event": event, **USUAL, "message_type": "unsupported" if "unsup" in event else "text", **facts}
+
+
+# payload → the events that the CRM gets; an empty list: kept, and nobody is told
+TABLE: dict[str, list[dict[str, Any]]] = {
+    "ad_opened_without_words": [
+        told(
+            "message.referral",
+            message_type="referral",
+            referral={"source": "ADS", "type": "OPEN_THREAD", "ad_id": "6112345678901"},
+        )
+    ],
+    "album": [
+        told(
+            "message.received",
+            message_type="image",
+            attachments=[
+                {"type": "image", "url": URL},
+                {"type": "image", "url": URL + "2"},
+                {"type": "video", "url": URL + "3"},
+            ],
+        )
+    ],
+    "attachment_of_tomorrow": [
+        told(
+            "message.received",
+            message_type="hologram",
+            attachments=[{"type": "hologram", "url": URL, "instagram_id": "77", "payload": {"depth": 3}}],
+        )
+    ],
+    "batch_of_two_accounts": [
+        told("message.received", message="one", instagram_message_id="mid-1"),
+        told("message.received", recipient_id="17841400000000002", message="three", instagram_message_id="mid-3"),
+        told("message.received", timestamp="2027-01-15T08:00:00.124Z", message="two", instagram_message_id="mid-2"),
+    ],
+    "change_with_message": [told("message.received", message="hello")],
+    "change_with_reaction": [
+        told("message.reaction", message_type="reaction", reaction={"action": "react", "name": "love", "emoji": "❤"})
+    ],
+    "comment": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id="900000000000002",
+            message="What does it cost?",
+            message_type="comment",
+            instagram_message_id="17900000000000001",
+            comment={
+                "id": "17900000000000001",
+                "username": "passer_by",
+                "media_id": "18000000000000011",
+                "media_type": "FEED",
+            },
+        )
+    ],
+    "comment_as_facebook_login_shows_it": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id=None,
+            message="What does it cost?",
+            message_type="comment",
+            instagram_message_id="17900000000000001",
+            comment={
+                "id": "17900000000000001",
+                "parent_id": "17900000000000000",
+                "media_id": "18000000000000011",
+                "media_type": "AD",
+                "ad_id": "6112345678901",
+            },
+        )
+    ],
+    "comment_flat": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id="900000000000002",
+            message="What does it cost?",
+            message_type="comment",
+            instagram_message_id="17900000000000001",
+            comment={
+                "id": "17900000000000001",
+                "username": "passer_by",
+                "media_id": "18000000000000011",
+                "media_type": "REELS",
+            },
+        )
+    ],
+    "echo_from_the_app": [told("message.echo", sender_id=SHOP_ID, recipient_id=CUSTOMER, message="Yes, two are left.")],
+    "echo_of_a_template": [
+        told(
+            "message.echo",
+            sender_id=SHOP_ID,
+            recipient_id=CUSTOMER,
+            message_type="template",
+            attachments=[{"type": "template"}],
+        )
+    ],
+    "echo_unsent": [
+        told("message.echo", sender_id=SHOP_ID, recipient_id=CUSTOMER, message_type="deleted"),
+        told(
+            "message.deleted",
+            timestamp="2027-01-15T08:00:01.123Z",
+            sender_id=SHOP_ID,
+            recipient_id=CUSTOMER,
+            message_type="deleted",
+        ),
+    ],
+    "echo_without_flag": [told("message.echo", sender_id=SHOP_ID, recipient_id=CUSTOMER, message="Yes, two are left.")],
+    "edit": [
+        told("message.received", message="Is the lamp in stok?"),
+        told(
+            "message.edited",
+            timestamp="2027-01-15T08:00:01.123Z",
+            message="Is the lamp in stock?",
+            message_type="edited",
+            edit={"number": 1},
+        ),
+    ],
+    "edit_with_number_as_text": [
+        told("message.edited", message="in stock?", message_type="edited", edit={"number": 2})
+    ],
+    "edit_without_parties": [
+        told("message.received", message="Is the lamp in stok?"),
+        told(
+            "message.edited",
+            timestamp="2027-01-15T08:00:01.123Z",
+            message="Is the lamp in stock?",
+            message_type="edited",
+            edit={"number": 1},
+        ),
+    ],
+    "edit_zero": [told("message.unsupported", sender_id=None)],
+    "edit_zero_of_a_known_message": [told("message.received", message="hello")],
+    "edit_zero_with_words": [told("message.received", message="hello")],
+    "empty_message": [told("message.unsupported")],
+    "entry_without_content": [],
+    "ephemeral": [told("message.received", message_type="ephemeral", attachments=[{"type": "ephemeral"}])],
+    "fallback": [
+        told(
+            "message.received",
+            message="https://shop.example",
+            message_type="fallback",
+            attachments=[{"type": "fallback", "url": "https://shop.example", "title": "Our shop"}],
+        )
+    ],
+    "file": [told("message.received", message_type="file", attachments=[{"type": "file", "url": URL}])],
+    "flat_message": [told("message.received", message="hello")],
+    "handover": [told("message.unsupported", instagram_message_id=None)],
+    "handover_without_parties": [told("message.unsupported", instagram_message_id=None)],
+    "ig_post": [
+        told(
+            "message.received",
+            message_type="ig_post",
+            attachments=[{"type": "ig_post", "url": URL, "title": "Blue lamp", "instagram_id": "18000000000000007"}],
+        )
+    ],
+    "ig_reel": [
+        told(
+            "message.received",
+            message_type="ig_reel",
+            attachments=[
+                {"type": "ig_reel", "url": URL, "title": "How to hang it\n💡", "instagram_id": "18000000000000008"}
+            ],
+        )
+    ],
+    "ig_story": [
+        told(
+            "message.received",
+            message_type="ig_story",
+            attachments=[{"type": "ig_story", "url": URL, "instagram_id": "18000000000000009"}],
+        )
+    ],
+    "image": [told("message.received", message_type="image", attachments=[{"type": "image", "url": URL}])],
+    "item_of_tomorrow": [told("message.unsupported", instagram_message_id=None)],
+    "item_without_content": [],
+    "like_heart": [told("message.received", message_type="like_heart", attachments=[{"type": "like_heart"}])],
+    "live_comment": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id="900000000000002",
+            message="hi!",
+            message_type="live_comment",
+            instagram_message_id="17900000000000002",
+            comment={
+                "id": "17900000000000002",
+                "username": "passer_by",
+                "media_id": "18000000000000012",
+                "media_type": "STORY",
+            },
+        )
+    ],
+    "location": [
+        told(
+            "message.received",
+            message_type="location",
+            attachments=[{"type": "location", "payload": {"coordinates": {"lat": 52.5, "long": 13.4}}}],
+        )
+    ],
+    "mention": [
+        told(
+            "mention.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id=None,
+            message_type="mention",
+            instagram_message_id="17900000000000004",
+            mention={"media_id": "18000000000000013", "comment_id": "17900000000000004"},
+        )
+    ],
+    "message_from_ad": [
+        told(
+            "message.received",
+            message="Tell me more",
+            referral={
+                "ref": "autumn",
+                "source": "ADS",
+                "type": "OPEN_THREAD",
+                "ad_id": "6112345678901",
+                "ad": {"ad_title": "Lamps", "photo_url": URL, "post_id": "18000000000000010"},
+            },
+        )
+    ],
+    "message_from_shop": [told("message.received", message="Is this one available?", referral={"product_id": "4711"})],
+    "message_to_oneself": [
+        told("message.echo", sender_id=SHOP_ID, recipient_id="900000000000099", message="a test", is_self=True)
+    ],
+    "messaging_beside_standby": [
+        told("message.received", message="one", instagram_message_id="mid-1"),
+        told("message.received", timestamp="2027-01-15T08:00:01.123Z", message="two", instagram_message_id="mid-2"),
+    ],
+    "optin": [told("message.unsupported", instagram_message_id=None)],
+    "own_comment": [],
+    "policy_enforcement": [told("message.unsupported", sender_id=None, instagram_message_id=None)],
+    "postback": [
+        told(
+            "message.postback",
+            message="Opening hours",
+            message_type="postback",
+            postback={"title": "Opening hours", "payload": "HOURS"},
+        )
+    ],
+    "postback_from_link": [
+        told(
+            "message.postback",
+            message="Start",
+            message_type="postback",
+            postback={"title": "Start", "payload": "START"},
+            referral={"ref": "flyer", "source": "IGME-SOURCE-LINK", "type": "OPEN_THREAD"},
+        )
+    ],
+    "postback_to_oneself": [
+        told(
+            "message.postback",
+            sender_id=SHOP_ID,
+            recipient_id="900000000000099",
+            message="Start",
+            message_type="postback",
+            postback={"title": "Start", "payload": "START"},
+            is_self=True,
+        )
+    ],
+    "postback_without_mid": [
+        told(
+            "message.postback",
+            message="Opening hours",
+            message_type="postback",
+            instagram_message_id=None,
+            postback={"title": "Opening hours", "payload": "HOURS"},
+        )
+    ],
+    "product": [
+        told(
+            "message.received",
+            message_type="template",
+            attachments=[
+                {
+                    "type": "template",
+                    "payload": {
+                        "product": {
+                            "elements": [
+                                {
+                                    "id": "4711",
+                                    "retailer_id": "lamp-blue",
+                                    "title": "Blue lamp",
+                                    "subtitle": "39 EUR",
+                                    "image_url": URL,
+                                }
+                            ]
+                        }
+                    },
+                }
+            ],
+        )
+    ],
+    "quick_reply": [told("message.received", message="Yes", quick_reply={"payload": "CONFIRM_YES"})],
+    "reaction": [
+        told("message.reaction", message_type="reaction", reaction={"action": "react", "name": "love", "emoji": "❤️"})
+    ],
+    "reaction_taken_back": [told("message.reaction", message_type="reaction", reaction={"action": "unreact"})],
+    "reaction_to_a_known_message": [
+        told("message.received", message="hello"),
+        told(
+            "message.reaction",
+            timestamp="2027-01-15T08:00:01.123Z",
+            message_type="reaction",
+            reaction={"action": "react", "name": "other", "emoji": "👍"},
+        ),
+    ],
+    "read": [],
+    "read_until": [],
+    "reel_without_title": [
+        told(
+            "message.received",
+            message_type="reel",
+            attachments=[{"type": "reel", "url": URL, "instagram_id": "18000000000000008"}],
+        )
+    ],
+    "referral": [
+        told(
+            "message.referral",
+            message_type="referral",
+            instagram_message_id=None,
+            referral={"ref": "flyer", "source": "IGME-SOURCE-LINK", "type": "OPEN_THREAD"},
+        )
+    ],
+    "reply_to_message": [
+        told("message.received", message="Is the lamp in stock?", instagram_message_id="mid-of-the-first"),
+        told(
+            "message.received",
+            timestamp="2027-01-15T08:00:01.123Z",
+            message="the blue one",
+            reply_to={"message_id": "known", "instagram_message_id": "mid-of-the-first"},
+        ),
+    ],
+    "reply_to_story": [
+        told("message.received", message="love it", reply_to={"story": {"id": "18000000000000009", "url": URL}})
+    ],
+    "shared_post": [told("message.received", message_type="share", attachments=[{"type": "share", "url": URL}])],
+    "shared_post_in_both_forms": [
+        told(
+            "message.received",
+            message_type="ig_post",
+            attachments=[{"type": "ig_post", "url": URL, "title": "Blue lamp", "instagram_id": "18000000000000007"}],
+        )
+    ],
+    "standby": [told("message.received", message="hello")],
+    "standby_postback": [
+        told("message.postback", message="Opening hours", message_type="postback", postback={"title": "Opening hours"})
+    ],
+    "story_insights": [
+        told("message.unsupported", timestamp="2027-01-15T08:00:01.000Z", sender_id=None, instagram_message_id=None)
+    ],
+    "story_mention": [
+        told("message.received", message_type="story_mention", attachments=[{"type": "story_mention", "url": URL}])
+    ],
+    "template": [
+        told(
+            "message.received",
+            message_type="template",
+            attachments=[
+                {
+                    "type": "template",
+                    "payload": {"generic": {"elements": [{"title": "Blue lamp", "subtitle": "39 EUR"}]}},
+                }
+            ],
+        )
+    ],
+    "test_as_facebook_login_sends_it": [],
+    "test_as_instagram_login_sends_it": [],
+    "test_of_comments": [],
+    "text": [told("message.received", message="Is the lamp in stock? 💡")],
+    "text_in_a_list": [told("message.received", message="hello")],
+    "text_with_empty_neighbours": [told("message.received", message="hello")],
+    "text_with_image": [
+        told("message.received", message="this one", message_type="image", attachments=[{"type": "image", "url": URL}])
+    ],
+    "text_with_iso_time": [told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello")],
+    "text_with_numeric_ids": [told("message.received", message="hello")],
+    "text_with_time_as_text": [told("message.received", message="hello")],
+    "text_with_time_in_seconds": [told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello")],
+    "unsend": [
+        told("message.received", message_type="deleted"),
+        told("message.deleted", timestamp="2027-01-15T08:00:01.123Z", message_type="deleted"),
+    ],
+    "unsend_of_an_unknown_message": [told("message.deleted", message_type="deleted")],
+    "unsend_that_came_first": [told("message.deleted", message_type="deleted")],
+    "unsupported": [told("message.unsupported")],
+    "unsupported_type": [
+        told(
+            "message.received", message_type="unsupported_type", attachments=[{"type": "unsupported_type", "url": URL}]
+        )
+    ],
+    "video": [told("message.received", message_type="video", attachments=[{"type": "video", "url": URL}])],
+    "voice": [told("message.received", message_type="audio", attachments=[{"type": "audio", "url": URL}])],
+}
+
+
+def test_the_table_knows_every_payload() -> None:
+    assert {path.stem for path in PAYLOADS.glob("*.json")} == set(TABLE)
+    assert {entry["event"] for events in TABLE.values() for entry in events} == {
+        event for event, model in contract.CRM_EVENTS.items() if issubclass(model, contract._CrmInbound)
+    }
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_payload_reaches_the_crm_as(rig: Rig, name: str) -> None:
+    rig.account()
+    rig.account(OTHER_ID)
+    body = (PAYLOADS / f"{name}.json").read_bytes()
+    rig.hear_body(body)
+    rig.hear_body(later(body))
+    rig.drain()
+    events = sorted(
+        (entry.event for entry in rig.taken()),
+        key=lambda event: (event["timestamp"], event["instagram_message_id"] or ""),
+    )
+    assert [seen(event, wanted) for event, wanted in zip(events, TABLE[name], strict=True)] == TABLE[name]
+    assert rig.alerts == []
+
+
+def later(body: bytes) -> bytes:
+    """Return the body as Meta's next try brings it: another time of sending, the same facts."""
+    whole = json.loads(body)
+    for entry in (whole if isinstance(whole, dict) else whole[0])["entry"]:
+        if "messaging" in entry or "standby" in entry:
+            entry["time"] += 18_700
+    return json.dumps(whole).encode()
+
+
+def seen(event: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return what the table tells of an event, with nulls and our own ids left out where it names none."""
+    found = {name: event[name] for name in wanted}
+    for name, value in event.items():
+        others = {"event_id", "sequence", "account_id", "message_id", "sender_username", "conversation_id", "raw"}
+        if name not in others | {"window_expires_at"} and name not in found and value not in (None, [], False):
+            found[name] = value
+    return {name: plain(value) for name, value in found.items()}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {name: plain(inner) for name, inner in value.items() if inner is not None}
+        return {**kept, "message_id": "known"} if "message_id" in kept and "instagram_message_id" in kept else kept
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_readme_names_every_event_once() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `((?:message|comment|mention)\.[a-z]+)` \|", readme, re.MULTILINE)
+    assert sorted(rows) == sorted(contract.CRM_EVENTS)
+
+
+def test_what_was_taken_back_is_erased_everywhere(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("my secret", "mid-1")
+    rig.hear(rig.item({"message_edit": {"mid": "mid-1", "text": "my other secret", "num_edit": 1}}))
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()] == ["my secret", "my other secret"]
+    message_id = rig.taken()[0].event["message_id"]
+    rig.now_s += 1
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}))
+    rig.drain()
+    deleted = rig.taken()[-1].event
+    assert (deleted["event"], deleted["message_id"]) == ("message.deleted", message_id)
+    for table in ("inbound_events", "deliveries"):
+        assert "secret" not in json.dumps(rig.db.rows(f"SELECT * FROM {table}")), table
+    rig.echo("ours, typed elsewhere", "mid-2")
+    sent = rig.send(account, "our secret")
+    rig.drain()
+    mid = rig.status(sent)["instagram_message_id"]
+    rig.hear(rig.item({"message": {"mid": mid, "is_echo": True, "is_deleted": True}}, echo=True))
+    assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM outbound_messages"))
+
+
+@pytest.mark.parametrize(("switch", "wanted"), [("false", ["text"]), ("true", ["comment", "mention", "text"])])
+def test_comments_and_mentions_are_told_only_where_asked_for(tmp_path: Path, switch: str, wanted: list[str]) -> None:
+    with Sandbox() as sandbox:
+        shop = Shop(tmp_path, sandbox)
+        ini = tmp_path / "crmbridge.ini"
+        ini.write_text(ini.read_text().replace("[instagram]", f"[instagram]\ncomments = {switch}\nmentions = {switch}"))
+        try:
+            shop.start()
+            shop.open()
+            for name in ("comment", "mention", "text"):
+                assert shop.meta.post((PAYLOADS / f"{name}.json").read_bytes()).status == 200
+            assert sorted(entry.event["message_type"] for entry in shop.crm.wait(len(wanted))) == wanted
+            kinds = shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'channel.noted'")
+            assert kinds == [(3 - len(wanted),)]
+        finally:
+            shop.close()
