@@ -450,6 +450,7 @@ class MessageReferral(_CrmInbound):
 class CommentReceived(_CrmInbound):
     event: Literal["comment.received"]
     comment: Comment
+    referral: Referral | None
 
 
 class MentionReceived(_CrmInbound):

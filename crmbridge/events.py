@@ -143,6 +143,7 @@ class ChannelEvent:
     `dedupe_key` is the same for every repetition of the same fact within one account.
     `external_id` names the message that the event is or is about.
     `extra` holds what only some kinds have: reaction, postback, quick_reply, referral, edit, comment, mention.
+    `party` is the business as the item itself names it, where that is another id than the account's.
     `raw` is the item as it came, kept only where we did not understand it.
     """
 
@@ -157,5 +158,7 @@ class ChannelEvent:
     attachments: tuple[Attachment, ...] = ()
     reply_to: ReplyTo | None = None
     from_account: bool = False
+    party: str = ""
+    contact_name: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Any = None

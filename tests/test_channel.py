@@ -58,8 +58,8 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "batch_of_two_accounts": [
-        told("message.received", message="one", instagram_message_id="mid-1"),
         told("message.received", recipient_id="17841400000000002", message="three", instagram_message_id="mid-3"),
+        told("message.received", message="one", instagram_message_id="mid-1"),
         told("message.received", timestamp="2027-01-15T08:00:00.124Z", message="two", instagram_message_id="mid-2"),
     ],
     "change_with_message": [told("message.received", message="hello")],
@@ -115,6 +115,22 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             },
         )
     ],
+    "comment_from_ad": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id="900000000000002",
+            message="more please",
+            message_type="comment",
+            instagram_message_id="17900000000000005",
+            comment={"id": "17900000000000005", "username": "passer_by", "media_id": "18000000000000011"},
+            referral={"source": "ADS", "type": "OPEN_GRAPH", "ad_id": "6112345678901"},
+        )
+    ],
+    "delivery_receipt": [],
+    "echo_flag_on_a_customers_message": [
+        told("message.received", message_type="story_mention", attachments=[{"type": "story_mention", "url": URL}])
+    ],
     "echo_from_the_app": [told("message.echo", sender_id=SHOP_ID, recipient_id=CUSTOMER, message="Yes, two are left.")],
     "echo_of_a_template": [
         told(
@@ -163,7 +179,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "edit_zero_of_a_known_message": [told("message.received", message="hello")],
     "edit_zero_with_words": [told("message.received", message="hello")],
     "empty_message": [told("message.unsupported")],
+    "entry_of_another_id": [told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello")],
+    "entry_of_id_zero": [told("message.received", message="hello")],
     "entry_without_content": [],
+    "entry_without_id": [told("message.received", message="hello")],
     "ephemeral": [told("message.received", message_type="ephemeral", attachments=[{"type": "ephemeral"}])],
     "fallback": [
         told(
@@ -237,6 +256,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             mention={"media_id": "18000000000000013", "comment_id": "17900000000000004"},
         )
     ],
+    "message_as_whatsapp_words_it": [told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello")],
     "message_from_ad": [
         told(
             "message.received",
@@ -254,6 +274,9 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "message_to_oneself": [
         told("message.echo", sender_id=SHOP_ID, recipient_id="900000000000099", message="a test", is_self=True)
     ],
+    "message_without_mid": [told("message.received", message="hello", instagram_message_id=None)],
+    "message_without_recipient": [told("message.received", message="hello")],
+    "messages_inside_a_change": [told("message.received", message="hello")],
     "messaging_beside_standby": [
         told("message.received", message="one", instagram_message_id="mid-1"),
         told("message.received", timestamp="2027-01-15T08:00:01.123Z", message="two", instagram_message_id="mid-2"),
@@ -336,6 +359,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             reaction={"action": "react", "name": "other", "emoji": "👍"},
         ),
     ],
+    "reaction_without_message": [told("message.unsupported", instagram_message_id=None)],
     "read": [],
     "read_until": [],
     "reel_without_title": [
@@ -365,6 +389,9 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "reply_to_story": [
         told("message.received", message="love it", reply_to={"story": {"id": "18000000000000009", "url": URL}})
     ],
+    "seen_without_message": [],
+    "sender_as_text": [told("message.received", message="hello")],
+    "sender_with_username": [told("message.received", message="hello")],
     "shared_post": [told("message.received", message_type="share", attachments=[{"type": "share", "url": URL}])],
     "shared_post_in_both_forms": [
         told(
@@ -398,6 +425,8 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "test_as_facebook_login_sends_it": [],
     "test_as_instagram_login_sends_it": [],
     "test_of_comments": [],
+    "test_of_reactions": [],
+    "test_with_a_real_id": [],
     "text": [told("message.received", message="Is the lamp in stock? 💡")],
     "text_in_a_list": [told("message.received", message="hello")],
     "text_with_empty_neighbours": [told("message.received", message="hello")],
@@ -452,7 +481,7 @@ def later(body: bytes) -> bytes:
     """Return the body as Meta's next try brings it: another time of sending, the same facts."""
     whole = json.loads(body)
     for entry in (whole if isinstance(whole, dict) else whole[0])["entry"]:
-        if "messaging" in entry or "standby" in entry:
+        if isinstance(entry.get("time"), int) and ("messaging" in entry or "standby" in entry):
             entry["time"] += 18_700
     return json.dumps(whole).encode()
 

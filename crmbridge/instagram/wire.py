@@ -18,6 +18,7 @@ _RAW_DEPTH = 64  # what is passed on as JSON; a deeper item is passed on as text
 _ENVELOPE = {"sender", "recipient", "timestamp", "is_self"}
 _TEST_ACCOUNT, _TEST_MID = "0", "random_mid"  # what the console's "Test" button sends, always the same
 _COMMENT_FIELDS = {"comments": "comment", "live_comments": "live_comment"}
+_RECEIPTS = ("messaging_seen", "message_reads", "read", "delivery", "message_deliveries")
 _POST_TYPES = ("share", "ig_post")  # a shared post may come as both
 
 
@@ -34,19 +35,39 @@ class _Item:
 
     @property
     def from_account(self) -> bool:
+        if self.account and self.account in (self.sender, self.recipient):
+            return self.sender == self.account
         message = self.body.get("message")
-        echo = isinstance(message, dict) and (_is(message.get("is_echo")) or _is(message.get("is_self")))
-        return echo or bool(self.account and self.sender == self.account)
+        return isinstance(message, dict) and (_is(message.get("is_echo")) or _is(message.get("is_self")))
 
     @property
     def contact(self) -> str:
         """The customer: whichever side is not the account."""
         return self.recipient if self.from_account else self.sender
 
+    @property
+    def party(self) -> str:
+        """The business, as the item itself names it."""
+        return self.sender if self.from_account else self.recipient
+
     def event(self, kind: str, dedupe_key: str, **facts: Any) -> ChannelEvent:
+        account = self.account or self.party
         return ChannelEvent(
-            kind, self.account, self.contact, self.at, dedupe_key, from_account=self.from_account, **facts
+            kind,
+            account,
+            self.contact,
+            self.at,
+            dedupe_key,
+            from_account=self.from_account,
+            party=self.party if self.party != account else "",
+            contact_name=None if self.from_account else self.username,
+            **facts,
         )
+
+    @property
+    def username(self) -> str | None:
+        sender = self.body.get("sender")
+        return _text(sender.get("username")) if isinstance(sender, dict) else None
 
 
 def read(payload: Any, received_at: str) -> Iterator[ChannelEvent]:
@@ -70,13 +91,16 @@ def _entry(entry: Any, received_at: str) -> Iterator[ChannelEvent]:
     account = _id(entry.get("id"))
     sent_at = _time(entry.get("time"), received_at)
     items = [item for key in ("messaging", "standby") for item in _many(entry.get(key))]
+    account, is_test = ("", True) if account == _TEST_ACCOUNT else (account, False)
     changes = _many(entry.get("changes"))
     if "field" in entry:  # in Meta's samples a change may stand in the entry itself
         changes.append({"field": entry["field"], "value": entry.get("value")})
     for item in items:
         yield _item(account, item, sent_at)
     for change in changes:
-        yield from _change(account, change, sent_at)
+        yield from (
+            [_test(change, sent_at)] if is_test and not _holds_item(change) else _change(account, change, sent_at)
+        )
     if not items and not changes:
         # The time of sending differs from one delivery of the same fact to the next.
         lasting = {key: value for key, value in entry.items() if key != "time"}
@@ -84,27 +108,39 @@ def _entry(entry: Any, received_at: str) -> Iterator[ChannelEvent]:
         yield _unsupported(account, "", lasting, sent_at) if told else _noted(account, "", lasting, sent_at)
 
 
+def _holds_item(change: Any) -> bool:
+    value = change.get("value") if isinstance(change, dict) else None
+    return isinstance(value, dict) and bool(_HANDLERS.keys() & value.keys())
+
+
 def _change(account: str, change: Any, sent_at: str) -> Iterator[ChannelEvent]:
-    """Read ``{field, value}``: comments and mentions, or a messaging item in another wrapping."""
+    """Read ``{field, value}``: comments and mentions, or messaging items in another wrapping."""
     field = change.get("field") if isinstance(change, dict) else None
     values = _many(change.get("value")) if isinstance(change, dict) else []
     for value in values:
+        event = None
         if isinstance(value, dict):
-            event = None
-            if account == _TEST_ACCOUNT:
-                event = _test(account, change, sent_at)
-            elif field in _COMMENT_FIELDS:
+            inner = [*_many(value.get("messaging")), *map(_item_of_cloud_message, _many(value.get("messages")))]
+            if inner:
+                yield from (_item(account, item, sent_at) for item in inner)
+                continue
+            if field in _COMMENT_FIELDS:
                 event = _comment(account, _COMMENT_FIELDS[field], value, sent_at)
             elif field == "mentions":
                 event = _mention(account, value, sent_at)
-            elif _HANDLERS.keys() & value.keys():
+            elif field in _RECEIPTS or _HANDLERS.keys() & value.keys():
                 event = _item(account, value, sent_at)
-            if event is not None:
-                yield event
-                continue
-        yield _unsupported(account, "", change, sent_at)
+        yield event if event is not None else _unsupported(account, "", change, sent_at)
     if not values:
         yield _unsupported(account, "", change, sent_at)
+
+
+def _item_of_cloud_message(message: Any) -> Any:
+    """Rewrite a message as WhatsApp's API words it (``from``, ``id``, ``text.body``), which some gateways pass on."""
+    if not isinstance(message, dict):
+        return message
+    parties = {"sender": {"id": message.get("from")}, "recipient": {"id": message.get("to")}}
+    return {**parties, "timestamp": message.get("timestamp"), "message": message}
 
 
 # --- messaging items ---
@@ -122,25 +158,24 @@ def _item(account: str, value: Any, sent_at: str) -> ChannelEvent:
         time=_id(time),
         body=value,
     )
-    message = value.get("message")
-    if account == _TEST_ACCOUNT or (isinstance(message, dict) and message.get("mid") == _TEST_MID):
-        return _test(account, value, sent_at)
+    if any(isinstance(about, dict) and about.get("mid") == _TEST_MID for about in value.values()):
+        return _test(value, sent_at)
     for key, handler in _HANDLERS.items():
         about = value.get(key)
         if isinstance(about, dict) and (event := handler(item, about)) is not None:
             return event
-    if not value.keys() - _ENVELOPE:
+    if not value.keys() - _ENVELOPE - {"read", "delivery"}:  # receipts that tell nothing we can use
         return _noted(account, item.contact, value, item.at)
     return _unsupported(account, item.contact, value, item.at)
 
 
 def _message(item: _Item, message: Mapping[str, Any]) -> ChannelEvent | None:
-    mid = _id(message.get("mid"))
+    mid = _id(message.get("mid")) or _id(message.get("id"))
     if not item.contact:
         return None
     if _is(message.get("is_deleted")):
         return item.event("message.deleted", f"deleted:{mid}", external_id=mid, message_type="deleted") if mid else None
-    text, attachments = _text(message.get("text")), _attachments(message.get("attachments"))
+    text, attachments = _words(message.get("text")), _attachments(message.get("attachments"))
     extra: dict[str, Any] = {}
     if _is(message.get("is_self")) or _is(item.body.get("is_self")):
         extra["is_self"] = True
@@ -345,6 +380,7 @@ def _comment(account: str, kind: str, value: Mapping[str, Any], sent_at: str) ->
     if not comment_id:
         return None
     time = value.get("created_time") or value.get("timestamp")
+    referral = _referral_of(value)
     own = account in (_id(author.get("id")), _id(author.get("self_ig_scoped_id")))
     return ChannelEvent(
         # What the shop itself answers comes back as a comment: told to a CRM, it could answer itself for ever.
@@ -365,7 +401,8 @@ def _comment(account: str, kind: str, value: Mapping[str, Any], sent_at: str) ->
                 "media_id": _id(media.get("id")) or _id(value.get("media_id")) or None,
                 "media_type": _text(media.get("media_product_type")),
                 "ad_id": _id(media.get("ad_id")) or None,
-            }
+            },
+            **({"referral": referral} if referral else {}),
         },
     )
 
@@ -389,9 +426,9 @@ def _mention(account: str, value: Mapping[str, Any], sent_at: str) -> ChannelEve
 # --- what is no event of a customer ---
 
 
-def _test(account: str, item: Any, at: str) -> ChannelEvent:
+def _test(item: Any, at: str) -> ChannelEvent:
     """A press of the console's "Test" button: all tests look alike, and none is a repetition."""
-    return ChannelEvent(TEST, account, "", at, "test:" + new_id("tst"), message_type="test", raw=_shown(item))
+    return ChannelEvent(TEST, _TEST_ACCOUNT, "", at, "test:" + new_id("tst"), message_type="test", raw=_shown(item))
 
 
 def _noted(account: str, contact: str, item: Any, at: str) -> ChannelEvent:
@@ -487,6 +524,11 @@ def _number(value: Any) -> int | None:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _words(value: Any) -> str | None:
+    """Read a text, or WhatsApp's object around one."""
+    return _text(value.get("body")) if isinstance(value, dict) else _text(value)
 
 
 def _scalar(value: Any) -> str | None:

@@ -30,6 +30,11 @@ def wrote(db: Database, account_id: str, contact: str, at: str) -> None:
     )
 
 
+def name(db: Database, account_id: str, contact: str, username: str) -> None:
+    """Note what a customer is called; runs inside a write."""
+    db.update("contacts", {"username": username}, "account_id = ? AND contact = ?", [account_id, contact])
+
+
 def find(db: Database, account_id: str, contact: str) -> Row:
     """Return the contact's conversation_id, username and last_wrote_at."""
     names = ("conversation_id", "username", "last_wrote_at")

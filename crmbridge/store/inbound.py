@@ -39,19 +39,25 @@ def keep(
     now = instant(now_s)
 
     def job() -> list[Kept]:
-        routes: dict[str, Row | None] = {}
+        routes: dict[tuple[str, str], Row | None] = {}
         for event in ordered:
-            if event.external_account_id not in routes:
-                account = accounts.find_external(db, event.external_account_id)
-                routes[event.external_account_id] = account
-                if account is not None:
-                    while _adopt_some(db, account, now, patience):  # what came before the account goes first
-                        pass
+            named = event.external_account_id, event.party
+            if named not in routes:
+                routes[named] = account = _account_of(db, event)
+                while account is not None and _adopt_some(db, account, now, patience):
+                    pass  # what came before the account goes first
         return [
-            _keep_one(db, event, routes[event.external_account_id], correlation_id, now, patience) for event in ordered
+            _keep_one(db, event, routes[event.external_account_id, event.party], correlation_id, now, patience)
+            for event in ordered
         ]
 
     return db.write(job)
+
+
+def _account_of(db: Database, event: ChannelEvent) -> Row | None:
+    """Return the account that the envelope names, else the one that the item itself names, else nobody's."""
+    account = accounts.find_external(db, event.external_account_id)
+    return accounts.find_external(db, event.party) if account is None and event.party else account
 
 
 def _keep_one(
@@ -63,7 +69,7 @@ def _keep_one(
         {
             "id": event_id,
             "account_id": account["id"] if account else None,
-            "instagram_account_id": event.external_account_id,
+            "instagram_account_id": account["instagram_account_id"] if account else event.external_account_id,
             "contact": event.contact,
             "kind": event.kind,
             "dedupe_key": event.dedupe_key,
@@ -88,6 +94,8 @@ def _keep_one(
     if account is None:
         return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
     state = _apply(db, account, _found(db, event_id), now, patience)
+    if event.contact_name:
+        contacts.name(db, account["id"], event.contact, event.contact_name)
     return Kept(state, event, event_id, account["id"])
 
 
