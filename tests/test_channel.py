@@ -58,8 +58,8 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "batch_of_two_accounts": [
-        told("message.received", recipient_id="17841400000000002", message="three", instagram_message_id="mid-3"),
         told("message.received", message="one", instagram_message_id="mid-1"),
+        told("message.received", recipient_id="17841400000000002", message="three", instagram_message_id="mid-3"),
         told("message.received", timestamp="2027-01-15T08:00:00.124Z", message="two", instagram_message_id="mid-2"),
     ],
     "change_with_message": [told("message.received", message="hello")],

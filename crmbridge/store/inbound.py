@@ -64,12 +64,13 @@ def _keep_one(
     db: Database, event: ChannelEvent, account: Row | None, correlation_id: str, now: str, patience: Patience
 ) -> Kept:
     event_id = new_id("evt")
+    external_account_id = account["instagram_account_id"] if account else event.external_account_id
     inserted = db.insert(
         "inbound_events",
         {
             "id": event_id,
             "account_id": account["id"] if account else None,
-            "instagram_account_id": account["instagram_account_id"] if account else event.external_account_id,
+            "instagram_account_id": external_account_id,
             "contact": event.contact,
             "kind": event.kind,
             "dedupe_key": event.dedupe_key,
@@ -86,7 +87,7 @@ def _keep_one(
         db.run(
             "UPDATE inbound_events SET repeats = repeats + 1, repeated_at = ?"
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
-            (now, event.external_account_id, event.dedupe_key),
+            (now, external_account_id, event.dedupe_key),
         )
         return Kept("duplicate", event, None, account["id"] if account else None)
     if event.kind == TEST:
