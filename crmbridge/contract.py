@@ -492,7 +492,19 @@ CRM_EVENTS: dict[str, type[_CrmEvent]] = {
 
 
 class EventPage(_Answer):
-    events: list[MessageReceived | MessageEcho | MessageUnsupported | MessageStatusEvent]
+    events: list[
+        MessageReceived
+        | MessageEcho
+        | MessageReaction
+        | MessagePostback
+        | MessageEdited
+        | MessageDeleted
+        | MessageReferral
+        | MessageUnsupported
+        | CommentReceived
+        | MentionReceived
+        | MessageStatusEvent
+    ]
     next_cursor: str | None
     has_more: bool
     expired: int

@@ -99,8 +99,7 @@ def test_the_cursor_stays_at_the_end_and_goes_on_with_what_is_new(rig: Rig) -> N
 def test_a_page_is_bounded_in_bytes_but_never_empty(rig: Rig) -> None:
     rig.account(crm_webhook_url=None)
     for number in range(4):
-        body = {"mid": f"mid-{number}", "text": "hello", "quick_reply": "x" * 600_000}
-        rig.hear(rig.item({"message": {**body, "is_unsupported": True, "more": "x" * 600_000}}))
+        rig.hear(rig.item({"message": {"mid": f"mid-{number}", "is_unsupported": True, "more": "x" * 600_000}}))
     found = list(pages(rig))
     assert [len(one.events) for one in found] in ([1, 1, 1, 1], [2, 2])
     assert [one.has_more for one in found][-1] is False
