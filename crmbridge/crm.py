@@ -26,7 +26,7 @@ def post(
     correlation_id: str,
     now_s: float,
 ) -> Posted:
-    """Deliver one event: 2xx is done, 401 is final, everything else is worth another try.
+    """Deliver one event: 2xx is done, 401 is final, 410 stops the account's deliveries, all else is tried again.
 
     Raises Refused or Retry. The signature covers the exact bytes of `body`.
     """
@@ -54,6 +54,14 @@ def post(
             code="crm_unauthorized",
             http_status=401,
             alert=True,
+        )
+    if answer.status == 410:
+        raise Retry(
+            "the CRM answered 410: nothing is taken at this URL any more",
+            code="crm_gone",
+            http_status=410,
+            counts=False,
+            stops="crm_gone",
         )
     code = "rate_limited" if answer.status == 429 else "crm_redirect" if 300 <= answer.status < 400 else "crm_error"
     raise Retry(

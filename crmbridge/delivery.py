@@ -31,6 +31,12 @@ CLOCK_SET_S = 30.0
 _LOOK_AGAIN_S = 1.0
 _FAULTS_IN_FRONT = 3
 _BARREN_TURNS = 20
+# The alerts of what stops an account, and what to do about them.
+_STOPS = {"crm": ("crm_gone",), "instagram": ("token_dead", "account_error")}
+_TODO = {
+    "crm": "mend the URL (PUT /api/v1/accounts/{account}), or: crmbridge account resume {account} --deliveries",
+    "instagram": "mend it, then PUT /api/v1/accounts/{account} with a new access_token or status: active",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def decide(
         return Verdict("done", now)
     if outcome.kind == "refused":
         return Verdict("dead", now)
+    if outcome.stops:
+        return Verdict("pending", now, in_doubt=claimed.kind == "look_up")
     expires_s = epoch_s(claimed.expires_at)
     if outcome.kind == "fault":
         # Our own failing, not the far side's refusal: it uses up nothing, and holds up no other for long.
@@ -268,7 +276,7 @@ class Engine:
             self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id)
             if claimed.target == "crm":
                 self._alarm.clear("crm_unauthorized", account=claimed.account_id)
-        elif outcome.kind == "retry" and claimed.kind == "call":
+        elif outcome.kind == "retry" and claimed.kind == "call" and not outcome.stops:
             change = self._endpoints.failed(
                 endpoint,
                 now_s,
@@ -410,6 +418,9 @@ class Engine:
                 latency_ms=latency_ms,
                 correlation=claimed.correlation_id,
             )
+        if outcome.kind == "done":
+            for kind in _STOPS[claimed.target]:
+                self._alarm.clear(kind, account=claimed.account_id, message="the far side takes it again")
         if outcome.kind == "fault" or outcome.code == "system_fault":
             problem = f"we failed at delivery {claimed.id} ourselves: {outcome.message}"
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
@@ -425,6 +436,10 @@ class Engine:
     def _report_oddities(self, found: Turn) -> None:
         for claimed in found.fenced:
             log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
+        for entry in found.stopped:
+            kind, account = str(entry.outcome.stops), entry.claimed.account_id
+            todo = _TODO[entry.claimed.target].format(account=account)
+            self._alarm.alert(kind, entry.outcome.message or "", account=account, todo=todo, delivery=entry.claimed.id)
         for row in found.unrendered:
             self._alarm.alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
 
@@ -450,7 +465,7 @@ def _endpoint(claimed: Claimed) -> Endpoint:
 def _outcome(failure: AttemptFailed) -> Outcome:
     known = {"code": failure.code, "message": failure.message, "http_status": failure.http_status}
     if isinstance(failure, Retry):
-        return Outcome("retry", **known, after_s=failure.after_s, counts=failure.counts)  # type: ignore[arg-type]
+        return Outcome("retry", **known, after_s=failure.after_s, counts=failure.counts, stops=failure.stops)  # type: ignore[arg-type]
     if isinstance(failure, Refused):
         return Outcome("refused", **known, alert=failure.alert)  # type: ignore[arg-type]
     if isinstance(failure, InDoubt):

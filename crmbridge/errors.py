@@ -94,7 +94,8 @@ class Retry(AttemptFailed):
     """Worth another try: after `after_s` seconds if the far side said so.
 
     `counts` is false where the far side is unavailable as a whole, so that the try does not use up
-    one of a message's few retries.
+    one of a message's few retries. `stops` names the alert where no other call for this account can
+    succeed either, before a person has acted.
     """
 
     def __init__(
@@ -105,10 +106,12 @@ class Retry(AttemptFailed):
         http_status: int | None = None,
         after_s: float | None = None,
         counts: bool = True,
+        stops: str | None = None,
     ) -> None:
         super().__init__(message, code=code, http_status=http_status)
         self.after_s = after_s
         self.counts = counts
+        self.stops = stops
 
 
 class Refused(AttemptFailed):

@@ -213,7 +213,7 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
             *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience),
             *message_routes.routes(wake, rooms.patience),
             *event_routes.routes(),
-            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, wake, rooms.patience).routes(),
+            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience).routes(),
             *insight_routes.routes(timings),
         ],
         timings=timings,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from crmbridge.events import instant
+from crmbridge.sandbox import wire
 from crmbridge.sandbox.demo import HopFailed
-from tests.shop import CUSTOMER, SHOP_ID, Shop
+from tests.shop import CUSTOMER, SHOP_ID, TOKEN, Shop
 
 NOTHING = {"deliveries": None, "sends": None}
 
@@ -105,3 +106,30 @@ def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
     ]
     shop.crm.wait(1, timeout_s=3)  # the bell was rung: the sweep comes only every 5 s
     assert len(shop.bridge.command("account", "list").splitlines()) == 1
+
+
+def test_a_new_url_ends_the_pause_of_a_crm_that_was_gone_but_not_an_operators(fresh_shop: Shop) -> None:
+    shop, path = fresh_shop, f"/api/v1/accounts/{fresh_shop.account_id}"
+    shop.crm.answer(410)
+    shop.meta.customer_says(SHOP_ID, CUSTOMER, "hello")
+    shop.wait_log("alert.crm_gone")
+    paused = shop.call("GET", path).json()["paused"]["deliveries"]
+    assert (paused["cause"], "410" in paused["reason"]) == ("crm_gone", True)
+    moved = {"crm_webhook_url": shop.sandbox.crm_webhook_url + "/new"}
+    assert shop.call("PUT", path, moved).json()["paused"] == NOTHING
+    assert shop.crm.wait(2)[1].path == "/webhook/new"
+    post(shop, "pause", {})
+    assert shop.call("PUT", path, moved).json()["paused"]["deliveries"]["cause"] == "operator"
+
+
+def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_shop: Shop) -> None:
+    shop, path = fresh_shop, f"/api/v1/accounts/{fresh_shop.account_id}"
+    shop.meta.fault("messages", status=400, body=wire.error_body(190, "Session has expired", subcode=463))
+    message_id = shop.send("hello", "held-1").json()["message_id"]
+    shop.wait_log("alert.token_dead")
+    shown = shop.call("GET", path).json()
+    assert (shown["status"], shown["status_reason"].partition(":")[0]) == ("error", "token_expired")
+    assert shop.status(message_id)["held"]["reason"] == shown["status_reason"]
+    healed = shop.call("PUT", path, {"access_token": TOKEN}).json()
+    assert (healed["status"], healed["status_reason"]) == ("active", None)
+    assert [entry.text for entry in shop.meta.wait_sent(1)] == ["hello"]

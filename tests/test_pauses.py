@@ -7,9 +7,12 @@ from typing import Any
 import peewee
 import pytest
 
+from crmbridge.endpoints import NO_ROOM
 from crmbridge.events import epoch_s, instant
+from crmbridge.sandbox import wire
 from crmbridge.store import accounts, deliveries, pauses, turn
 from crmbridge.store.contacts import Target
+from crmbridge.store.deliveries import Outcome, Verdict
 from crmbridge.upkeep import Upkeep
 from tests.rig import START_S, Rig, opened
 
@@ -262,3 +265,102 @@ def test_a_deleted_account_leaves_no_pause(rig: Rig) -> None:
     pause(rig, account)
     turn.delete_account(rig.db, account["id"], rig.now_s)
     assert pauses.everyone(rig.db) == {}
+
+
+# --- what stops an account ---
+
+
+def test_a_crm_that_is_gone_pauses_the_deliveries_and_loses_nothing(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(410)
+    for number in range(5):
+        rig.say(f"{number}", f"mid-{number}", contact=f"90000000000000{number % 2}")
+    rig.drain()
+    called = len(rig.crm.received)
+    assert called <= 2  # one for each lane
+    (pause,) = pauses.everyone(rig.db).values()
+    assert (pause["target"], pause["cause"]) == ("crm", "crm_gone")
+    assert [kind for kind, _ in rig.alerts] == ["crm_gone"]
+    rig.live_through(30 * HOUR_S)
+    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert len(rig.crm.received) == called
+    rig.send(account, "sends go on")
+    rig.drain()
+    assert len(rig.meta.sent) == 1
+    rig.crm.answer_always(None)
+    resume(rig, account, "crm")
+    rig.drain()
+    heard = [entry.event["message"] for entry in rig.taken() if entry.event["event"] == "message.received"]
+    assert sorted(heard) == ["0", "1", "2", "3", "4"]
+    assert [text for text in heard if int(text) % 2] == ["1", "3"]
+    assert rig.cleared == ["crm_gone"]
+
+
+def test_a_410_of_a_url_that_was_changed_meanwhile_pauses_nothing(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    (row,) = deliveries.due(rig.db, "crm", account["id"], instant(rig.now_s), 1)
+    claimed = rig.claim(row, account)
+    accounts.update(
+        rig.db, account["id"], {"crm_webhook_url": "https://new.example/"}, instant(rig.now_s), rig.patience
+    )
+    gone = Outcome("retry", "crm_gone", http_status=410, counts=False, stops="crm_gone")
+    finished = turn.Finished(claimed, gone, Verdict("pending", instant(rig.now_s)))
+    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
+    turn.take(rig.db, [finished], terms, room=lambda _: NO_ROOM, senders=0)
+    assert pauses.everyone(rig.db) == {}
+
+
+@pytest.mark.parametrize(("code", "subcode", "alert"), [(190, 463, "token_dead"), (200, 2534041, "account_error")])
+def test_an_account_error_holds_all_sends_as_they_are(rig: Rig, code: int, subcode: int, alert: str) -> None:
+    account = rig.account()
+    first = rig.send(account, "one")
+    rig.meta.fault("messages", times=9, status=400, body=wire.error_body(code, subcode=subcode))
+    rig.drain()
+    second = rig.send(account, "two")
+    rig.say("deliveries go on", "mid-1")
+    rig.live_through(30 * HOUR_S)
+    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert len(rig.meta.calls) == 1
+    assert rig.events() == ["message.received"]
+    assert [kind for kind, _ in rig.alerts] == [alert]
+    shown = accounts.found(rig.db, account["id"])
+    assert shown["status"] == "error"
+    assert shown["status_reason"].startswith(("token_expired: ", "message_access_off: "))
+    assert rig.status(first)["held"]["reason"] == shown["status_reason"]
+    assert rig.status(second)["status"] == "pending"
+    assert rig.db.rows("SELECT DISTINCT retries, waits FROM deliveries") == [{"retries": 0, "waits": 0}]
+    rig.meta.clear_faults()
+    set_status(rig, account, "active")
+    rig.drain()
+    assert [entry.text for entry in rig.meta.sent] == ["one", "two"]
+    assert rig.cleared == [alert]
+
+
+@pytest.mark.parametrize(
+    ("code", "subcode"), [(1, 99), (10, None), (10, 9_999_999), (200, None), (200, 9_999_999), (368, None), (3, 1)]
+)
+def test_what_may_be_about_one_person_or_message_holds_no_other(rig: Rig, code: int, subcode: int | None) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", status=400, body=wire.error_body(code, subcode=subcode))
+    rig.send(account, "to one")
+    rig.drain()
+    rig.send(account, "to another", contact="900000000000009")
+    rig.drain()
+    assert accounts.found(rig.db, account["id"])["status"] == "active"
+    assert [entry.text for entry in rig.meta.sent] == ["to another"]
+    assert rig.alerts == []
+
+
+def test_an_error_of_a_token_that_was_changed_meanwhile_stops_nothing(rig: Rig) -> None:
+    account = rig.account()
+    rig.send(account, "hello")
+    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    claimed = rig.claim(row, account)
+    fresh = {"access_token_sealed": rig.rooms.vault.seal("another")}
+    accounts.update(rig.db, account["id"], fresh, instant(rig.now_s), rig.patience)
+    dead = Outcome("retry", "token_expired", counts=False, stops="token_dead")
+    finished = turn.Finished(claimed, dead, Verdict("pending", instant(rig.now_s)))
+    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
+    assert turn.take(rig.db, [finished], terms, room=lambda _: NO_ROOM, senders=0).stopped == []
+    assert accounts.found(rig.db, account["id"])["status"] == "active"

@@ -96,7 +96,7 @@ class Client:
         if isinstance(error, dict):
             meaning = codes.classify(answer.status, error)
             said = _quoted(error, meaning)
-            if meaning.kind in ("account", "final"):
+            if meaning.kind in ("account", "wait", "final"):
                 detail = {"field": "access_token", "problem": said}
                 raise Invalid(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
             raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=30)
@@ -188,12 +188,17 @@ def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
         return InDoubt(said, code=meaning.slug, http_status=answer.status)
     if meaning.kind == "final":
         return Refused(said, code=meaning.slug, http_status=answer.status)
+    stops = None
+    if meaning.kind == "account":
+        stops = "token_dead" if meaning.slug.startswith("token_") else "account_error"
+        said = f"{meaning.slug}: {codes.HINTS[meaning.slug]} ({said})"
     return Retry(
         said,
         code=meaning.slug,
         http_status=answer.status,
         after_s=_wait_s(answer.headers),
         counts=meaning.kind == "retry",
+        stops=stops,
     )
 
 

@@ -6,28 +6,30 @@ Sources: Messenger Platform "Error codes" and Graph API "Handling errors", with 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Class = Literal["retry", "limit", "final", "account", "unknown"]
+Class = Literal["retry", "limit", "wait", "final", "account", "unknown"]
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """`kind`: retry counts against the message's retries, limit and account wait without counting,
-    final ends the message, unknown means that it may have been delivered."""
+    """`kind`: retry counts against the message's retries, limit and wait do not, final ends the message,
+    unknown means that it may have been delivered. account is about the account alone, never about one person or
+    message, and nothing but a person's act ends it; what may be either, or passes by itself, is wait."""
 
     kind: Class
     slug: str
 
 
+_TOKEN = 190
 _ROWS: tuple[tuple[int, int | None, Class, str], ...] = (
     (1, None, "retry", "instagram_fault"),
-    (1, 99, "account", "permission_missing"),
+    (1, 99, "wait", "permission_missing"),
     (1, 1357046, "unknown", "answer_lost"),
     (2, None, "retry", "instagram_unavailable"),
     (2, 2018344, "account", "terms_not_accepted"),
     (3, None, "account", "capability_missing"),
     (4, None, "limit", "rate_limited"),
     (9, 2018352, "final", "too_many_requests_to_person"),
-    (10, None, "account", "permission_missing"),
+    (10, None, "wait", "permission_missing"),
     (10, 2534022, "final", "window_closed"),
     (10, 2018278, "final", "window_closed"),
     (10, 2018065, "final", "window_closed"),
@@ -56,18 +58,18 @@ _ROWS: tuple[tuple[int, int | None, Class, str], ...] = (
     (100, 2534037, "final", "thread_controlled_elsewhere"),
     (190, None, "account", "token_invalid"),
     (190, 463, "account", "token_expired"),
-    (200, None, "account", "permission_missing"),
+    (200, None, "wait", "permission_missing"),
     (200, 1545041, "final", "recipient_unavailable"),
     (200, 2534041, "account", "message_access_off"),
-    (200, 2534066, "account", "permission_missing"),
+    (200, 2534066, "wait", "permission_missing"),
     (341, None, "limit", "rate_limited"),
-    (368, None, "account", "account_restricted"),
+    (368, None, "wait", "account_restricted"),
     (506, None, "final", "duplicate_message"),
     (551, None, "final", "recipient_unavailable"),
     (613, None, "limit", "rate_limited"),
     (613, 2018338, "final", "tag_abuse"),
     (1200, None, "unknown", "answer_lost"),
-    (2022, None, "account", "account_restricted"),
+    (2022, None, "wait", "account_restricted"),
     (2500, None, "final", "invalid_path"),
     (10900, None, "final", "comment_already_answered"),
     (10903, None, "final", "recipient_restricted"),
@@ -79,6 +81,19 @@ _ROWS: tuple[tuple[int, int | None, Class, str], ...] = (
     (2534068, None, "final", "multi_image_off"),
     (9000001, None, "final", "message_gone"),
 )
+# What a person has to do before an account is served again.
+HINTS = {
+    "account_blocked": "Instagram has blocked the account from messaging; appeal there",
+    "account_not_eligible": "Instagram does not let this account use messaging by API; see its settings there",
+    "account_not_linked": "link the Instagram account to its page again",
+    "account_restricted": "Instagram restricts the account's messages; look into its support inbox there",
+    "account_unverified": "verify the account at Instagram (two-factor log-in, link to its page)",
+    "capability_missing": "the Meta app lacks a capability; ask for it in App Review",
+    "message_access_off": "switch on 'Allow access to messages' in Instagram's settings",
+    "terms_not_accepted": "accept the contact terms at Meta",
+    "token_expired": "the access token has expired; give the account a new one",
+    "token_invalid": "the access token is refused; give the account a new one",
+}
 _TABLE: dict[tuple[int | None, int | None], Meaning] = {
     (code, subcode): Meaning(kind, slug) for code, subcode, kind, slug in _ROWS
 }
@@ -88,10 +103,13 @@ def classify(http_status: int, error: dict[str, Any]) -> Meaning:
     """Return what an error object means; codes that are not in the table go by transience and HTTP status."""
     code, subcode = _number(error.get("code")), _number(error.get("error_subcode"))
     if code == 100 and subcode is None and "Unsupported request - method type" in str(error.get("message")):
-        return Meaning("account", "account_not_authorised")
+        return Meaning("wait", "account_not_authorised")
     for key in ((code, subcode), (subcode, None), (code, None)):
         if key in _TABLE:
-            return _TABLE[key]
+            found = _TABLE[key]
+            # A subcode that is not listed may be about this person alone; only a token is refused as a whole.
+            unsure = found.kind == "account" and key != (code, subcode) and code != _TOKEN
+            return Meaning("wait", found.slug) if unsure else found
     if error.get("is_transient") is True or http_status >= 500:
         return Meaning("retry", "instagram_fault")
     if http_status == 429:

@@ -62,7 +62,8 @@ class Claimed:
 class Outcome:
     """What one call came to. `external_id` is the channel's id of what was sent.
 
-    `rest_s` is how long the far side asks to be left alone altogether.
+    `rest_s` is how long the far side asks to be left alone altogether. `stops` names the alert where nothing more
+    for this account can succeed before a person has acted: the delivery stays as it is, and all of its kind wait.
     """
 
     kind: OutcomeKind
@@ -72,6 +73,7 @@ class Outcome:
     after_s: float | None = None
     counts: bool = True
     alert: bool = False
+    stops: str | None = None
     external_id: str | None = None
     rest_s: float = 0
     ms: int = 0
@@ -241,7 +243,7 @@ def _kind(row: Row) -> CallKind:
 def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, now: str) -> bool:
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
     finished = None if verdict.state == "pending" else now
-    failed = outcome.kind not in ("done", "absent")
+    failed = outcome.kind not in ("done", "absent") and outcome.stops is None
     leaves = finished or verdict.steps_aside
     touched = db.update(
         "deliveries",

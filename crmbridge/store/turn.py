@@ -40,6 +40,7 @@ class Turn:
     dues: dict[Endpoint, str] = field(default_factory=dict)
     replays: list[tuple[Endpoint, str, int]] = field(default_factory=list)
     hastened: dict[Endpoint, int] = field(default_factory=dict)
+    stopped: list[Finished] = field(default_factory=list)
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
     newest: int = 0
@@ -81,6 +82,8 @@ def take(
             is_ours = deliveries.record(db, entry.claimed, entry.outcome, entry.verdict, now)
             if not is_ours:
                 turn.fenced.append(entry.claimed)
+            elif entry.outcome.stops and _stop(db, entry, now):
+                turn.stopped.append(entry)
             # That a call went out stays true even when its claim was lost; what a look-up saw does not.
             is_true = is_ours or (entry.outcome.kind == "done" and entry.claimed.kind == "call")
             if entry.claimed.target == "instagram" and is_true:
@@ -109,6 +112,24 @@ def take(
         return turn
 
     return db.write_last(job)
+
+
+def _stop(db: Database, entry: Finished, now: str) -> bool:
+    """Hold back an endpoint that takes nothing any more; tell whether that is news.
+
+    What has been mended since the call began is left alone.
+    """
+    claimed, outcome = entry.claimed, entry.outcome
+    account = accounts.find(db, claimed.account_id)
+    called = "crm_webhook_url" if claimed.target == "crm" else "access_token_sealed"
+    if account is None or account[called] != claimed.account[called]:
+        return False
+    if claimed.target == "crm":
+        return pauses.pause(db, account["id"], "crm", cause="crm_gone", reason=outcome.message, until=None, now=now)
+    if account["status"] != "active":
+        return False
+    changed = {"status": "error", "status_reason": outcome.message, "status_since": now, "updated_at": now}
+    return bool(db.update("accounts", changed, "id = ?", [account["id"]]))
 
 
 def _served(db: Database) -> tuple[list[tuple[Target, Row]], frozenset[Endpoint]]:

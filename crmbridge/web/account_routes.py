@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crmbridge import contract, log, net
+from crmbridge.alerts import Alarm
 from crmbridge.errors import BridgeError, Conflict, Invalid
 from crmbridge.events import instant
 from crmbridge.instagram.client import Client, Identity
@@ -18,11 +19,18 @@ class AccountRoutes:
     """The handlers, with what they need: the vault, Instagram, and where CRM URLs may lead."""
 
     def __init__(
-        self, vault: Vault, client: Client, reach: net.Reach, wake: Callable[[], None], patience: Patience
+        self,
+        vault: Vault,
+        client: Client,
+        reach: net.Reach,
+        alarm: Alarm,
+        wake: Callable[[], None],
+        patience: Patience,
     ) -> None:
         self._vault = vault
         self._client = client
         self._reach = reach
+        self._alarm = alarm
         self._wake = wake
         self._patience = patience
 
@@ -100,17 +108,22 @@ class AccountRoutes:
             values["status"], values["status_reason"] = request.status, None
         if "access_token" in given:
             identity = self._identify(request.access_token, {row["instagram_account_id"]})
-            now = instant(call.now_s)
             values |= {
                 "access_token_sealed": self._vault.seal(request.access_token),
                 "app_scoped_id": identity.app_scoped_id,
                 "username": identity.username or row["username"],
-                "token_checked_at": now,
+                "token_checked_at": instant(call.now_s),
                 "token_expires_at": None,
             }
             if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
-        row = accounts.update(call.db, row["id"], values, instant(call.now_s), self._patience)
+        was_stopped, now = row["status"] == "error", instant(call.now_s)
+        row = accounts.update(call.db, row["id"], values, now, self._patience)
+        if values.get("crm_webhook_url"):
+            pauses.resume(call.db, row["id"], "crm", now=now, patience=self._patience, when=_is_gone)
+        if was_stopped and row["status"] == "active":
+            for kind in ("token_dead", "account_error"):
+                self._alarm.clear(kind, account=row["id"], message="the account is active again")
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
@@ -179,6 +192,10 @@ class AccountRoutes:
         if not secret:
             detail = {"field": "webhook_secret", "problem": "is required with crm_webhook_url: it signs every webhook"}
             raise Invalid("webhook_secret is required with crm_webhook_url.", details=[detail])
+
+
+def _is_gone(pause: Row) -> bool:
+    return bool(pause["cause"] == "crm_gone")
 
 
 def _shown(row: Row, paused: dict[tuple[str, str], Row]) -> dict[str, Any]:
