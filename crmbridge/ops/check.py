@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crmbridge import config, vault
 from crmbridge.errors import Misconfigured
-from crmbridge.store import accounts, database, retention
+from crmbridge.store import accounts, alerts, database, overview, retention
 
 
 def run(settings: config.Settings, source: Path) -> int:
@@ -53,10 +53,31 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
             found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
         everyone = accounts.everyone(db)
         found.append(("ok", f"{len(everyone)} account(s)"))
+        found += _state(db)
         for account in everyone if keys else []:
             keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
     except Misconfigured as error:
         found.append(("error", error.message))
     finally:
         db.close()
+    return found
+
+
+def _state(db: database.Database) -> list[tuple[str, str]]:
+    """Return what each account waits for, how late it is and what died, and the alerts that are open."""
+    found = []
+    for row in overview.accounts(db):
+        for name in overview.NAMES.values():
+            text = f"{row['account_id']} ({row['username'] or row['status']}) {name}: {row[f'pending_{name}']} pending"
+            oldest, late = row[f"oldest_pending_{name.removesuffix('s')}_at"], row["latency"][name]
+            text += f" since {oldest}" if oldest else ""
+            text += f", {row[f'dead_{name}']} dead; last hour: {overview.said(late)}"
+            found.append(("warning" if row[f"dead_{name}"] else "ok", text))
+    unrouted = overview.unrouted(db)
+    if unrouted:
+        found.append(("warning", f"{unrouted} event(s) for Instagram accounts that are not connected here"))
+    for alert in alerts.everything(db):
+        if alert["cleared_at"] is None:
+            about = f" {alert['account_id']}" if alert["account_id"] else ""
+            found.append(("warning", f"alert {alert['kind']}{about} since {alert['since']}: {alert['message']}"))
     return found

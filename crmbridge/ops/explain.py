@@ -344,11 +344,7 @@ def _account(db: Database, account_id: str, now: str) -> Story:
     for seen in overview.accounts(db, account_id):
         for target, name in overview.NAMES.items():
             facts[f"pending_{name}"], facts[f"dead_{name}"] = seen[f"pending_{name}"], seen[f"dead_{name}"]
-            late = seen["latency"][name]
-            if late:
-                facts[f"{name}_last_hour"] = (
-                    f"{late['count']}, p50 {late['p50_ms']} ms, p95 {late['p95_ms']} ms, p99 {late['p99_ms']} ms"
-                )
+            facts[f"{name}_last_hour"] = overview.said(seen["latency"][name])
             hold = pauses.hold(db, row, target)
             if hold is not None:
                 _say_held(found, hold, f"{_WHAT[target]} are", account_id, target)

@@ -22,6 +22,14 @@ def accounts(db: Database, account_id: str | None = None) -> list[Row]:
     return found
 
 
+def said(latency: Row | None) -> str:
+    """Say the latencies of an hour in words."""
+    if latency is None:
+        return "nothing done"
+    percentiles = ", ".join(f"{name} {latency[f'{name}_ms']} ms" for name in ("p50", "p95", "p99"))
+    return f"{latency['count']} done, {percentiles}, at most {latency['max_ms']} ms"
+
+
 def unrouted(db: Database) -> int:
     """Return how many events wait for an account that is not here."""
     return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))

@@ -65,8 +65,9 @@ def meanings(db: Database, given: str) -> list[tuple[Kind, str]]:
     ours = "account_id IN (SELECT id FROM accounts)"
     look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND instagram_message_id = ?", given)
     if not found:  # its echoes and receipts belong to its own story
-        heard = f"SELECT id FROM inbound_events WHERE ({ours} OR account_id IS NULL) AND instagram_message_id = ?"
-        look("event", f"{heard} AND kind <> 'message.read'", given)
+        for owner in (ours, "account_id IS NULL"):
+            heard = f"SELECT id FROM inbound_events WHERE {owner} AND instagram_message_id = ?"
+            look("event", f"{heard} AND kind <> 'message.read'", given)
     look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND idempotency_key = ?", given)
     look("message", "SELECT id FROM outbound_messages WHERE correlation_id = ?", given)
     look("event", "SELECT id FROM inbound_events WHERE correlation_id = ?", given)
