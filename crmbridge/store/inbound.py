@@ -76,7 +76,7 @@ def _keep_one(
             "dedupe_key": event.dedupe_key,
             "instagram_message_id": event.external_id,
             "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
-            "payload": _payload(event),
+            "payload": None if event.kind in (NOTED, TEST) else _payload(event),
             "occurred_at": event.occurred_at,
             "received_at": now,
             "correlation_id": correlation_id,
