@@ -38,6 +38,7 @@ def load(shop: Shop, end: threading.Event) -> None:
 def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> None:
     shop, end = fresh_shop, threading.Event()
     shop.crm.answer(401, event="message.sent")
+    shop.crm.answer(401, event="message.failed")
     shop.meta.customer_says(SHOP_ID, "900000000000001", "good day")
     shop.meta.customer_says(OTHER_ID, "900000000000001", "nobody is here")
     shop.send("good day to you", "key-1")
@@ -48,12 +49,14 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
     path = f"/api/v1/accounts/{shop.account_id}/pause"
     assert shop.call("POST", path, {"what": ["sends"], "reason": "the shop is closed"}).status_code == 200
     shop.send("this waits", "key-3")
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead' AND target = 'crm'", [(2,)])
+    shop.wait_rows("SELECT kind FROM alerts WHERE cleared_at IS NULL", [("crm_unauthorized",)])
+    checked = shop.bridge.command("check")
+    stats = shop.call("GET", "/api/v1/admin/stats", key=shop.admin_key)
     thread = threading.Thread(target=load, args=(shop, end))
     thread.start()
     try:
         found = {question: sqlite(shop, query) for question, query in QUERIES}
-        checked = shop.bridge.command("check")
-        stats = shop.call("GET", "/api/v1/admin/stats", key=shop.admin_key)
         shown = {view: sqlite(shop, f".schema {view}") for view in VIEWS}
     finally:
         end.set()
@@ -65,14 +68,14 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
     assert f"crmbridge explain {shop.account_id}" in found["How late are we?"]
     assert "crmbridge dlq retry dlv_" in found["What died today?"]
     assert re.search(
-        rf"warning: {shop.account_id} \(your_shop\) webhooks: \d+ pending.*, 1 dead; .* p99 \d+ ms", checked
+        rf"warning: {shop.account_id} \(your_shop\) webhooks: \d+ pending.*, 2 dead; .* p99 \d+ ms", checked
     )
     assert re.search(rf"warning: {shop.account_id} \(your_shop\) sends: 1 pending since .*, 1 dead; ", checked)
     assert "warning: 1 event(s) for Instagram accounts that are not connected here" in checked
     assert f"warning: alert crm_unauthorized {shop.account_id} since" in checked
     (account,) = contract.Stats.model_validate(stats.json()).accounts
     assert (account.account_id, account.status, account.pending_sends) == (shop.account_id, "active", 1)
-    assert (account.dead_webhooks, account.dead_sends) == (1, 1)
+    assert (account.dead_webhooks, account.dead_sends) == (2, 1)
     assert account.paused_since.sends is not None
     assert account.latency.webhooks is not None
     assert account.latency.webhooks.count > 0
