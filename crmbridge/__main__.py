@@ -93,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     end.add_argument("--for", metavar="SPAN", dest="lasts", help="how long it lasts, such as 30m, 2h or 3d")
     pause.add_argument("--reason", metavar="TEXT", help="why, for whoever looks at it")
 
+    alert = commands.add_parser("alert", help="what is wrong").add_subparsers(required=True, metavar="…")
+    command(alert, "list", _alert_list, "list the alerts that are open, and the last ones that ended")
+    command(alert, "test", _alert_test, "send a test alert through log, command and URL now")
+
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
@@ -265,6 +269,21 @@ def _span(text: str) -> float:
         return events.read_span(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _alert_list(options: argparse.Namespace) -> None:
+    from crmbridge.ops import alerts
+
+    with _database(options) as db:
+        alerts.show(db)
+
+
+def _alert_test(options: argparse.Namespace) -> int:
+    from crmbridge.ops import alerts
+
+    settings = _settings(options)
+    log.setup(settings.log.level)
+    return alerts.test(settings.alerts)
 
 
 def _dlq_list(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crmbridge import config, crm, log, net, vault
-from crmbridge.alerts import Alerts
+from crmbridge.alerts import Alerts, telling
 from crmbridge.errors import Misconfigured, Refused
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
@@ -37,9 +37,8 @@ def open_rooms(settings: config.Settings) -> Rooms:
     for account in accounts.everyone(db)[:_PROBED]:
         keys_of_secrets.open(account["access_token_sealed"])
     reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
-    configured = net.Reach(any_address=True, http=True)
     graph = net.Session(
-        configured,
+        net.Reach(any_address=True, http=True),  # named in the configuration itself
         connect_timeout_s=settings.instagram.connect_timeout_s,
         timeout_s=settings.instagram.timeout_s,
         connections=settings.delivery.senders,
@@ -56,7 +55,7 @@ def open_rooms(settings: config.Settings) -> Rooms:
             command=settings.alerts.command,
             url=settings.alerts.url,
             repeat_after_s=settings.alerts.repeat_after_s,
-            session=net.Session(configured, connect_timeout_s=5, timeout_s=15, connections=1),
+            session=telling.open_session(),
         ),
         patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
     )
@@ -210,11 +209,12 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
         [
             *docs_routes.routes(config.ROOT),
             *health_routes.HealthRoutes().routes(),
-            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience),
+            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience, rooms.alerts),
             *message_routes.routes(wake, rooms.patience),
             *event_routes.routes(),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience).routes(),
             *insight_routes.routes(timings),
         ],
+        alarm=rooms.alerts,
         timings=timings,
     )

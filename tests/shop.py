@@ -106,6 +106,11 @@ class Shop:
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             return connection.execute(sql, parameters).fetchall()
 
+    def change(self, sql: str) -> None:
+        """Change the database behind the server's back."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection, connection:
+            connection.execute(sql)
+
     def wait_rows(self, sql: str, wanted: list[Any], timeout_s: float = 10) -> None:
         """Wait until a query finds what is wanted."""
         deadline = time.monotonic() + timeout_s

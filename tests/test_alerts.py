@@ -4,21 +4,27 @@ import io
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from crmbridge import log
+from crmbridge import config, log
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.events import instant
-from crmbridge.sandbox import LoopbackServer
+from crmbridge.ops import alerts as ops
+from crmbridge.sandbox import LoopbackServer, wire
 from crmbridge.store import accounts, database, dead, turn
 from crmbridge.store import alerts as record
 from crmbridge.upkeep import Upkeep
+from crmbridge.web import webhook_routes
+from tests import shop as shops
 from tests.rig import START_S, Recorder, Rig
+from tests.shop import CUSTOMER, SHOP_ID
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY_S = 86_400.0
@@ -29,15 +35,23 @@ class Hook:
 
     def __init__(self) -> None:
         self.status, self.took, self.refused = 200, list[dict[str, Any]](), 0
+        self._changed = threading.Condition()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         posted = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-        if self.status == 200:
-            self.took.append(posted)
-        else:
-            self.refused += 1
+        with self._changed:
+            if self.status == 200:
+                self.took.append(posted)
+            else:
+                self.refused += 1
+            self._changed.notify_all()
         start_response(f"{self.status} X", [("Content-Length", "0")])
         return []
+
+    def wait(self, number: int, timeout_s: float = 10) -> None:
+        """Wait until it took so many."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.took) >= number, timeout_s), self.took
 
 
 class Office:
@@ -512,3 +526,86 @@ def test_a_deleted_account_has_no_open_alerts(rig: Rig, office: Office) -> None:
     turn.delete_account(rig.db, account["id"], rig.now_s)
     rig.watch().look()
     assert sorted(rig.cleared) == sorted(KINDS)
+
+
+def test_a_few_wrong_signatures_are_noise_unless_they_go_on(rig: Rig, office: Office) -> None:
+    form, noise = "sha256=" + "0" * 64, (None, "", "sha256=0", "sha1=" + "0" * 40, "x" * 71)
+    signatures = webhook_routes._Signatures(office.alarm)
+    for _ in range(100):
+        for other in noise:
+            signatures.wrong(other, rig.now_s)
+    for _ in range(19):
+        signatures.wrong(form, rig.now_s)
+    signatures.right()
+    for _ in range(4):
+        rig.now_s += 600
+        signatures.wrong(form, rig.now_s)
+    assert rig.alerts == []
+    signatures.wrong(form, rig.now_s)
+    assert [kind for kind, _ in rig.alerts] == ["wrong_signatures"]
+    signatures.right()
+    assert rig.cleared == ["wrong_signatures"]
+
+
+def test_a_running_bridge_tells_command_and_url_and_a_restart_repeats_nothing(tmp_path: Path, hook: Hook) -> None:
+    letters = tmp_path / "letters"
+    with LoopbackServer(hook) as server:
+        told = f"\n[alerts]\ncommand = cat >> '{letters}'\nurl = {server.url}\n"
+        with shops.opened(tmp_path, shops.QUICK + told) as shop:
+            body = wire.webhook_body(wire.envelope(SHOP_ID, 1_800_000_000_000))
+            for _ in range(20):
+                headers = wire.signature_headers("another-secret", body)
+                assert (
+                    requests.post(f"{shop.url}/webhooks/instagram", data=body, headers=headers, timeout=10).status_code
+                    == 401
+                )
+            hook.wait(1)
+            shop.change("UPDATE api_keys SET accounts = 'no JSON' WHERE name = 'crm'")
+            assert shop.call("GET", "/api/v1/accounts").status_code == 500
+            hook.wait(2)
+            shop.wait_rows("SELECT COUNT(*) FROM alerts WHERE told = 1", [(2,)])
+            shop.bridge.stop()
+            shop.start()
+            assert shop.meta.customer_says(SHOP_ID, CUSTOMER, "hello").status == 200
+            hook.wait(3)
+            assert shop.call("GET", "/api/v1/accounts").status_code == 500
+            shop.wait_rows("SELECT cleared_at IS NULL FROM alerts ORDER BY kind", [(1,), (0,)])
+            listed = shop.bridge.command("alert", "list")
+            assert shop.bridge.command("alert", "test").splitlines() == [
+                "log      written, on standard error", "command  took it", "url      took it",
+            ]  # fmt: skip
+            shop.bridge.stop()
+    assert [(entry["state"], entry["alert"]) for entry in hook.took] == [
+        ("raised", "wrong_signatures"),
+        ("raised", "system_fault"),
+        ("cleared", "wrong_signatures"),
+        ("test", "test"),
+    ]
+    assert re.findall(r"^crmbridge on \S+: (.+)$", letters.read_text(), re.MULTILINE) == [
+        "ALERT: wrong_signatures",
+        "ALERT: system_fault",
+        "All clear: wrong_signatures",
+        "Test: test",
+    ]
+    assert listed.splitlines()[0].startswith("system_fault  open  since ")
+    assert "what to do: look for 'error' in the log" in listed
+    assert re.search("wrong_signatures  ended 2[0-9TZ:.-]+  since", listed)
+    assert "alert alert.wrong_signatures state=raised" in shop.log()
+
+
+def test_a_test_alert_that_does_not_arrive_is_a_failure(
+    tmp_path: Path, hook: Hook, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ops.test(config.Alerts()) == 0
+    assert "to the log alone" in capsys.readouterr().out
+    hook.status = 404
+    with LoopbackServer(hook) as server:
+        assert ops.test(config.Alerts(command="exit 7", url=server.url)) == 1
+    out = capsys.readouterr().out
+    assert "command  failed: exit status 7" in out
+    assert "url      failed: HTTP 404" in out
+
+
+def test_the_readme_tells_of_each_kind_what_it_means_and_what_to_do() -> None:
+    told = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert told == [(name, kind.cause, kind.todo, kind.ends) for name, kind in KINDS.items()]

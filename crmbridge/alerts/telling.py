@@ -39,7 +39,7 @@ def text(news: News) -> str:
     """Return an alert as a letter that is understood at two in the morning; its first line can be a subject."""
     kind = kind_of(news.kind)
     lines = [subject(news), "", _sentence(news.message)]
-    if news.state != "cleared":
+    if news.state in ("raised", "repeated"):
         lines.append(_sentence(f"What it means: {kind.cause}"))
     if news.account_id:
         lines.append(f"Account: {_account(news)}")
@@ -61,7 +61,7 @@ def body(news: News) -> bytes:
         "account_id": news.account_id or None,
         "since": instant(news.since_s),
         "count": news.count,
-        "todo": news.todo if news.state != "cleared" else None,
+        "todo": news.todo if news.state in ("raised", "repeated") else None,
         "text": line,
     }
     return log.struck(json.dumps(facts, ensure_ascii=False)).encode()
@@ -139,6 +139,11 @@ def run_command(command: str, news: News) -> str | None:
         complaint.seek(0)
         said = complaint.read(_STDERR_BYTES).decode(errors="replace").strip()
         return f"exit status {status}" + (f": {said}" if said else "")
+
+
+def open_session() -> net.Session:
+    """Return a session for the URL: it is the administrator's own, and may lead anywhere."""
+    return net.Session(net.Reach(any_address=True, http=True), connect_timeout_s=5, timeout_s=15, connections=1)
 
 
 def post(session: net.Session, url: str, news: News) -> str | None:

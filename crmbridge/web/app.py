@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 import bottle
 
 from crmbridge import apikey, contract, log
+from crmbridge.alerts import Alarm
 from crmbridge.errors import (
     BridgeError,
     Conflict,
@@ -172,6 +173,7 @@ class App:
         db: Database,
         routes: Sequence[Route],
         *,
+        alarm: Alarm,
         clock: Callable[[], float] = time.time,
         busy: Callable[[], bool] = lambda: False,
         timings: "Timings | None" = None,
@@ -180,6 +182,7 @@ class App:
         self.busy = busy
         self.timings = timings or Timings()
         self._db = db
+        self._alarm = alarm
         self._clock = clock
         self._verifier = apikey.Verifier()
         self._large_bodies = threading.Semaphore(_LARGE_AT_ONCE)  # memory for no more than these
@@ -224,6 +227,7 @@ class App:
                 return self._error(error)
             except Exception:
                 log.exception("request.fault", method=route.method, route=route.path)
+                self._alarm.alert("system_fault", f"the request {route.method} {route.path} failed")
                 return self._error(BridgeError("The bridge failed; the log tells more.", code="internal_error"))
 
         return handle
@@ -316,6 +320,7 @@ class App:
         }.get(answer.status_code, ("invalid_request", "The request cannot be read."))
         if answer.status_code >= 500:
             log.error("request.failed", status=answer.status_code)
+            self._alarm.alert("system_fault", "a request failed outside its handler")
             code, message = "internal_error", "The bridge failed; the log tells more."
         bottle.response.content_type = "application/json"
         return json.dumps(self._described(code, message, []), ensure_ascii=False).encode()
