@@ -15,6 +15,7 @@ MESSAGE_BYTES = 1000  # Meta counts UTF-8 bytes (messaging API, "Send a text mes
 
 AccountId = Annotated[str, Field(pattern=r"^acc_[0-9a-z]{26}$")]
 MessageId = Annotated[str, Field(pattern=r"^msg_[0-9a-z]{26}$")]
+DeliveryId = Annotated[str, Field(pattern=r"^dlv_[0-9a-z]{26}$")]
 EventId = Annotated[str, Field(pattern=r"^evt_[0-9a-z]{26}$")]
 ExternalId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.:-]{1,128}$")]
 Timestamp = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
@@ -85,6 +86,20 @@ class PauseRequest(_Request):
 
 class ResumeRequest(_Request):
     what: What = _BOTH
+
+
+class RetryOne(_Request):
+    force: bool = False
+
+
+class RetryMany(_Request):
+    account_id: Annotated[str, Field(max_length=64)] | None = None
+    event: Annotated[str, Field(max_length=64)] | None = None
+    code: Annotated[str, Field(max_length=64)] | None = None
+    dead_after: _Time | None = None
+    dead_before: _Time | None = None
+    preview: bool = False
+    force: bool = False
 
 
 # --- answers ---
@@ -299,6 +314,73 @@ class Explanation(_Answer):
     id: str
     stories: list[Story]
     others: list[OtherMeaning]
+
+
+NotRetryable = Literal["account_deleted", "content_gone", "in_doubt", "not_pushed"]
+
+
+class _Dead(_Answer):
+    delivery_id: DeliveryId
+    account_id: AccountId
+    sequence: int
+    code: str | None
+    http_status: int | None
+    error: str | None
+    attempts: int
+    accepted_at: Timestamp
+    dead_at: Timestamp
+    retry_asked_at: Timestamp | None
+    retryable: bool
+    not_retryable_because: NotRetryable | None
+    correlation_id: str
+
+
+class DeadWebhook(_Dead):
+    contact: str
+    event: str
+    event_id: EventId
+    message_id: MessageId | None
+
+
+class DeadWebhookList(_Answer):
+    deliveries: list[DeadWebhook]
+    next_cursor: str | None
+    has_more: bool
+
+
+class DeadSend(_Dead):
+    recipient_id: str
+    message_id: MessageId
+    in_doubt: bool
+
+
+class DeadSendList(_Answer):
+    deliveries: list[DeadSend]
+    next_cursor: str | None
+    has_more: bool
+
+
+class Revived(_Answer):
+    delivery_id: DeliveryId
+    account_id: AccountId
+    event_id: EventId | None
+    message_id: MessageId | None
+    state: Literal["pending"]
+
+
+class LeftOut(_Answer):
+    account_deleted: int
+    content_gone: int
+    in_doubt: int
+    not_pushed: int
+
+
+class RetryCount(_Answer):
+    matching: int
+    asked: int
+    already_asked: int
+    left_out: LeftOut
+    preview: bool
 
 
 class Health(_Answer):

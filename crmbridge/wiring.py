@@ -193,6 +193,7 @@ def make_worker(rooms: Rooms) -> Any:
 def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     """Return the web application; `wake` rings the worker."""
     from crmbridge.web import (
+        dlq_routes,
         docs_routes,
         event_routes,
         health_routes,
@@ -212,6 +213,7 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
             *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience, rooms.alerts),
             *message_routes.routes(wake, rooms.patience),
             *event_routes.routes(),
+            *dlq_routes.routes(wake, rooms.patience),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience).routes(),
             *insight_routes.routes(timings),
         ],

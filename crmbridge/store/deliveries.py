@@ -146,8 +146,13 @@ _DUE = """
     SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ? AND due <= ?
         AND retry_asked_at IS NULL ORDER BY due LIMIT ?"""
 _REPLAYS = """
-    FROM deliveries WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ?
-        AND account_id = ?"""
+    SELECT *, EXISTS (
+        SELECT 1 FROM deliveries AS new WHERE new.state = 'pending' AND new.ready = 0 AND new.retry_asked_at IS NULL
+            AND new.target = head.target AND new.account_id = head.account_id AND new.contact = head.contact
+        ) AS is_awaited
+    FROM deliveries AS head
+    WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ? AND account_id = ?
+    ORDER BY due"""
 
 
 def due(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
@@ -155,9 +160,9 @@ def due(db: Database, target: str, account_id: str, now: str, limit: int) -> lis
     return db.rows(_DUE, (target, account_id, now, limit))
 
 
-def due_replays(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
-    """Return the due heads of an endpoint's lanes in replay, earliest first."""
-    return db.rows(f"SELECT * {_REPLAYS} AND due <= ? ORDER BY due LIMIT ?", (target, account_id, now, limit))
+def replays(db: Database, target: str, account_id: str) -> list[Row]:
+    """Return the heads of an endpoint's lanes in replay, earliest first; `is_awaited` where something new waits."""
+    return db.rows(_REPLAYS, (target, account_id))
 
 
 def first_behind(db: Database, target: str, account_id: str, contact: str) -> Row | None:
@@ -208,12 +213,6 @@ def next_due(db: Database, target: str, account_id: str) -> str | None:
             AND retry_asked_at IS NULL""",
         (target, account_id),
     )
-    return str(found) if found else None
-
-
-def next_replay(db: Database, target: str, account_id: str) -> str | None:
-    """Return when the next head of an endpoint's lanes in replay is due."""
-    found = db.value(f"SELECT MIN(due) {_REPLAYS}", (target, account_id))
     return str(found) if found else None
 
 

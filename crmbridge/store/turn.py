@@ -100,14 +100,15 @@ def take(
             if is_any_asked:
                 number = dead.let_in(db, *endpoint, free, terms.now_s, terms.patience)
                 turn.replays += [(endpoint, now, number)] if number else []
-            for row in _choose(db, endpoint, free, left, spare, now):
+            heads = deliveries.replays(db, *endpoint) if is_any_asked else []
+            chosen = _choose(db, endpoint, free, left, spare, heads, now)
+            turn.replays += [(endpoint, row["due"], int(not row["is_awaited"])) for row in heads if row not in chosen]
+            for row in chosen:
                 if row["claim_id"] not in in_flight:
                     _claim(db, turn, row, account, terms)
             due = deliveries.next_due(db, *endpoint)
             if due:
                 turn.dues[endpoint] = due
-            replay_due = deliveries.next_replay(db, *endpoint) if is_any_asked else None
-            turn.replays += [(endpoint, replay_due, 1)] if replay_due else []
         turn.newest = db.value("SELECT MAX(position) FROM deliveries") or 0
         return turn
 
@@ -150,8 +151,13 @@ def _rotated(served: list[tuple[Target, Row]], now_s: float) -> list[tuple[Targe
     return served[first:] + served[:first]
 
 
-def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int, now: str) -> list[Row]:
-    """Return the rows that an endpoint may get now."""
+def _choose(
+    db: Database, endpoint: Endpoint, room: Room, most: int, spare: int, heads: Sequence[Row], now: str
+) -> list[Row]:
+    """Return the rows that an endpoint may get now; `heads` are those of its lanes in replay.
+
+    These come last, and at their rate, but for a lane in which something new waits behind them.
+    """
     # Some senders are left to endpoints that have none yet, so that hanging ones cannot take them all.
     calls = min(room.calls, max(most - spare, int(room.is_idle and most > 0)))
     if calls <= 0:
@@ -162,7 +168,7 @@ def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int,
     rows = deliveries.due(db, *endpoint, now, calls if room.probe else calls + _LOOK_FURTHER)
     if room.probe and not rows:
         head = deliveries.head_of_the_newest(db, *endpoint)
-        return [head] if head else deliveries.due_replays(db, *endpoint, now, calls)
+        return [head] if head else [row for row in heads if row["due"] <= now][:calls]
     chosen: list[Row] = []
     retries = room.retries
     for row in rows:
@@ -172,9 +178,13 @@ def _choose(db: Database, endpoint: Endpoint, room: Room, most: int, spare: int,
             retries -= 1
         chosen.append(row)
         if len(chosen) == calls:
-            return chosen
-    replays = min(calls - len(chosen), retries, room.replays)
-    return chosen + (deliveries.due_replays(db, *endpoint, now, replays) if replays > 0 else [])
+            break
+    paced = room.replays
+    for row in heads:
+        if row["due"] <= now and len(chosen) < calls and retries > 0 and (row["is_awaited"] or paced > 0):
+            retries, paced = retries - 1, paced - 1
+            chosen.append(row)
+    return chosen
 
 
 def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> None:

@@ -1,0 +1,98 @@
+"""Dead deliveries, for administrators: ``/api/v1/admin/dlq/webhooks…`` and ``/api/v1/admin/dlq/messages…``."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from crmbridge import contract, log
+from crmbridge.errors import Invalid, NotFound
+from crmbridge.events import epoch_s, instant, read_instant
+from crmbridge.store import dead
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Row
+from crmbridge.store.dead import Filter
+from crmbridge.store.deliveries import Patience
+from crmbridge.web.app import Call, Reply, Route
+
+_CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})\Z")
+_FILTER = ("account_id", "event", "code", "dead_after", "dead_before")
+
+
+def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
+    """Return the routes; `wake` is called after something is owed again."""
+    return [*_routes("webhooks", "crm", wake, patience), *_routes("messages", "instagram", wake, patience)]
+
+
+def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patience) -> list[Route]:
+    def page(call: Call) -> Reply:
+        limit = call.limit()
+        rows = dead.page(call.db, _filter(call, target), after=_after(call.query.get("cursor")), limit=limit + 1)
+        shown, more = rows[:limit], len(rows) > limit
+        cursor = f"{round(epoch_s(shown[-1]['finished_at']) * 1000)}-{shown[-1]['position']}" if more else None
+        return Reply({"deliveries": [_shown(row) for row in shown], "next_cursor": cursor, "has_more": more})
+
+    def retry(call: Call) -> Reply:
+        request = call.read(contract.RetryOne) if call.body else contract.RetryOne()
+        row = dead.find(call.db, call.path["id"])
+        if row is None or row["target"] != target:
+            raise NotFound("There is no such delivery here.", code="delivery_not_found")
+        dead.revive(call.db, row["id"], call.now_s, patience, force=request.force)
+        log.info("delivery.revived", delivery=row["id"], account=row["account_id"])
+        wake()
+        shown = {key: row[key] for key in ("account_id", "event_id", "message_id")}
+        return Reply({"delivery_id": row["id"], **shown, "state": "pending"}, 202)
+
+    def retry_many(call: Call) -> Reply:
+        request = call.read(contract.RetryMany) if call.body else contract.RetryMany()
+        wanted = Filter(target, **{key: getattr(request, key) for key in _FILTER})
+        found = dead.ask(call.db, wanted, call.now_s, force=request.force, preview=request.preview)
+        if not request.preview:
+            log.info("delivery.retry_asked", target=target, matching=found.matching, asked=found.asked)
+            wake()
+        return Reply({**vars(found), "preview": request.preview}, 200 if request.preview else 202)
+
+    path, query = f"/api/v1/admin/dlq/{name}", frozenset((*_FILTER, "cursor", "limit"))
+    return [
+        Route("GET", path, page, "admin", query=query),
+        Route("POST", f"{path}/retry", retry_many, "admin"),
+        Route("POST", f"{path}/<id>/retry", retry, "admin"),
+    ]
+
+
+def _filter(call: Call, target: Target) -> Filter:
+    given: dict[str, Any] = {name: call.query.get(name) for name in _FILTER}
+    for name in ("dead_after", "dead_before"):
+        try:
+            given[name] = read_instant(given[name]) if given[name] is not None else None
+        except ValueError as error:
+            raise Invalid(f"{name} {error}.", details=[{"field": name, "problem": str(error)}]) from None
+    return Filter(target, **given)
+
+
+def _after(cursor: str | None) -> tuple[str, int] | None:
+    if cursor is None:
+        return None
+    found = _CURSOR.match(cursor)
+    if found is None:
+        detail = {"field": "cursor", "problem": "is no next_cursor of this list"}
+        raise Invalid("cursor is no next_cursor of this list.", code="invalid_cursor", details=[detail])
+    return instant(int(found[1]) / 1000), int(found[2])
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """Return a dead delivery as the contract shows it: a webhook's, or a send's."""
+    because = row["because"]
+    names = "account_id sequence message_id attempts accepted_at retry_asked_at correlation_id"
+    found = {
+        "delivery_id": row["id"],
+        **{name: row[name] for name in names.split()},
+        "code": row["last_code"],
+        "http_status": row["last_http_status"],
+        "error": row["last_error"],
+        "dead_at": row["finished_at"],
+        "retryable": because is None,
+        "not_retryable_because": because,
+    }
+    if row["target"] == "crm":
+        return {**found, "contact": row["contact"], "event": row["event"], "event_id": row["event_id"]}
+    return {**found, "recipient_id": row["contact"], "in_doubt": row["last_code"] == "in_doubt"}
