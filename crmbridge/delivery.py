@@ -255,7 +255,7 @@ class Engine:
             self._endpoints.ask_again(endpoint)
             self._hasten[endpoint] = instant(now_s)
         for entry in settled:
-            self._report(entry, now_s)
+            self._report(entry, now_s, is_ours=entry.claimed not in found.fenced)
         self._report_oddities(found)
         return now_s if resumed else self._next_s(found, now_s)
 
@@ -385,7 +385,7 @@ class Engine:
 
     # --- what is told ---
 
-    def _report(self, entry: Finished, now_s: float) -> None:
+    def _report(self, entry: Finished, now_s: float, *, is_ours: bool) -> None:
         claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
         latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
         write = log.info if outcome.kind == "done" else log.error if verdict.state == "dead" else log.warning
@@ -409,7 +409,7 @@ class Engine:
             next_s=round(epoch_s(verdict.due) - now_s, 1) if verdict.state == "pending" else None,
             correlation=claimed.correlation_id,
         )
-        if verdict.state == "done" and latency_ms > SLOW_S * 1000:
+        if is_ours and verdict.state == "done" and latency_ms > SLOW_S * 1000:
             log.warning(
                 "performance.delivery_slow",
                 delivery=claimed.id,

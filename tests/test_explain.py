@@ -12,6 +12,7 @@ from crmbridge.store import dead, deliveries, pauses
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.test_cli import run
+from tests.test_retention import prune
 
 README = (config.ROOT / "README.md").read_text()
 OTHER_CUSTOMER = "900000000000002"
@@ -174,6 +175,20 @@ def test_what_came_for_nobody_or_changed_something_else_is_told(rig: Rig) -> Non
     assert echo.event_id is not None
     assert story(rig, echo.event_id)["next"][0].startswith("nothing: it changed the status")
     assert "Instagram's echo showed it" in told(rig, message_id)
+
+
+def test_what_retention_took_is_told(rig: Rig) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", status=400, body=wire.error_body(100, "Invalid parameter"))
+    rig.crm.answer(401, event="message.failed")
+    message_id = rig.send(account)
+    rig.say("hello", "mid-1")
+    rig.drain()
+    assert len(story(rig, message_id)["to_type"]) == 2
+    prune(rig, days=8)
+    assert story(rig, "mid-1")["next"] == ["its text is gone by retention"]
+    assert story(rig, message_id)["to_type"] == []
+    assert "it cannot be tried again: its content is gone by retention" in story(rig, message_id)["next"]
 
 
 def test_an_id_of_many_things_lists_them(rig: Rig) -> None:

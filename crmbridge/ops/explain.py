@@ -147,6 +147,8 @@ def _message(life: Life, now: str) -> Story:
     for owed in life.owed:
         if owed.row["target"] == "crm":
             _deliver(found, owed, now)
+    if message["content"] is None:
+        found.next.append("its text is gone by retention")
     return found
 
 
@@ -184,7 +186,9 @@ def _event(life: Life, now: str) -> Story:
         found.next.append("nothing: it changed the status of what was sent, and the CRM was told of that")
         if event["instagram_message_id"]:
             found.advise(f"crmbridge explain {event['instagram_message_id']}")
-    if event["payload"] is None:
+    elif event["state"] == "dropped":
+        found.next.append("it came for an account that is not connected here, and was given up by retention")
+    elif event["payload"] is None:
         found.next.append("its text is gone by retention")
     for owed in life.owed:
         _deliver(found, owed, now)

@@ -60,19 +60,22 @@ VIEWS = (
         FROM deliveries WHERE latency_ms > 5000 ORDER BY finished_at DESC""",
     """
     CREATE VIEW latency_last_hour AS  -- accepted to done, in milliseconds, of what a call did in the last hour
-        WITH done AS (
-            SELECT account_id, target, latency_ms,
-                ROW_NUMBER() OVER (PARTITION BY account_id, target ORDER BY latency_ms) AS place,
-                COUNT(*) OVER (PARTITION BY account_id, target) AS number
-            FROM deliveries
+        WITH counted AS (
+            SELECT account_id, target, latency_ms, COUNT(*) AS number FROM deliveries
             WHERE state <> 'pending' AND latency_ms IS NOT NULL
-                AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour'))
-        SELECT account_id, target, number AS count,
-            MIN(CASE WHEN place * 100 >= number * 50 THEN latency_ms END) AS p50_ms,
-            MIN(CASE WHEN place * 100 >= number * 95 THEN latency_ms END) AS p95_ms,
-            MIN(CASE WHEN place * 100 >= number * 99 THEN latency_ms END) AS p99_ms,
+                AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour')
+            GROUP BY account_id, target, latency_ms),
+        placed AS (
+            SELECT account_id, target, latency_ms,
+                SUM(number) OVER (PARTITION BY account_id, target ORDER BY latency_ms) AS place,
+                SUM(number) OVER (PARTITION BY account_id, target) AS count
+            FROM counted)
+        SELECT account_id, target, count,
+            MIN(CASE WHEN place * 100 >= count * 50 THEN latency_ms END) AS p50_ms,
+            MIN(CASE WHEN place * 100 >= count * 95 THEN latency_ms END) AS p95_ms,
+            MIN(CASE WHEN place * 100 >= count * 99 THEN latency_ms END) AS p99_ms,
             MAX(latency_ms) AS max_ms, 'crmbridge explain ' || account_id AS to_type
-        FROM done GROUP BY account_id, target, number""",
+        FROM placed GROUP BY account_id, target, count""",
     """
     CREATE VIEW account_overview AS  -- one row for each account: what it waits for, what died, when it was last heard
         SELECT id AS account_id, username, status, status_reason,
