@@ -122,6 +122,8 @@ def substitute(operation: str, body: dict[str, Any], shop: Shop) -> None:
         body["webhook_secret"] = body.get("webhook_secret") or WEBHOOK_SECRET
         if "access_token" in body:
             body["access_token"] = TOKEN
+    elif operation == "POST /api/v1/accounts/{account_id}/pause" and body.get("until"):
+        body["until"] = "2099-01-01T00:00:00Z"
     if body.get("crm_webhook_url"):
         body["crm_webhook_url"] = shop.sandbox.crm_webhook_url
 

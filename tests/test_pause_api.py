@@ -133,3 +133,15 @@ def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_sh
     healed = shop.call("PUT", path, {"access_token": TOKEN}).json()
     assert (healed["status"], healed["status_reason"]) == ("active", None)
     assert [entry.text for entry in shop.meta.wait_sent(1)] == ["hello"]
+
+
+def test_a_server_that_is_killed_while_paused_keeps_the_pause_and_what_it_holds(fresh_shop: Shop) -> None:
+    shop = fresh_shop
+    post(shop, "pause", {"what": ["sends"]})
+    message_ids = [shop.send(f"{number}", f"killed-{number}").json()["message_id"] for number in range(3)]
+    shop.kill()
+    shop.start()
+    assert {shop.status(message_id)["status"] for message_id in message_ids} == {"pending"}
+    assert shop.meta.sent == []
+    post(shop, "resume", {})
+    assert [entry.text for entry in shop.meta.wait_sent(3)] == ["0", "1", "2"]
