@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bench import load, recovery, waiting
+from bench import aging, load, recovery, waiting
 from bench.stage import NEIGHBOUR, SHOP, Stage
 from crmbridge import config
 
 _IDLE_MB, _LOADED_MB = 52, 64
 _IDLE_S, _WARM_UP_S = 5, 2
 _CONNECTIONS = 16
+_AGING_S = 600
 _STACK = "import bottle, waitress, requests, peewee, huey, pydantic, cryptography.fernet, bcrypt"
 
 
@@ -38,6 +39,7 @@ def main() -> None:
         "backlog": _backlog,
         "neighbour": _neighbour,
         "recovery": _recovery,
+        "retention": _retention,
     }
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure crmbridge beside what it stands on.")
     parser.add_argument("figure", nargs="*", help=f"of {', '.join(figures)} (default: all)")
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=3000, help="messages of the burst (default: 3000)")
     parser.add_argument("--waiting", type=int, default=100_000, help="deliveries of the backlog (default: 100,000)")
     parser.add_argument("--dead", type=int, default=2000, help="dead letters of the recovery (default: 2000)")
+    parser.add_argument("--old", type=int, default=200_000, help="messages for retention to take (default: 200,000)")
     parser.add_argument("--folder", default="/var/tmp", help="where the database is written: a disk, not memory")
     options = parser.parse_args()
     if unknown := set(options.figure) - set(figures):
@@ -286,6 +289,42 @@ def _recovery(stage: Stage, options: argparse.Namespace) -> None:
     _say("  p99 to p99 alone", f"{p99_ms[1] / p99_ms[0]:.2f}")
     if len(back) < options.dead or twice or wrong:
         sys.exit(1)
+
+
+# --- retention ---
+
+
+def _retention(stage: Stage, options: argparse.Namespace) -> None:
+    """What an acknowledgement takes while old messages go, beside what it takes between the runs."""
+    database, minute = stage.bridge.folder / "var" / "bridge.db", math.ceil(options.rate * 60)
+
+    def say_sizes(name: str) -> None:
+        files = (database, database.with_name(database.name + "-wal"))
+        _say(f"  {name}", *(f"{path.stat().st_size / 2**20 if path.exists() else 0:.1f}" for path in files))
+
+    stage.stop()
+    aging.fill(database, stage.account_id, SHOP, options.old)
+    _say(f"{options.old} old messages, MB", "database", "log")
+    say_sizes("before")
+    stage.start()
+    began, shots = time.monotonic(), list[load.Shot]()
+    while time.monotonic() < began + _AGING_S and (not shots or aging.left(database)):
+        orders = load.webhooks(stage, [f"new {len(shots) + turn}" for turn in range(minute)])
+        shots += load.fire(orders, connections=_CONNECTIONS, per_s=options.rate)
+    took = aging.runs(stage.bridge.log_path.read_text())
+    came = stage.arrivals(len(shots))
+    say_sizes("after")
+    _say("  runs, seconds in them, left undone", len(took), f"{sum(b - a for a, b in took):.0f}", aging.left(database))
+    _say("  new ones", f"{len(shots)} sent", f"{len(shots) - len(came.texts)} lost")
+    during = [shot for shot in shots if any(begin <= shot.due <= end for begin, end in took)]
+    calm = [shot for shot in shots[minute // 20 :] if shot not in during]
+    _say(f"{options.rate:g} messages a second, due -> 200, ms", "p50", "p90", "p99", "max")
+    p99_ms = []
+    for name, some in (("between the runs", calm), ("during them", during)):
+        times = sorted(shot.answered - shot.due for shot in some)
+        _say_times(f"{name}: {len(times)}", times)
+        p99_ms.append(times[math.ceil(0.99 * len(times)) - 1])
+    _say("  p99 to p99 between", f"{p99_ms[1] / p99_ms[0]:.2f}")
 
 
 if __name__ == "__main__":

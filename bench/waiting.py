@@ -27,7 +27,8 @@ def fill(path: Path, account_id: str, shop: str, number: int, lanes: int) -> Non
             contact, event_id = f"70{lane:07}", new_id("evt")
             payload = f'{{"text": "waiting {turn_number}", "message_type": "text"}}'
             db.execute(
-                "INSERT INTO inbound_events"
+                "INSERT INTO inbound_events (id, account_id, instagram_account_id, contact, kind, dedupe_key,"
+                " instagram_message_id, state, payload, occurred_at, received_at, correlation_id)"
                 " VALUES (?, ?, ?, ?, 'message.received', ?, ?, 'forwarded', ?, ?, ?, 'bench')",
                 (event_id, account_id, shop, contact, f"message:{event_id}", f"mid-{event_id}", payload, now, now),
             )

@@ -78,7 +78,7 @@ class Upkeep:
 
     def prune(self) -> None:
         """Take the texts and rows that are older, or more, than retention says."""
-        now_s, kept = self._clock(), self._retention
+        now_s, kept, began = self._clock(), self._retention, time.monotonic()
 
         def before(days: int) -> str:
             return instant(now_s - days * _DAY_S)
@@ -96,7 +96,12 @@ class Upkeep:
             log.warning("unrouted.dropped", events=swept.unrouted)
         if swept.texts or swept.rows or swept.pages:
             log.info(
-                "retention.pruned", texts=swept.texts, rows=swept.rows, pages_freed=swept.pages, **self._db.sizes()
+                "retention.pruned",
+                texts=swept.texts,
+                rows=swept.rows,
+                pages_freed=swept.pages,
+                seconds=round(time.monotonic() - began, 2),
+                **self._db.sizes(),
             )
         if swept.is_large:
             problem = f"the database is larger than [retention] max_mb = {kept.max_mb}, and nothing more may go"

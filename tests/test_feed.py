@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crmbridge import config
-from crmbridge.errors import Conflict, Invalid
+from crmbridge.errors import Conflict, Invalid, Unavailable
 from crmbridge.store import accounts, database, feed
 from crmbridge.store.database import Database
 from tests.rig import Rig
@@ -190,7 +190,18 @@ def test_an_event_that_cannot_be_rendered_stops_none_of_the_others(rig: Rig) -> 
     assert (texts(found.events), found.expired) == (["0", "2"], 1)
 
 
-def _steps(db: Database, work: Callable[[], object]) -> int:
+def test_on_a_full_disk_events_are_read_all_the_same(rig: Rig) -> None:
+    rig.account(crm_webhook_url=None)
+    rig.say("before", "mid-1")
+    rig.db.path.with_name(rig.db.path.name + ".reserve").unlink()
+    assert rig.db.is_full
+    with pytest.raises(Unavailable):
+        rig.say("refused", "mid-2")
+    assert texts(page(rig).events) == ["before"]
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE body IS NOT NULL") == 1
+
+
+def hundreds_of_steps(db: Database, work: Callable[[], object]) -> int:
     """Count SQLite's own steps, a hundred at a time: what a machine's speed does not change."""
     count = itertools.count()
     connection = db._db.connection()
@@ -211,12 +222,12 @@ def test_a_page_costs_the_same_among_100000_events(rig: Rig) -> None:
         SELECT 'dlv_' || n, 'crm', CASE n % 2 WHEN 0 THEN '{first["id"]}' ELSE '{second["id"]}' END, '1', n,
             'message.sent', printf('evt_%026d', n), '{{}}', 'done', 1, '', '', '', '', '2027', n < 60000 FROM number"""
     rig.say("before", "mid-1")
-    few = _steps(rig.db, lambda: page(rig, limit=20))
+    few = hundreds_of_steps(rig.db, lambda: page(rig, limit=20))
     rig.db.write_last(lambda: rig.db.run(fill))
     rig.db.write_last(lambda: rig.db.run("UPDATE deliveries SET gone = 1 WHERE position = 1"))
     cursor = page(rig, f"evt_{80_000:026}", limit=20).next_cursor
-    assert _steps(rig.db, lambda: page(rig, cursor, limit=20)) < few + 60
-    assert _steps(rig.db, lambda: page(rig, limit=20)) < few + 60
+    assert hundreds_of_steps(rig.db, lambda: page(rig, cursor, limit=20)) < few + 60
+    assert hundreds_of_steps(rig.db, lambda: page(rig, limit=20)) < few + 60
     assert page(rig, f"evt_{50_000:026}", limit=1).expired == 9_999
 
 

@@ -18,7 +18,7 @@ from crmbridge.store.database import Database
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import OTHER_ID, SHOP_ID, Shop
-from tests.test_feed import Stopped, follower
+from tests.test_feed import Stopped, follower, hundreds_of_steps
 
 DAY_S = 86_400
 MB = 2**20
@@ -264,6 +264,22 @@ def test_what_may_go_is_found_by_its_index_alone(rig: Rig, kind: retention._Kind
     assert f"INDEX {index}" in plan
     assert "SCAN" not in plan
     assert "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [retention._texts("done", "2027"), retention._deliveries("2027"), retention._events("noted", "2027")],
+    ids=["texts", "deliveries", "events"],
+)
+def test_a_step_costs_the_same_however_much_is_old(rig: Rig, kind: retention._Kind) -> None:
+    account = rig.account()
+    _fill(rig.db, account["id"], 20_000, "2026-01-01T00:00:00.000Z", size=10)
+    rig.db.write_last(lambda: rig.db.run("UPDATE inbound_events SET state = 'noted' WHERE rowid % 2 = 0"))
+    keys = [next(iter(row.values())) for row in rig.db.rows(f"{kind.sql} LIMIT 50", kind.parameters)]
+    taken = list[int]()
+    steps = hundreds_of_steps(rig.db, lambda: taken.append(rig.db.write_last(lambda: kind.take(rig.db, keys))))
+    assert taken == [50]
+    assert steps < 200
 
 
 # --- the files ---

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crmbridge.store.database import Database
+from crmbridge.store.database import Database, Row
 
 _STEP_S = 0.004  # what a step aims at, inside its transaction
 _REST = 4  # times as long as a step took, its commit included, the others have the disk to themselves
@@ -129,16 +129,22 @@ def _marks(keys: Sequence[Any]) -> str:
 _FINISHED = "finished_at < ? AND retry_asked_at IS NULL"
 
 
+_DELIVERY = "SELECT position, id, state, target, event_id, message_id, finished_at, retry_asked_at FROM deliveries"
+
+
+def _still(db: Database, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]) -> list[Row]:
+    """Return those of the rows that fit still; asked in SQL, SQLite may go by the age of all rows, not by the keys."""
+    return [row for row in db.rows(f"{sql} IN ({_marks(keys)})", keys) if fits(row)]
+
+
 def _texts(state: str, before: str) -> _Kind:
     """What finished deliveries said, and what they were made of."""
-    old = f"gone = 0 AND state = ? AND {_FINISHED}"
+
+    def fits(row: Row) -> bool:
+        return row["state"] == state and _is_old(row, before)
 
     def take(db: Database, positions: Sequence[Any]) -> int:
-        rows = db.rows(
-            f"SELECT position, target, event_id, message_id FROM deliveries"
-            f" WHERE position IN ({_marks(positions)}) AND {old}",
-            (*positions, state, before),
-        )
+        rows = _still(db, f"{_DELIVERY} WHERE position", positions, fits)
         events = [row["event_id"] for row in rows if row["target"] == "crm"]
         sends = [row["message_id"] for row in rows if row["target"] == "instagram"]
         db.run(f"UPDATE inbound_events SET payload = NULL WHERE id IN ({_marks(events)})", events)
@@ -146,19 +152,19 @@ def _texts(state: str, before: str) -> _Kind:
         taken = [row["position"] for row in rows]
         return db.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
 
-    return _Kind(f"SELECT position FROM deliveries WHERE {old} ORDER BY finished_at", (state, before), take)
+    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND state = ? AND {_FINISHED} ORDER BY finished_at"
+    return _Kind(sql, (state, before), take)
+
+
+def _is_old(row: Row, before: str) -> bool:
+    return row["finished_at"] is not None and row["finished_at"] < before and row["retry_asked_at"] is None
 
 
 def _deliveries(before: str) -> _Kind:
     """Finished deliveries with their attempts and what they were made of."""
-    old = f"state <> 'pending' AND {_FINISHED}"
 
     def take(db: Database, positions: Sequence[Any]) -> int:
-        rows = db.rows(
-            f"SELECT position, id, event_id, message_id FROM deliveries"
-            f" WHERE position IN ({_marks(positions)}) AND {old}",
-            (*positions, before),
-        )
+        rows = _still(db, f"{_DELIVERY} WHERE position", positions, lambda row: _is_old(row, before))
         ids, taken = [row["id"] for row in rows], [row["position"] for row in rows]
         events = [row["event_id"] for row in rows if row["event_id"]]
         messages = list({row["message_id"] for row in rows if row["message_id"]})
@@ -178,31 +184,34 @@ def _deliveries(before: str) -> _Kind:
         )
         return touched
 
-    return _Kind(f"SELECT position FROM deliveries WHERE {old} ORDER BY finished_at", (before,), take)
+    sql = f"SELECT position FROM deliveries WHERE state <> 'pending' AND {_FINISHED} ORDER BY finished_at"
+    return _Kind(sql, (before,), take)
 
 
-_OLD_EVENTS = "state = ? AND received_at < ?"
+_OLD_EVENTS = "SELECT id FROM inbound_events WHERE state = ? AND received_at < ? ORDER BY received_at"
 
 
 def _events(state: str, before: str) -> _Kind:
     """Events that led to no delivery."""
 
     def take(db: Database, ids: Sequence[Any]) -> int:
-        where = f"id IN ({_marks(ids)}) AND {_OLD_EVENTS}"
-        return db.run(f"DELETE FROM inbound_events WHERE {where}", (*ids, state, before))
+        rows = _still(db, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == state)
+        taken = [row["id"] for row in rows]
+        return db.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
 
-    return _Kind(f"SELECT id FROM inbound_events WHERE {_OLD_EVENTS} ORDER BY received_at", (state, before), take)
+    return _Kind(_OLD_EVENTS, (state, before), take)
 
 
 def _unrouted(before: str) -> _Kind:
     """What unrouted events said; they stay as keys, by which their repetitions are known."""
 
     def take(db: Database, ids: Sequence[Any]) -> int:
-        where = f"id IN ({_marks(ids)}) AND {_OLD_EVENTS}"
-        return db.update("inbound_events", {"state": "dropped", "payload": None}, where, [*ids, "unrouted", before])
+        rows = _still(db, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == "unrouted")
+        taken = [row["id"] for row in rows]
+        dropped = {"state": "dropped", "payload": None}
+        return db.update("inbound_events", dropped, f"id IN ({_marks(taken)})", taken)
 
-    sql = f"SELECT id FROM inbound_events WHERE {_OLD_EVENTS} ORDER BY received_at"
-    return _Kind(sql, ("unrouted", before), take)
+    return _Kind(_OLD_EVENTS, ("unrouted", before), take)
 
 
 def _count_unrouted(db: Database) -> int:
