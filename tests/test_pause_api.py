@@ -96,8 +96,8 @@ def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
     assert said.startswith(f"paused deliveries of {shop.account_id} until 2")
     listed = shop.bridge.command("account", "list").splitlines()
     assert len(listed) == 2
-    assert listed[1].startswith("  deliveries paused since 2")
-    assert listed[1].endswith("(operator): tea")
+    assert listed[1].startswith("  deliveries held since 2")
+    assert listed[1].endswith("Z: tea")
     shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
     shop.wait_rows("SELECT state FROM deliveries", [("pending",)])
     assert shop.bridge.command("account", "resume", shop.account_id).splitlines() == [
@@ -130,6 +130,7 @@ def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_sh
     shown = shop.call("GET", path).json()
     assert (shown["status"], shown["status_reason"].partition(":")[0]) == ("error", "token_expired")
     assert shop.status(message_id)["held"]["reason"] == shown["status_reason"]
+    assert shop.bridge.command("account", "list").splitlines()[1].endswith(f"Z: {shown['status_reason']}")
     healed = shop.call("PUT", path, {"access_token": TOKEN}).json()
     assert (healed["status"], healed["status_reason"]) == ("active", None)
     assert [entry.text for entry in shop.meta.wait_sent(1)] == ["hello"]

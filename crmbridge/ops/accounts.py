@@ -11,19 +11,18 @@ from crmbridge.store.deliveries import Patience
 
 
 def show(db: Database) -> None:
-    """Print a line for each account, oldest first, and one below it for each pause."""
-    paused = pauses.everyone(db)
+    """Print a line for each account, oldest first, and below it what is held back and why."""
     for row in accounts.everyone(db):
         subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
         target = row["crm_webhook_url"] or "(pull)"
         name = row["username"] or "-"
         print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
-        for what in pauses.WHAT:
-            pause = paused.get((pauses.WHAT[what], row["id"]))
-            if pause:
-                until = f" until {pause['until']}" if pause["until"] else ""
-                why = f": {pause['reason']}" if pause["reason"] else ""
-                print(f"  {what} paused since {pause['since']}{until} ({pause['cause']}){why}")
+        for what, target in pauses.WHAT.items():
+            hold = pauses.hold(db, row, target)
+            if hold:
+                until = f" until {hold['until']}" if hold["until"] else ""
+                why = f": {hold['reason']}" if hold["reason"] else ""
+                print(f"  {what} held since {hold['since']}{until}{why}")
 
 
 def pause(
