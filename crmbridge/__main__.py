@@ -333,7 +333,7 @@ def _serve(options: argparse.Namespace) -> None:
     settings = _settings(options)
     log.setup(settings.log.level)
     _say_start(settings, "serve")
-    rooms = wiring.open_rooms(settings)
+    rooms = wiring.open_rooms(settings, "web" if options.no_worker else "all")
     worker: Any = None
     if options.no_worker:
         from crmbridge.worker import ring_remote
@@ -367,7 +367,7 @@ def _worker(options: argparse.Namespace) -> None:
     settings = _settings(options)
     log.setup(settings.log.level)
     _say_start(settings, "worker")
-    rooms = wiring.open_rooms(settings)
+    rooms = wiring.open_rooms(settings, "worker")
     worker = wiring.make_worker(rooms)
     _stop_on_signals()
     rooms.alerts.start()

@@ -11,7 +11,7 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import accounts, vitals
+from crmbridge.store import accounts, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
 
@@ -67,8 +67,11 @@ class Watch:
             return not record.has_pending(self._db, "instagram", account["id"])
         if kind == "silence":
             return account["status"] != "active" or (record.last_heard(self._db, account["id"]) or "") > since
-        if kind == "token_dead":
-            return (account["token_checked_at"] or "") > since and self._token_left_s(account) > 0
+        if kind == "crm_gone":
+            held = pauses.everyone(self._db).get(("crm", account["id"]))
+            return held is None or held["cause"] != "crm_gone"
+        if kind in ("account_error", "token_dead"):
+            return account["status"] != "error" and self._token_left_s(account) > 0
         return False
 
     def listen(self) -> None:

@@ -4,10 +4,11 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
+from crmbridge.alerts.kinds import KINDS
 from crmbridge.errors import Misconfigured, Refused
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
@@ -29,8 +30,8 @@ class Rooms:
     patience: Patience
 
 
-def open_rooms(settings: config.Settings) -> Rooms:
-    """Open the database and the vault. Raises Misconfigured when a start is impossible."""
+def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] = "all") -> Rooms:
+    """Open the database and the vault for a process or a part of two. Raises Misconfigured when that cannot be."""
     db = database.open_existing(settings.store.path)
     db.require_schema()
     keys_of_secrets = vault.load(settings.vault.key_file)
@@ -56,6 +57,7 @@ def open_rooms(settings: config.Settings) -> Rooms:
             url=settings.alerts.url,
             repeat_after_s=settings.alerts.repeat_after_s,
             session=telling.open_session(),
+            kinds=[name for name, kind in KINDS.items() if part == "all" or kind.by_web == (part == "web")],
         ),
         patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
     )

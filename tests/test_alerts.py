@@ -18,7 +18,7 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.events import instant
 from crmbridge.ops import alerts as ops
 from crmbridge.sandbox import LoopbackServer, wire
-from crmbridge.store import accounts, database, dead, turn
+from crmbridge.store import accounts, database, dead, pauses, turn
 from crmbridge.store import alerts as record
 from crmbridge.upkeep import Upkeep
 from crmbridge.web import webhook_routes
@@ -132,7 +132,7 @@ def test_an_alert_is_told_to_log_command_and_url_and_so_is_its_all_clear(
     raised, cleared = hook.took
     assert set(raised) == {"alert", "state", "message", "account_id", "since", "count", "todo", "text"}
     assert (raised["account_id"], raised["count"], raised["since"]) == (account["id"], 1, "2027-01-15T08:00:00.000Z")
-    assert raised["todo"] == KINDS["dead_letter"].todo
+    assert raised["todo"].endswith(f"; crmbridge dlq retry --all --webhooks --account {account['id']}")
     assert "\n" not in raised["text"]
     assert cleared["todo"] is None
     first, second = office.letters
@@ -212,6 +212,37 @@ def test_an_alert_that_comes_and_goes_is_told_of_a_few_times(office: Office) -> 
         office.pass_s(30)
     office.pass_s(DAY_S)
     assert [state for state, _ in office.posted] == ["raised", "cleared", "raised", "repeated", "cleared"]
+
+
+def test_a_url_that_is_down_is_not_hammered_by_a_crash_loop(office: Office, hook: Hook) -> None:
+    hook.status = 500
+    raise_some(office)
+    for _ in range(50):
+        office.pass_s(1)
+        office.open_again()
+    assert hook.refused == 1
+    hook.status = 200
+    office.pass_s(3600)
+    assert office.posted == [("raised", "dead_letter")]
+
+
+def test_of_two_processes_each_tells_its_own(rig: Rig, office: Office) -> None:
+    raise_some(office, 5)
+    office.alarm.alert("system_fault", "a job failed")
+    office.pass_s(10)
+    office.alarm.alert("system_fault", "a job failed")
+    raise_some(office, 5)
+    office.pass_s(100)
+    settings = {"command": office.command, "kinds": [name for name, kind in KINDS.items() if kind.by_web]}
+    web = Recorder(rig.db, lambda: rig.now_s, **settings)
+    rig.now_s += 2 * DAY_S
+    web.alert("request_fault", "a request failed")
+    web.pass_on()
+    assert [re.search("(?<=: )[a-z_]+", letter)[0] for letter in office.letters] == [  # type: ignore[index]
+        "dead_letter", "system_fault", "request_fault",
+    ]  # fmt: skip
+    open_rows = {row["kind"]: row["count"] for row in record.everything(rig.db) if row["cleared_at"] is None}
+    assert open_rows == {"dead_letter": 10, "system_fault": 2, "request_fault": 1}
 
 
 def test_what_was_over_before_it_was_told_is_not_told_at_all(office: Office) -> None:
@@ -528,6 +559,29 @@ def test_a_deleted_account_has_no_open_alerts(rig: Rig, office: Office) -> None:
     assert sorted(rig.cleared) == sorted(KINDS)
 
 
+@pytest.mark.parametrize("kind", ["crm_gone", "account_error"])
+def test_what_stopped_an_account_is_told_until_somebody_lets_it_go_on(rig: Rig, office: Office, kind: str) -> None:
+    account = rig.account()
+    if kind == "crm_gone":
+        rig.crm.answer(410)
+        rig.say("one", "mid-1")
+    else:
+        rig.meta.fault("messages", status=403, body={"error": {"code": 200, "error_subcode": 2534041, "message": "x"}})
+        rig.send(account)
+    rig.drain()
+    rig.watch().look()
+    office.pass_s(10)
+    assert office.posted == [("raised", kind)]
+    now = instant(rig.now_s)
+    if kind == "crm_gone":  # as from the command line, which knows of no alert
+        pauses.resume(rig.db, account["id"], "crm", now=now, patience=rig.patience)
+    else:
+        accounts.update(rig.db, account["id"], {"status": "active"}, now, rig.patience)
+    rig.watch().look()
+    office.pass_s(10)
+    assert office.posted == [("raised", kind), ("cleared", kind)]
+
+
 def test_a_few_wrong_signatures_are_noise_unless_they_go_on(rig: Rig, office: Office) -> None:
     form, noise = "sha256=" + "0" * 64, (None, "", "sha256=0", "sha1=" + "0" * 40, "x" * 71)
     signatures = webhook_routes._Signatures(office.alarm)
@@ -577,18 +631,18 @@ def test_a_running_bridge_tells_command_and_url_and_a_restart_repeats_nothing(tm
             shop.bridge.stop()
     assert [(entry["state"], entry["alert"]) for entry in hook.took] == [
         ("raised", "wrong_signatures"),
-        ("raised", "system_fault"),
+        ("raised", "request_fault"),
         ("cleared", "wrong_signatures"),
         ("test", "test"),
     ]
     assert re.findall(r"^crmbridge on \S+: (.+)$", letters.read_text(), re.MULTILINE) == [
         "ALERT: wrong_signatures",
-        "ALERT: system_fault",
+        "ALERT: request_fault",
         "All clear: wrong_signatures",
         "Test: test",
     ]
-    assert listed.splitlines()[0].startswith("system_fault  open  since ")
-    assert "what to do: look for 'error' in the log" in listed
+    assert listed.splitlines()[0].startswith("request_fault  open  since ")
+    assert "what to do: look for request.fault in the log" in listed
     assert re.search("wrong_signatures  ended 2[0-9TZ:.-]+  since", listed)
     assert "alert alert.wrong_signatures state=raised" in shop.log()
 

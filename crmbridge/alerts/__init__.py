@@ -6,7 +6,7 @@ The rooms above raise and clear; a thread of its own keeps the record and tells 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,7 +85,10 @@ class _Telling:
 
 
 class Alerts:
-    """The alerts of this process. Nothing is stored or told before `start`, unless `pass_on` is called."""
+    """The alerts of this process, which alone raises `kinds`; without them it raises all there are.
+
+    Nothing is stored or told before `start`, unless `pass_on` is called.
+    """
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Alerts:
         url: str,
         repeat_after_s: float,
         session: net.Session,
+        kinds: Collection[str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._db = db
@@ -104,7 +108,11 @@ class Alerts:
         self._session = session
         self._clock = clock
         self._changed = threading.Condition()
-        self._alerts = {(row["kind"], row["account_id"]): _read(row) for row in record.everything(db)}
+        self._alerts = {
+            (row["kind"], row["account_id"]): _read(row)
+            for row in record.everything(db)
+            if kinds is None or row["kind"] in kinds
+        }
         self._tellings: dict[_Key, _Telling] = {}
         self._unsaved: set[_Key] = set()
         self._save_s = float("inf")  # when what is unsaved is to be stored
@@ -309,7 +317,7 @@ class Alerts:
             kind=kind,
             state=told.state,
             message=told.message,
-            todo=told.alert.todo or kind_of(kind).todo,
+            todo=(told.alert.todo or kind_of(kind).todo).replace("ACCOUNT", account_id),
             account_id=account_id,
             account_name=account["username"] if account else None,
             since_s=told.alert.since_s,

@@ -9,8 +9,9 @@ HOUR_S = 3600.0
 class Kind:
     """`cause` and `ends` in words for a person, `todo` is what to type unless the alert itself says more.
 
-    A `lasting` one is a state: its causes are not counted aloud. With `once`, the same message again is no new
-    cause. One without another end is over `quiet_s` after its last cause.
+    ACCOUNT in it stands for the account's id. A `lasting` one is a state: its causes are not counted aloud. With
+    `once`, the same message again is no new cause. One without another end is over `quiet_s` after its last cause.
+    The kinds `by_web` are raised by the web server, the others by the worker, which may be two processes.
     """
 
     cause: str
@@ -19,27 +20,30 @@ class Kind:
     lasting: bool = False
     once: bool = False
     quiet_s: float | None = None
+    by_web: bool = False
 
 
 KINDS = {
     "dead_letter": Kind(
         "events could not be delivered to the CRM and are dead letters",
-        "crmbridge dlq list; mend the cause; crmbridge dlq retry --all",
+        "crmbridge dlq list; mend the cause; crmbridge dlq retry --all --webhooks --account ACCOUNT",
         "no dead letter of the account is left",
     ),
     "in_doubt": Kind(
         "a send may or may not have reached the customer",
-        "look into the conversation in Instagram; if it is not there: crmbridge dlq retry --force ID",
+        "crmbridge dlq list --sends; look into the conversation in Instagram; if it is not there: "
+        "crmbridge dlq retry --force ID",
         "no send in doubt is left",
     ),
     "crm_unauthorized": Kind(
         "the CRM answers 401: it does not accept our signature",
-        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ID; then crmbridge dlq retry --all",
-        "the CRM takes an event",
+        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT; then crmbridge dlq retry --all "
+        "--webhooks --account ACCOUNT",
+        "the CRM takes an event again; what died meanwhile is still to be retried",
     ),
     "crm_gone": Kind(
         "the CRM answered 410: it wants no more, and deliveries are paused",
-        "correct crm_webhook_url by PUT /api/v1/accounts/ID, then resume the deliveries",
+        "correct crm_webhook_url by PUT /api/v1/accounts/ACCOUNT, or crmbridge account resume ACCOUNT --deliveries",
         "the deliveries are resumed",
     ),
     "crm_down": Kind(
@@ -56,18 +60,19 @@ KINDS = {
     ),
     "account_error": Kind(
         "Instagram refuses the account's sends, and they are held",
-        "open the account in Instagram and in Meta's console, mend what the message names, then resume the sends",
-        "the sends are resumed",
+        "mend what the message names, in Instagram or in Meta's console; then PUT /api/v1/accounts/ACCOUNT with a new "
+        "access_token, or status: active",
+        "the account is active again",
     ),
     "token_dead": Kind(
         "the access token is no longer good",
-        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ID",
+        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
         "a new token was accepted",
         once=True,
     ),
     "token_expiring": Kind(
         "the access token ends in 14, 7 or 1 days",
-        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ID",
+        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
         "the token's end has moved",
         once=True,
     ),
@@ -77,6 +82,7 @@ KINDS = {
         "set [instagram] app_secrets to the Instagram app secret (Meta's console: API setup with Instagram login; "
         "not the Meta app secret of App settings > Basic), restart, and see with crmbridge check",
         "a webhook with a right signature comes",
+        by_web=True,
     ),
     "silence": Kind(
         "nothing has come from Instagram for an account that usually talks",
@@ -102,6 +108,13 @@ KINDS = {
         "look for what is owed: crmbridge dlq list, and accounts whose CRM is down; or raise max_mb",
         "it is smaller than that",
         lasting=True,
+    ),
+    "request_fault": Kind(
+        "the bridge itself failed at a request",
+        "look for request.fault in the log, and report it",
+        "there was none for an hour",
+        quiet_s=HOUR_S,
+        by_web=True,
     ),
     "system_fault": Kind(
         "the bridge itself failed at something",

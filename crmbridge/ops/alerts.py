@@ -17,7 +17,7 @@ def show(db: Database) -> None:
         state = f"ended {row['cleared_at']}" if row["cleared_at"] else "open"
         print(f"{row['kind']}{about}  {state}  since {row['since']}  {row['count']} time(s)  {row['message']}")
         if row["cleared_at"] is None:
-            print(f"    what to do: {kind_of(row['kind']).todo}")
+            print(f"    what to do: {kind_of(row['kind']).todo.replace('ACCOUNT', row['account_id'])}")
     if all(row["cleared_at"] for row in rows):
         print("no alert is open")
 

@@ -7,14 +7,12 @@ from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 
 _HOUR_S = 3600
-# Another process may have seen a later cause: an all-clear of ours does not end what it has open.
 _SAVE = """
     INSERT INTO alerts (kind, account_id, since, last_at, count, message, told, told_at, told_count, reopened,
         cleared_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (kind, account_id) DO UPDATE SET since = excluded.since, last_at = excluded.last_at,
         count = excluded.count, message = excluded.message, told = excluded.told, told_at = excluded.told_at,
-        told_count = excluded.told_count, reopened = excluded.reopened, cleared_at = excluded.cleared_at
-    WHERE excluded.cleared_at IS NULL OR alerts.last_at <= excluded.last_at"""
+        told_count = excluded.told_count, reopened = excluded.reopened, cleared_at = excluded.cleared_at"""
 
 
 def everything(db: Database) -> list[Row]:

@@ -227,7 +227,7 @@ class App:
                 return self._error(error)
             except Exception:
                 log.exception("request.fault", method=route.method, route=route.path)
-                self._alarm.alert("system_fault", f"the request {route.method} {route.path} failed")
+                self._alarm.alert("request_fault", f"the request {route.method} {route.path} failed")
                 return self._error(BridgeError("The bridge failed; the log tells more.", code="internal_error"))
 
         return handle
@@ -320,7 +320,7 @@ class App:
         }.get(answer.status_code, ("invalid_request", "The request cannot be read."))
         if answer.status_code >= 500:
             log.error("request.failed", status=answer.status_code)
-            self._alarm.alert("system_fault", "a request failed outside its handler")
+            self._alarm.alert("request_fault", "a request failed outside its handler")
             code, message = "internal_error", "The bridge failed; the log tells more."
         bottle.response.content_type = "application/json"
         return json.dumps(self._described(code, message, []), ensure_ascii=False).encode()
