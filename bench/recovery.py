@@ -40,7 +40,7 @@ def die(folder: Path, number: int) -> Counter[str]:
 
     The bridge must be stopped, and the CRM fail. Returns how many ended with each code.
     """
-    log.setup("error")
+    log.setup("critical")
     rooms = wiring.open_rooms(config.load(folder / "crmbridge.ini", {}))
     end_s = time.time()
     now_s = end_s - 25.1 * _HOUR_S

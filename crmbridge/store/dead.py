@@ -1,5 +1,6 @@
 """Dead deliveries: list them, owe one again, ask for many, and let those that were asked for back in bit by bit."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ _SAID: dict[str, str] = {
 }
 _LANES = 3  # of one endpoint in replay at a time
 _LANE_STEP, _LANE_LOW = 10, 3  # rows of a lane let back in at once, and when the next ones follow
-_ASK_AT_ONCE = 500
+_ASK_AT_ONCE = 200
 # Why a dead row cannot be tried again; a send in doubt can, by force.
 _BECAUSE = """
     CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'
@@ -154,17 +155,23 @@ def ask(db: Database, wanted: Filter, now_s: float, *, force: bool, preview: boo
 
 
 def _mark(db: Database, where: str, parameters: Sequence[Any], now: str, *, force: bool) -> int:
-    """Mark the rows that match, oldest first, some hundred to a commit; return how many there were."""
-    possible = f"COALESCE({_BECAUSE}, 'in_doubt') = 'in_doubt'" if force else f"({_BECAUSE}) IS NULL"
+    """Mark the rows that match, oldest first, a step to a commit; return how many there were."""
+    # What is to be marked is looked for outside the write lock; what becomes impossible meanwhile is left out later.
+    able = f"COALESCE({_BECAUSE}, 'in_doubt') = 'in_doubt'" if force else f"({_BECAUSE}) IS NULL"
     sql = f"""
-        UPDATE deliveries SET retry_asked_at = ? WHERE state = 'dead' AND position IN (
-            SELECT dead.position {_DEAD}{where} AND dead.retry_asked_at IS NULL AND {possible}
-            ORDER BY dead.finished_at, dead.position LIMIT {_ASK_AT_ONCE})"""
-    total, step = 0, _ASK_AT_ONCE
-    while step == _ASK_AT_ONCE:
-        step = db.write(lambda: db.run(sql, (now, *parameters)))
-        total += step
+        SELECT dead.finished_at, dead.position {_DEAD}{where} AND dead.retry_asked_at IS NULL AND {able}
+            AND (dead.finished_at, dead.position) > (?, ?)
+        ORDER BY dead.finished_at, dead.position LIMIT {_ASK_AT_ONCE}"""
+    total, after = 0, ("", 0)
+    while rows := db.rows(sql, (*parameters, *after)):
+        total += db.write(functools.partial(_mark_these, db, [row["position"] for row in rows], now))
+        after = (rows[-1]["finished_at"], rows[-1]["position"])
     return total
+
+
+def _mark_these(db: Database, positions: list[int], now: str) -> int:
+    these = f"position IN ({', '.join('?' * len(positions))}) AND state = 'dead' AND retry_asked_at IS NULL"
+    return db.update("deliveries", {"retry_asked_at": now}, these, positions)
 
 
 def is_any_asked(db: Database) -> bool:
