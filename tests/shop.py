@@ -35,12 +35,13 @@ probe_s = 0.3
 class Shop:
     """The bridge at `url`, its `sandbox`, and calls to its API with the right key."""
 
-    def __init__(self, folder: Path, sandbox: Sandbox, settings: str = "") -> None:
+    def __init__(self, folder: Path, sandbox: Sandbox, settings: str = "", instagram: str = "") -> None:
         self.sandbox = sandbox
         self.meta, self.crm = sandbox.meta, sandbox.crm
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id=SHOP_SCOPED_ID, username="your_shop")
         self.meta.add_account(OTHER_ID, token=OTHER_TOKEN, app_scoped_id=OTHER_SCOPED_ID, username="other_shop")
-        self.bridge = Bridge(folder, ini(sandbox) + settings)
+        configuration = ini(sandbox).replace("[instagram]\n", "[instagram]\n" + instagram) + settings
+        self.bridge = Bridge(folder, configuration)
         self.bridge.command("init")
         self.admin_key = self.bridge.command("key", "create", "--name", "admin", "--admin")
         self.key = ""
@@ -137,10 +138,13 @@ class Shop:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, settings: str = "", *, account: bool = True) -> Iterator[Shop]:
-    """Yield a running shop, with its account connected unless told otherwise."""
+def opened(folder: Path, settings: str = "", *, instagram: str = "", account: bool = True) -> Iterator[Shop]:
+    """Yield a running shop, with its account connected unless told otherwise.
+
+    `settings` are sections to add, `instagram` lines for the section that is there.
+    """
     with Sandbox() as sandbox:
-        shop = Shop(folder, sandbox, settings)
+        shop = Shop(folder, sandbox, settings, instagram)
         try:
             shop.start()
             if account:

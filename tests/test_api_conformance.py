@@ -1,6 +1,7 @@
 """A running server answers as api-spec.yaml says: requests of all kinds from Schemathesis, and what a CRM received."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,7 +16,7 @@ from crmbridge import config, contract, signing
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
 from tests import shop as shops
-from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
+from tests.shop import OTHER_ID, OTHER_TOKEN, TOKEN, Shop
 
 pytestmark = pytest.mark.contract
 
@@ -147,25 +148,12 @@ def message_id(shop: Shop) -> str:
 @pytest.fixture(scope="module")
 def received(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """Every kind of event once or more, as a CRM received it."""
-    with shops.opened(tmp_path_factory.mktemp("crm"), shops.QUICK) as shop:
+    switches = "comments = true\nmentions = true\n"
+    with shops.opened(tmp_path_factory.mktemp("crm"), shops.QUICK, instagram=switches) as shop:
         meta, crm = shop.meta, shop.crm
-        story = {"story": {"id": "18000000000000002", "url": "https://cdn.example/story"}}
-        picture = {"type": "image", "payload": {"url": "https://cdn.example/picture"}}
-        first = meta.customer_says(SHOP_ID, CUSTOMER, "Hello!")
-        meta.customer_says(SHOP_ID, CUSTOMER, attachments=[picture])
-        meta.customer_says(SHOP_ID, CUSTOMER, "About this:", reply_to=first.mid)
-        meta.customer_says(SHOP_ID, CUSTOMER, "Nice story", reply_to=story)
-        at_ms = 1_770_113_730_512
-        parties = {"sender": {"id": SHOP_ID}, "recipient": {"id": CUSTOMER}, "timestamp": at_ms}
-        echo = {**parties, "message": {"mid": "aWdfmidofanecho", "text": "typed in the app", "is_echo": True}}
-        reaction = {
-            "sender": {"id": CUSTOMER},
-            "recipient": {"id": SHOP_ID},
-            "timestamp": at_ms,
-            "reaction": {"mid": first.mid, "action": "react", "reaction": "love", "emoji": "❤"},
-        }
-        entry = {"id": SHOP_ID, "time": at_ms, "messaging": [echo, reaction, "neither"]}
-        meta.post({"object": "instagram", "entry": [entry]})
+        for path in sorted((Path(__file__).parent / "payloads").glob("*.json")):
+            assert meta.post(path.read_bytes()).status == 200, path
+        crm.wait(1, where=lambda one: one.event["event"] == "message.received")
         meta.auto_read = True
         assert shop.send("Good day!", "one", metadata={"ticket": 4711, "nested": {"a": [None, 1.5]}}).status_code == 202
         crm.wait(1, where=lambda one: one.event["event"] == "message.read")
@@ -173,7 +161,8 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
         meta.fault("/messages", status=400, body={"error": refusal})
         assert shop.send("Too late", "two").status_code == 202
         crm.wait(1, where=lambda one: one.event["event"] == "message.failed")
-        yield crm.wait(11)
+        wanted = shop.rows("SELECT COUNT(*) FROM deliveries WHERE target = 'crm' AND account_id = ?", shop.account_id)
+        yield crm.wait(wanted[0][0])
 
 
 def test_a_round_trip_brings_every_event(received: list[Any]) -> None:

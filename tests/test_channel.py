@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from crmbridge import contract
-from crmbridge.sandbox import Sandbox
+from tests import shop as shops
 from tests.rig import Rig
-from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
+from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
 
 PAYLOADS = Path(__file__).parent / "payloads"
 _IMAGE = json.loads((PAYLOADS / "image.json").read_text())["entry"][0]["messaging"][0]["message"]
@@ -533,17 +533,10 @@ def test_what_was_taken_back_is_erased_everywhere(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("switch", "wanted"), [("false", ["text"]), ("true", ["comment", "mention", "text"])])
 def test_comments_and_mentions_are_told_only_where_asked_for(tmp_path: Path, switch: str, wanted: list[str]) -> None:
-    with Sandbox() as sandbox:
-        shop = Shop(tmp_path, sandbox)
-        ini = tmp_path / "crmbridge.ini"
-        ini.write_text(ini.read_text().replace("[instagram]", f"[instagram]\ncomments = {switch}\nmentions = {switch}"))
-        try:
-            shop.start()
-            shop.open()
-            for name in ("comment", "mention", "text"):
-                assert shop.meta.post((PAYLOADS / f"{name}.json").read_bytes()).status == 200
-            assert sorted(entry.event["message_type"] for entry in shop.crm.wait(len(wanted))) == wanted
-            kinds = shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'channel.noted'")
-            assert kinds == [(3 - len(wanted),)]
-        finally:
-            shop.close()
+    switches = f"comments = {switch}\nmentions = {switch}\n"
+    with shops.opened(tmp_path, instagram=switches) as shop:
+        for name in ("comment", "mention", "text"):
+            assert shop.meta.post((PAYLOADS / f"{name}.json").read_bytes()).status == 200
+        assert sorted(entry.event["message_type"] for entry in shop.crm.wait(len(wanted))) == wanted
+        kinds = shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'channel.noted'")
+        assert kinds == [(3 - len(wanted),)]
