@@ -15,7 +15,7 @@ import requests
 from crmbridge import config, log
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
-from crmbridge.events import instant
+from crmbridge.events import epoch_s, instant
 from crmbridge.ops import alerts as ops
 from crmbridge.sandbox import LoopbackServer, wire
 from crmbridge.store import accounts, database, dead, pauses, turn
@@ -507,6 +507,29 @@ def test_an_account_that_usually_talks_and_falls_silent_is_told_of(rig: Rig, off
     watch.look()
     office.pass_s(10)
     assert office.posted == [("raised", "silence"), ("cleared", "silence")]
+
+
+def test_looking_for_silence_costs_the_same_however_much_came(rig: Rig) -> None:
+    account = rig.account()
+    talk(rig, 1, (0,))
+    copy = rig.db.rows("SELECT * FROM inbound_events")[0]
+    begin_s, minutes = epoch_s(copy["received_at"]), 5000
+
+    def hear_much() -> None:
+        for minute in range(minutes):
+            at = instant(begin_s + 60 * minute)
+            rig.db.insert("inbound_events", {**copy, "id": f"evt_{minute}", "dedupe_key": at, "received_at": at})
+
+    rig.db.write(hear_much)
+    steps = [0]
+    connection = rig.db._db.connection()
+    connection.set_progress_handler(lambda: steps.append(steps.pop() + 1), 10)
+    try:
+        hours = record.active_hours(rig.db, account["id"], instant(begin_s))
+    finally:
+        connection.set_progress_handler(None, 0)
+    assert hours == [int(begin_s) // 3600 + hour for hour in range(minutes // 60 + 1)]
+    assert steps[0] * 10 < 50 * len(hours)  # steps of SQLite's machine
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ TABLES = (
         cleared_at TEXT,                             -- NULL while it is open
         PRIMARY KEY (kind, account_id)
     )""",
+    "CREATE INDEX inbound_activity ON inbound_events (account_id, received_at)",
     "CREATE INDEX deliveries_dead_account ON deliveries (target, account_id) WHERE state = 'dead'",
 )
 
