@@ -300,6 +300,8 @@ def _dlq_retry(options: argparse.Namespace) -> int:
 
     if bool(options.ids) == options.all:
         raise Misconfigured("name the deliveries, or say --all")
+    if options.preview and not options.all:
+        raise Misconfigured("--preview goes with --all")
     settings, left = _settings(options), 0
     patience = Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s)
     with _database(options) as db:

@@ -134,6 +134,7 @@ def test_dead_deliveries_are_named_to_be_retried(made: Path) -> None:
     unknown = run(made, "dlq", "retry", "dlv_none")
     assert (unknown.returncode, "left     dlv_none" in unknown.stdout) == (1, True)
     assert "--all" in run(made, "dlq", "retry").stderr
+    assert "--all" in run(made, "dlq", "retry", "dlv_none", "--preview").stderr
 
 
 def test_version_and_lists(made: Path) -> None:
