@@ -12,7 +12,7 @@ import pytest
 from crmbridge.config import Retention
 from crmbridge.ops import check
 from crmbridge.store import dead as dlq
-from crmbridge.store import deliveries, feed, messages, retention
+from crmbridge.store import deliveries, feed, messages, retention, turn
 from crmbridge.store.accounts import everyone
 from crmbridge.store.database import Database
 from crmbridge.upkeep import Upkeep
@@ -118,6 +118,8 @@ def test_a_held_echo_keeps_its_text_until_its_send_is_settled(rig: Rig) -> None:
     prune(rig, 30)
     assert column(rig, "SELECT state FROM inbound_events") == ["held"]
     assert column(rig, "SELECT payload IS NOT NULL FROM inbound_events") == [1]
+    turn.delete_account(rig.db, account["id"], rig.now_s)
+    assert rig.db.rows("SELECT state, payload FROM inbound_events") == [{"state": "noted", "payload": None}]
 
 
 def test_a_repetition_is_known_for_a_week_however_little_is_kept(rig: Rig) -> None:

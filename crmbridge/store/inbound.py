@@ -259,6 +259,12 @@ def release_held(db: Database, account_id: str, contact: str, now: str, patience
         _apply(db, account, row, now, patience)
 
 
+def drop_held(db: Database, account_id: str) -> None:
+    """Note what waited for the sends of an account that is being deleted; runs inside a write."""
+    noted = {"state": "noted", "payload": None}
+    db.update("inbound_events", noted, "state = 'held' AND account_id = ?", [account_id])
+
+
 def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
     """Route what came for an account before it was configured here; return how many events there were."""
     total, now = 0, instant(now_s)

@@ -299,6 +299,7 @@ def delete_account(db: Database, account_id: str, now_s: float) -> None:
     def job() -> None:
         deliveries.end_account(db, account_id, now)
         messages.end_account(db, account_id, now)
+        inbound.drop_held(db, account_id)
         pauses.forget(db, account_id)
         accounts.erase(db, account_id, now)
 
