@@ -11,11 +11,11 @@ from typing import Any
 
 from crmbridge.store.database import Database, Row
 
-_STEP_S = 0.004  # what a step aims at, inside its transaction
-_REST = 4  # times as long as a step took, its commit included, the others have the disk to themselves
-_FEWEST, _MOST = 10, 500
+_STEP_S = 0.001  # what a step aims at, inside its transaction
+_REST = 19  # times as long as a step took, its commit included, the others have the disk to themselves
+_FEWEST, _MOST = 5, 50
 SPARE_BYTES = 16 * 2**20  # of the file stays free, to be used again
-_PAGES = 64
+_PAGES = 16
 _EVER = "9999"
 
 
@@ -87,7 +87,7 @@ class _Run:
 
     def work_off(self, kind: _Kind, *, most: int | None = None, go_on: Callable[[], bool] = lambda: True) -> int:
         """Take rows of a kind, at most that many, for as long as `go_on` says; return how many there were."""
-        size, total = _FEWEST * 5, 0
+        size, total = _FEWEST, 0
         while (most is None or total < most) and not self.is_over() and go_on():
             at_once = size if most is None else min(size, most - total)
             keys = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from peewee import OperationalError, SqliteDatabase
 
 _CACHE_KIB = 1024
-_CHECKPOINT_PAGES = 1000
+_CHECKPOINT_PAGES = 250
 # Without a worker that checkpoints, a writer takes over before the log grows past about 64 MB.
 _CHECKPOINT_PAGES_OTHERS = 16_000
 _LOG_BYTES = 8 * 2**20  # what a log that had to grow keeps once it begins anew
