@@ -4,13 +4,15 @@ import hashlib
 import hmac
 import json
 import threading
+from pathlib import Path
 
 import bottle
 import pytest
 import requests
 
 from crmbridge import signing
-from crmbridge.sandbox import LoopbackServer, SampleCrm, Sandbox, wire
+from crmbridge.sandbox import LoopbackServer, SampleCrm, Sandbox, shapes, wire
+from tests import shop as shops
 
 ACCOUNT, TOKEN, IGSID = "17841400000000001", "IGAAtoken", "900000000000001"
 
@@ -275,3 +277,32 @@ def test_everything_can_be_done_over_http(sandbox, bridge):
     control("POST", "/sandbox/reset")
     control("POST", "/crm/sandbox/reset")
     assert control("GET", "/sandbox/state")["messages"] == control("GET", "/crm/sandbox/received")["received"] == []
+
+
+def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Path) -> None:
+    told = {
+        **dict.fromkeys(("reaction", "reaction_taken_back"), "message.reaction"),
+        **dict.fromkeys(("unsupported", "edit_zero", "optin", "handover"), "message.unsupported"),
+        "edit": "message.edited",
+        "unsend": "message.deleted",
+        "postback": "message.postback",
+        "referral": "message.referral",
+        "comment": "comment.received",
+        "mention": "mention.received",
+        "test": None,
+        "empty_entry": None,
+    }
+    with shops.opened(tmp_path, shops.QUICK, instagram="comments = true\nmentions = true\n") as shop:
+        base = shop.sandbox.url + "/sandbox"
+        for number, name in enumerate(requests.get(base + "/shapes", timeout=10).json()["shapes"]):
+            first = shop.meta.customer_says(shops.SHOP_ID, f"90000000000{number:04}", "hello")
+            about = {"mid": first.mid} if name in shapes._ABOUT else {}
+            path = f"{base}/customers/90000000000{number:04}/shapes/{name}"
+            answer = requests.post(path, json={**about, "times": 2}, timeout=10)
+            assert (answer.status_code, answer.json()["status"]) == (200, 200), name
+            wanted = told.get(name, "message.received")
+            events = shop.crm.wait(1 + (wanted is not None))
+            assert [entry.event["event"] for entry in events][1:] == [wanted] * (wanted is not None), name
+            shop.crm.reset()
+        assert requests.post(f"{base}/customers/1/shapes/unsend", json={}, timeout=10).status_code == 400
+        assert requests.post(f"{base}/customers/1/shapes/nonsense", json={}, timeout=10).status_code == 400

@@ -128,6 +128,10 @@ Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
 and to {sandbox.url}/crm/sandbox/answers for the CRM,
   {{"status": 500, "times": 2}}    {{"status": 503, "always": true}}    {{"status": null, "always": true}}
 
+Anything else that Instagram can say, by name (GET {sandbox.url}/sandbox/shapes lists them): as this customer,
+  curl -s -X POST {sandbox.url}/sandbox/customers/{_CUSTOMER}/shapes/story_mention -d '{{}}'
+  with "mid" for reaction, edit, unsend and reply, and "times": 2 for a repetition
+
 Ctrl-C ends it."""
 
 

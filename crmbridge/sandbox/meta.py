@@ -235,7 +235,7 @@ class Meta:
         """Send a customer's message to the bridge; with a `mid` used before it is a repetition."""
         if text is None and not attachments:
             raise ValueError("a message needs text or attachments")
-        at_ms = timestamp_ms or self._now_ms()
+        at_ms = timestamp_ms or self.now_ms()
         mid = mid or wire.mint_mid(user_id, igsid, at_ms)
         message: dict[str, Any] = {"mid": mid}
         if text is not None:
@@ -251,7 +251,7 @@ class Meta:
     def customer_reads(self, user_id: str, igsid: str, mid: str) -> Posted:
         """Send the receipt for a message of the business."""
         self._mark_read(user_id, igsid, mid)
-        return self._post_item(user_id, _item(igsid, user_id, self._now_ms(), "read", {"mid": mid}))
+        return self._post_item(user_id, _item(igsid, user_id, self.now_ms(), "read", {"mid": mid}))
 
     def post(
         self,
@@ -291,7 +291,7 @@ class Meta:
         return Posted(mid, status, body, (time.perf_counter() - began) * 1000)
 
     def _post_item(self, user_id: str, item: Mapping[str, Any]) -> Posted:
-        return self.post(wire.envelope(user_id, self._now_ms(), item))
+        return self.post(wire.envelope(user_id, self.now_ms(), item))
 
     # What a send brings about
 
@@ -337,7 +337,7 @@ class Meta:
         while (owed := self._queue.get()) is not None:
             self._closing.wait(owed.delay_s)
             if "read" in owed.item:
-                owed.item["timestamp"] = self._now_ms()
+                owed.item["timestamp"] = self.now_ms()
                 self._mark_read(owed.user_id, owed.item["sender"]["id"], owed.item["read"]["mid"])
             for delay_s in (*_RETRY_DELAYS_S, None):
                 # Each repetition has a new entry time, as Meta's have.
@@ -369,7 +369,7 @@ class Meta:
             for one in thread[: upto + 1]:
                 one["read"] = True
 
-    def _now_ms(self) -> int:
+    def now_ms(self) -> int:
         return int(self.clock() * 1000)
 
     # The Graph API
@@ -525,7 +525,7 @@ class Meta:
         payload = graph.json_body()
         igsid = graph.recipient(payload)
         message = {} if graph.is_action(payload) else graph.message(payload)
-        at_ms = self._now_ms()
+        at_ms = self.now_ms()
         mid = wire.mint_mid(account.user_id, igsid, at_ms) if message else None
         shown = {name: value for name, value in bottle.request.headers.items() if name.lower() != "authorization"}
         body = bottle.request.body.read()

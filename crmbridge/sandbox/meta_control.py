@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import bottle
 
-from crmbridge.sandbox import server, wire
+from crmbridge.sandbox import server, shapes, wire
 
 if TYPE_CHECKING:
     from crmbridge.sandbox.meta import Meta
@@ -44,6 +44,17 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         given = server.read_object(required=["mid"], optional=["user_id"])
         return asdict(meta.customer_reads(_account(meta, given.get("user_id")), igsid, given["mid"]))
 
+    def shape(igsid: str, name: str) -> dict[str, Any]:
+        given = server.read_object(optional=["user_id", "mid", "text", "times"])
+        user_id, times = _account(meta, given.pop("user_id", None)), given.pop("times", 1)
+        if not isinstance(times, int) or not 1 <= times <= 100:
+            raise ValueError("times must be a whole number from 1 to 100")
+        body = shapes.payload(name, user_id, igsid, meta.now_ms(), **given)
+        for _ in range(times):  # Meta repeats a fact with another time of sending
+            posted = meta.post(body)
+            body["entry"][0]["time"] += 18_700
+        return asdict(posted)
+
     def webhook() -> dict[str, Any]:
         query = bottle.request.query
         body = bottle.request.body.read()
@@ -78,6 +89,8 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         ("GET", "state", state),
         ("POST", "customers/<igsid>/messages", says),
         ("POST", "customers/<igsid>/reads", reads),
+        ("POST", "customers/<igsid>/shapes/<name>", shape),
+        ("GET", "shapes", lambda: {"shapes": list(shapes.NAMES)}),
         ("POST", "webhooks", webhook),
         ("POST", "handshake", handshake),
         ("POST", "faults", fault),
