@@ -286,6 +286,26 @@ def test_a_step_costs_the_same_however_much_is_old(rig: Rig, kind: retention._Ki
     assert steps < 200
 
 
+def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
+    """From its webhook to its delivery, an echo and a receipt beside it."""
+    account = rig.account()
+
+    def work(name: str) -> None:
+        rig.say(name, f"mid-{name}")
+        rig.send(account, name)
+        rig.drain()
+        rig.echo(name, str(rig.meta.sent[-1].mid))
+        rig.echo("typed elsewhere", f"mid-echo-{name}")
+        rig.hear(rig.item({"read": {"mid": f"mid-echo-{name}"}}))
+        rig.drain()
+
+    work("before")
+    few = hundreds_of_steps(rig.db, lambda: work("few"))
+    _fill(rig.db, account["id"], 20_000, "2026-01-01T00:00:00.000Z", size=10)
+    rig.db.write_last(lambda: rig.db.run("UPDATE inbound_events SET instagram_message_id = 'm-' || id"))
+    assert hundreds_of_steps(rig.db, lambda: work("many")) < 2 * few + 100
+
+
 # --- the files ---
 
 

@@ -174,12 +174,14 @@ def _about(db: Database, account_id: str, external_id: str, *, but: str = "") ->
 
 def _find(db: Database, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
     marks = ", ".join("?" * len(kinds))
-    return db.row(
+    found = db.rows(
         f"""
-        SELECT id, contact FROM inbound_events WHERE account_id = ? AND instagram_message_id = ? AND id <> ?
-            AND kind IN ({marks}) ORDER BY received_at LIMIT 1""",
+        SELECT id, contact, received_at FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?
+            AND id <> ? AND kind IN ({marks})""",
         (account_id, external_id, but, *kinds),
     )
+    # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
+    return min(found, key=lambda row: str(row["received_at"]), default=None)
 
 
 def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
