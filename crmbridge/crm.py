@@ -53,7 +53,7 @@ def post(
             "the CRM answered 401: it does not accept our signature",
             code="crm_unauthorized",
             http_status=401,
-            alert=True,
+            alert="crm_unauthorized",
         )
     if answer.status == 410:
         raise Retry(

@@ -24,7 +24,11 @@ from crmbridge.store.turn import Finished, Terms, Turn
 Sender = Callable[[Claimed], Outcome]
 
 HINT_MIN_S, HINT_MAX_S = 1.0, 21_600.0
-FLOORS_S = {"timeout": 5.0, "rate_limited": 30.0}  # by outcome code: no sooner than this, whatever the list says
+FLOORS_S = {
+    "timeout": 5.0,
+    "rate_limited": 30.0,
+    "rate_uneven": 300.0,
+}  # by outcome code: no sooner than this, whatever the list says
 FAULT_S = 60.0
 SLOW_S = 5.0
 CLOCK_SET_S = 30.0
@@ -95,7 +99,7 @@ def decide(
         delays, tried = schedule.crm_quick_s + schedule.crm_slow_s, claimed.retries
         steps_aside = endpoint_works and is_worn(claimed, schedule)
     elif outcome.counts:
-        delays, tried = schedule.instagram_retry_s, claimed.retries
+        delays, tried = schedule.instagram_retry_s[: outcome.at_most], claimed.retries
         if tried >= len(delays):
             return Verdict("dead", now)
     else:
@@ -425,7 +429,7 @@ class Engine:
             problem = f"we failed at delivery {claimed.id} ourselves: {outcome.message}"
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
-            self._alarm.alert(outcome.code or "refused", outcome.message or "", account=claimed.account_id)
+            self._alarm.alert(outcome.alert, outcome.message or "", account=claimed.account_id, delivery=claimed.id)
         elif verdict.state == "dead" and claimed.target == "crm":
             problem = f"delivery {claimed.id} to the CRM is dead: {outcome.message}"
             self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
@@ -465,7 +469,8 @@ def _endpoint(claimed: Claimed) -> Endpoint:
 def _outcome(failure: AttemptFailed) -> Outcome:
     known = {"code": failure.code, "message": failure.message, "http_status": failure.http_status}
     if isinstance(failure, Retry):
-        return Outcome("retry", **known, after_s=failure.after_s, counts=failure.counts, stops=failure.stops)  # type: ignore[arg-type]
+        hints = {name: getattr(failure, name) for name in ("after_s", "counts", "at_most", "stops")}
+        return Outcome("retry", **known, **hints)  # type: ignore[arg-type]
     if isinstance(failure, Refused):
         return Outcome("refused", **known, alert=failure.alert)  # type: ignore[arg-type]
     if isinstance(failure, InDoubt):

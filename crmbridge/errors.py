@@ -94,8 +94,8 @@ class Retry(AttemptFailed):
     """Worth another try: after `after_s` seconds if the far side said so.
 
     `counts` is false where the far side is unavailable as a whole, so that the try does not use up
-    one of a message's few retries. `stops` names the alert where no other call for this account can
-    succeed either, before a person has acted.
+    one of a message's few retries, of which this one is worth `at_most`. `stops` names the alert where no other
+    call for this account can succeed either, before a person has acted.
     """
 
     def __init__(
@@ -107,17 +107,19 @@ class Retry(AttemptFailed):
         after_s: float | None = None,
         counts: bool = True,
         stops: str | None = None,
+        at_most: int | None = None,
     ) -> None:
         super().__init__(message, code=code, http_status=http_status)
         self.after_s = after_s
         self.counts = counts
         self.stops = stops
+        self.at_most = at_most
 
 
 class Refused(AttemptFailed):
-    """Final: no repetition of the same call can succeed. `alert` where a person must act."""
+    """Final: no repetition of the same call can succeed. `alert` names the alert where a person must act."""
 
-    def __init__(self, message: str, *, code: str, http_status: int | None = None, alert: bool = False) -> None:
+    def __init__(self, message: str, *, code: str, http_status: int | None = None, alert: str | None = None) -> None:
         super().__init__(message, code=code, http_status=http_status)
         self.alert = alert
 

@@ -65,7 +65,7 @@ def test_a_permanent_error_fails_at_once(rig: Rig) -> None:
         (502, "<html>bad gateway</html>", None),
         (429, "", {"Retry-After": "7"}),
         (400, wire.error_body(4, "Application request limit reached"), None),
-        (400, wire.error_body(10, "Application does not have permission for this action"), None),
+        (400, wire.error_body(613, "The request volume is inconsistent", subcode=1996), None),
     ],
 )
 def test_an_unavailable_instagram_uses_up_no_retry(

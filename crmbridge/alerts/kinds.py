@@ -64,6 +64,18 @@ KINDS = {
         "access_token, or status: active",
         "the account is active again",
     ),
+    "send_refused": Kind(
+        "Instagram refused a send for a reason that an administrator can mend",
+        "do what the message says; the CRM may then send it again",
+        "there was none for an hour",
+        quiet_s=HOUR_S,
+    ),
+    "data_deletion": Kind(
+        "Meta passed on the owner's request to delete an account's data, and the account was deleted",
+        "delete what your CRM holds, too; connect the account again if that was not meant",
+        "an hour has passed",
+        quiet_s=HOUR_S,
+    ),
     "token_dead": Kind(
         "the access token is no longer good",
         "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",

@@ -96,7 +96,7 @@ class Client:
         if isinstance(error, dict):
             meaning = codes.classify(answer.status, error)
             said = _quoted(error, meaning)
-            if meaning.kind in ("account", "wait", "final"):
+            if meaning.kind in ("account", "final", "alert"):
                 detail = {"field": "access_token", "problem": said}
                 raise Invalid(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
             raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=30)
@@ -183,21 +183,24 @@ def _from(entry: dict[str, Any]) -> str:
 
 def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
     meaning = codes.classify(answer.status, error)
-    said = "Instagram answered " + _named(error, meaning)
+    said = f"Instagram answered {_named(error, meaning)}"
+    if meaning.kind not in ("retry", "limit", "unknown"):  # those are over by themselves
+        said = f"{meaning.slug}: {meaning.hint} ({said})"
     if meaning.kind == "unknown" or answer.status < 300:
         return InDoubt(said, code=meaning.slug, http_status=answer.status)
-    if meaning.kind == "final":
-        return Refused(said, code=meaning.slug, http_status=answer.status)
+    if meaning.kind in ("final", "alert"):
+        alert = "send_refused" if meaning.kind == "alert" else None
+        return Refused(said, code=meaning.slug, http_status=answer.status, alert=alert)
     stops = None
     if meaning.kind == "account":
-        stops = "token_dead" if meaning.slug.startswith("token_") else "account_error"
-        said = f"{meaning.slug}: {codes.HINTS[meaning.slug]} ({said})"
+        stops = "token_dead" if meaning.slug in codes.TOKEN_SLUGS else "account_error"
     return Retry(
         said,
         code=meaning.slug,
         http_status=answer.status,
         after_s=_wait_s(answer.headers),
-        counts=meaning.kind == "retry",
+        counts=meaning.kind in ("retry", "once"),
+        at_most=1 if meaning.kind == "once" else None,
         stops=stops,
     )
 

@@ -72,7 +72,8 @@ class Outcome:
     http_status: int | None = None
     after_s: float | None = None
     counts: bool = True
-    alert: bool = False
+    at_most: int | None = None  # this many of the retries
+    alert: str | None = None
     stops: str | None = None
     external_id: str | None = None
     rest_s: float = 0
