@@ -97,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     command(alert, "list", _alert_list, "list the alerts that are open, and the last ones that ended")
     command(alert, "test", _alert_test, "send a test alert through log, command and URL now")
 
+    erase = command(commands, "erase", _erase, "erase what is stored about a customer, also where it is still owed")
+    erase.add_argument("--contact", required=True, metavar="ID", help="the customer's id: sender_id of an event")
+    erase.add_argument("--account", metavar="ACC", help="as a customer of this account alone (default: of all)")
+
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
@@ -284,6 +288,15 @@ def _alert_test(options: argparse.Namespace) -> int:
     settings = _settings(options)
     log.setup(settings.log.level)
     return alerts.test(settings.alerts)
+
+
+def _erase(options: argparse.Namespace) -> int:
+    from crmbridge.ops import erase
+
+    with _database(options) as db:
+        found = erase.run(db, options.contact, options.account, _patience(options))
+    _ring(options)
+    return found
 
 
 def _dlq_list(options: argparse.Namespace) -> None:

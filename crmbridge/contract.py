@@ -398,6 +398,11 @@ class WebhookAccepted(_Answer):
     status: Literal["accepted"]
 
 
+class DeletionAccepted(_Answer):
+    url: str
+    confirmation_code: str
+
+
 # --- what a CRM receives ---
 
 

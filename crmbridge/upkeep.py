@@ -8,7 +8,7 @@ from crmbridge.alerts import Alarm
 from crmbridge.config import Retention
 from crmbridge.errors import Unavailable
 from crmbridge.events import instant
-from crmbridge.store import accounts, inbound, pauses, retention, turn, vitals
+from crmbridge.store import accounts, inbound, pauses, privacy, retention, turn, vitals
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
@@ -75,6 +75,12 @@ class Upkeep:
     def beat(self) -> None:
         """Write the worker's heartbeat."""
         vitals.beat(self._db, "worker", self._clock())
+
+    def erase(self) -> None:
+        """Erase the accounts whose owners asked Meta for it."""
+        for done in privacy.erase_accounts(self._db, self._clock()):
+            rows = {name: done[name] for name in ("deliveries", "messages", "events")}
+            log.info("account.erased", account=done["account_id"], request=done["id"], **rows)
 
     def prune(self) -> None:
         """Take the texts and rows that are older, or more, than retention says."""

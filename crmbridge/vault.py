@@ -24,8 +24,10 @@ class Vault:
         """Return the text sealed, fit for a database column."""
         return self._fernet.encrypt(text.encode()).decode()
 
-    def open(self, sealed: str) -> str:
-        """Return a sealed text's content. Raises Misconfigured when no key fits."""
+    def open(self, sealed: str | None) -> str:
+        """Return a sealed text's content. Raises Misconfigured when no key fits, or there is none."""
+        if sealed is None:
+            raise Misconfigured("the account has no access token: set a new one")
         return self._opened(sealed)
 
     def _decrypt(self, sealed: str) -> str:

@@ -36,7 +36,8 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
     db.require_schema()
     keys_of_secrets = vault.load(settings.vault.key_file)
     for account in accounts.everyone(db)[:_PROBED]:
-        keys_of_secrets.open(account["access_token_sealed"])
+        if account["access_token_sealed"]:
+            keys_of_secrets.open(account["access_token_sealed"])
     reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
     graph = net.Session(
         net.Reach(any_address=True, http=True),  # named in the configuration itself
@@ -179,6 +180,7 @@ def make_worker(rooms: Rooms) -> Any:
         Job("listen", 3600, watch.listen),
         Job("prune", 60, upkeep.prune),
         Job("checkpoint", 60, upkeep.checkpoint),
+        Job("erase", 60, upkeep.erase),
     ]
     worker = Worker(
         engine,
@@ -205,6 +207,7 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     )
     from crmbridge.web.account_routes import AccountRoutes
     from crmbridge.web.app import App, Timings
+    from crmbridge.web.privacy_routes import PrivacyRoutes
 
     timings = Timings()
     return App(
@@ -217,6 +220,9 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
             *event_routes.routes(),
             *dlq_routes.routes(wake, rooms.patience),
             *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience).routes(),
+            *PrivacyRoutes(
+                rooms.settings.instagram.app_secrets, rooms.settings.web.public_url, rooms.alerts, wake, rooms.patience
+            ).routes(),
             *insight_routes.routes(timings),
         ],
         alarm=rooms.alerts,

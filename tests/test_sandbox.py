@@ -265,6 +265,13 @@ def test_everything_can_be_done_over_http(sandbox, bridge):
     for path, body in (("settings", {"echo": "x"}), ("settings", {"x": 1}), ("settings", [])):
         assert control("PUT", f"/sandbox/{path}", body, 400)["error"]
     assert control("POST", "/sandbox/faults", {"path": "me", "status": "x"}, 400)["error"]
+    control("POST", "/sandbox/faults", {"path": "me", "error": "190/463", "status": 401})
+    refused = graph(sandbox, "GET", "me")
+    assert (refused.status_code, refused.json()["error"]["error_subcode"]) == (401, 463)
+    assert control("POST", "/sandbox/faults", {"path": "me", "error": "x"}, 400)["error"]
+    assert control("POST", "/sandbox/privacy", {"what": "x"}, 400)["error"]
+    assert control("POST", "/sandbox/privacy", {"what": "deauthorize", "user_id": "2"})["status"] == 404
+    assert graph(sandbox, "GET", "me", token="t2").json()["error"]["code"] == 190
     assert control("POST", "/sandbox/nothing", {}, 404)["error"]
 
     control("POST", "/crm/sandbox/answers", {"status": 503})

@@ -55,7 +55,10 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
         found.append(("ok", f"{len(everyone)} account(s)"))
         found += _state(db)
         for account in everyone if keys else []:
-            keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
+            if account["access_token_sealed"]:
+                keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
+            else:
+                found.append(("warning", f"{account['id']} has no access token: {account['status_reason']}"))
     except Misconfigured as error:
         found.append(("error", error.message))
     finally:

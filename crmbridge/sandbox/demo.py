@@ -122,9 +122,12 @@ Let the chat page's reply box send (KEY is a key for that account):
 
 Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
   {{"path": "messages", "times": 2, "status": 500}}                                two answers of 500
+  {{"path": "messages", "error": "10/2534022"}}                                    Meta's error with these codes
   {{"path": "messages", "delay_s": 40, "after_effect": true, "status": 200}}       delivers, then answers too late
   {{"path": "messages", "drop": true, "after_effect": true}}                       delivers, then breaks the connection
   {{"path": "messages", "drop": true}}                                             breaks it without delivering
+to {sandbox.url}/sandbox/privacy for what the account's owner asks Meta,
+  {{"what": "deauthorize"}}    {{"what": "deletion"}}
 and to {sandbox.url}/crm/sandbox/answers for the CRM,
   {{"status": 500, "times": 2}}    {{"status": 503, "always": true}}    {{"status": null, "always": true}}
 

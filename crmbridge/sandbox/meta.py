@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urljoin
 
 import bottle
 import requests
@@ -274,16 +275,30 @@ class Meta:
         query = {"hub.mode": "subscribe", "hub.challenge": challenge, "hub.verify_token": token}
         return self._exchange("", "GET", params=query)
 
-    def _exchange(self, mid: str, method: str, **arguments: Any) -> Posted:
+    def owner_asks(self, what: str, user_id: str, *, secret: str | None = None) -> Posted:
+        """Have the owner of an account remove the app (``deauthorize``) or ask for ``deletion`` of the data.
+
+        The callbacks are taken to lie beside the one for webhooks, under /privacy.
+        """
+        if what not in ("deauthorize", "deletion"):
+            raise ValueError(f"an owner asks for deauthorize or deletion, not {what!r}")
+        with self._changed:
+            account = self.accounts[user_id]
+            account.tokens.clear()
+        asked = wire.signed_request(secret or self.app_secret, account.app_scoped_id, int(self.clock()))
+        return self._exchange("", "POST", data={"signed_request": asked}, path=f"/privacy/{what}")
+
+    def _exchange(self, mid: str, method: str, *, path: str | None = None, **arguments: Any) -> Posted:
         if self.callback_url is None:
             raise ValueError("no callback_url is set")
+        url = self.callback_url if path is None else urljoin(self.callback_url, path)
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
             self._local.session.trust_env = False
         began = time.perf_counter()
         try:
             came = self._local.session.request(
-                method, self.callback_url, timeout=_WEBHOOK_TIMEOUT_S, allow_redirects=False, **arguments
+                method, url, timeout=_WEBHOOK_TIMEOUT_S, allow_redirects=False, **arguments
             )
             status, body = came.status_code, came.text
         except requests.RequestException as problem:

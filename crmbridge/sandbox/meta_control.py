@@ -1,5 +1,6 @@
 """The local Meta's control API under /sandbox: be the customer, script faults, look inside, all without Python."""
 
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from crmbridge.sandbox.meta import Meta
 
 _SHOWN = 500
-_FAULT = ("times", "status", "body", "headers", "delay_s", "after_effect", "drop")
+_FAULT = ("times", "status", "body", "headers", "delay_s", "after_effect", "drop", "error")
 
 
 def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
@@ -63,8 +64,14 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
     def handshake() -> dict[str, Any]:
         return asdict(meta.verify_handshake(**server.read_object(optional=["verify_token", "challenge"])))
 
+    def privacy() -> dict[str, Any]:
+        given = server.read_object(required=["what"], optional=["user_id"])
+        return asdict(meta.owner_asks(given["what"], _account(meta, given.get("user_id"))))
+
     def fault() -> dict[str, Any]:
         given = server.read_object(required=["path"], optional=_FAULT)
+        if "error" in given:
+            given = {"status": 400, "body": _error(given.pop("error")), **given}
         meta.fault(given.pop("path"), **given)
         return {"scripted": True}
 
@@ -93,6 +100,7 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         ("GET", "shapes", lambda: {"shapes": list(shapes.NAMES)}),
         ("POST", "webhooks", webhook),
         ("POST", "handshake", handshake),
+        ("POST", "privacy", privacy),
         ("POST", "faults", fault),
         ("PUT", "settings", settings),
         ("POST", "accounts", account),
@@ -104,6 +112,14 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
 
 def _settings(meta: "Meta") -> dict[str, Any]:
     return {name: getattr(meta, name) for name in ("callback_url", "echo", "echo_delay_s", "auto_read", "me_form")}
+
+
+def _error(named: Any) -> dict[str, Any]:
+    """Build Meta's error object from a code, or code/subcode, as text."""
+    found = re.fullmatch(r"(\d{1,9})(?:/(\d{1,9}))?", named) if isinstance(named, str) else None
+    if found is None:
+        raise ValueError(f'an error is a code or code/subcode such as "190/463", not {named!r}')
+    return wire.error_body(int(found[1]), subcode=int(found[2]) if found[2] else None)
 
 
 def _account(meta: "Meta", user_id: str | None) -> str:

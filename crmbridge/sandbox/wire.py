@@ -67,6 +67,17 @@ def signature_headers(secret: str, body: bytes, how: str = "good") -> dict[str, 
     raise ValueError(f"signature must be good, bad, missing or sha1_only, not {how!r}")
 
 
+def signed_request(secret: str, user_id: str, at_s: int) -> str:
+    """Build what Meta's privacy callbacks carry, about the account that has this app-scoped id."""
+    payload = {"algorithm": "HMAC-SHA256", "expires": at_s + 3600, "issued_at": at_s, "user_id": user_id}
+    second = _base64url(json.dumps(payload).encode())
+    return _base64url(hmac.new(secret.encode(), second.encode(), hashlib.sha256).digest()) + "." + second
+
+
+def _base64url(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
 def error_body(
     code: int,
     message: str = "(#{code}) An error of the sandbox",

@@ -26,6 +26,11 @@ def everyone(db: Database) -> list[Row]:
     return db.rows(f"SELECT * FROM accounts WHERE {_LIVE} ORDER BY id")
 
 
+def ids(db: Database) -> list[str]:
+    """Return the ids of all accounts, deleted ones too, oldest first."""
+    return [row["id"] for row in db.rows("SELECT id FROM accounts ORDER BY id")]
+
+
 def page(db: Database, *, after: str, limit: int, only: list[str] | None) -> list[Row]:
     """Return up to `limit` accounts with ids above `after`, of the ids in `only` where that is given."""
     chosen, parameters = "", [after]

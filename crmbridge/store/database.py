@@ -261,6 +261,10 @@ class Database:
         """Make the calling thread's connection the one that checkpoints the log."""
         sqlite.checkpoint_here(self._db)
 
+    def overwrite_what_is_deleted(self) -> None:
+        """Leave no trace in the file of what the calling thread deletes from now on."""
+        sqlite.overwrite_what_is_deleted(self._db)
+
     def take_worker_lock(self) -> bool:
         """Become the one worker of this database until the process ends; False when another one is."""
         self._worker_lock = sqlite.FileLock(self.path.with_name(self.path.name + ".worker"))

@@ -47,6 +47,11 @@ def checkpoint_here(database: SqliteDatabase) -> None:
     database.execute_sql(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
 
 
+def overwrite_what_is_deleted(database: SqliteDatabase) -> None:
+    """Have the calling thread's connection write zeros over what it deletes."""
+    database.execute_sql("PRAGMA secure_delete = ON").fetchone()
+
+
 def sizes(database: SqliteDatabase, path: Path) -> dict[str, int]:
     """Return the sizes of the file and its log, what of the file is free to be used again, and what the disk has."""
     disk, log = os.statvfs(path.parent), path.with_name(path.name + "-wal")

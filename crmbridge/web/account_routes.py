@@ -105,6 +105,8 @@ class AccountRoutes:
         if "webhook_secret" in given:
             values["webhook_secret_sealed"] = self._vault.seal(secret) if secret else None
         if "status" in given:
+            if request.status == "active" and not row["access_token_sealed"] and "access_token" not in given:
+                raise Conflict("The account has no access token: send a new one.", code="token_missing")
             values["status"], values["status_reason"] = request.status, None
         if "access_token" in given:
             identity = self._identify(request.access_token, {row["instagram_account_id"]})

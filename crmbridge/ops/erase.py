@@ -1,0 +1,34 @@
+"""``crmbridge erase``: what is stored about one customer goes, also where it is still owed."""
+
+import time
+
+from crmbridge.errors import Misconfigured
+from crmbridge.events import instant
+from crmbridge.store import accounts, privacy
+from crmbridge.store.database import Database
+from crmbridge.store.deliveries import Patience
+
+
+def run(db: Database, contact: str, account_id: str | None, patience: Patience) -> int:
+    """Erase a customer and print how much there was; return 1 when there was nothing.
+
+    Raises Misconfigured for an account that never was here.
+    """
+    known = accounts.ids(db)
+    if account_id is not None and account_id not in known:
+        raise Misconfigured(f"there is no account {account_id}; 'crmbridge account list' shows them")
+    if not contact.strip():
+        raise Misconfigured("--contact needs the customer's id, the sender_id of an event")
+    total, now_s = privacy.Erased(), time.time()
+    for one in known if account_id is None else [account_id]:
+        erased = privacy.erase_contact(db, one, contact, now_s, patience)
+        if erased != privacy.Erased():
+            print(f"{one}: erased " + ", ".join(f"{rows} {name}" for name, rows in vars(erased).items()))
+        total += erased
+    if account_id is None:
+        total += privacy.erase_unrouted(db, contact)
+    if total == privacy.Erased():
+        print("nothing is stored about this contact")
+        return 1
+    print(f"logged as {privacy.log_contact(db, total, account_id, instant(now_s))}, without saying who it was")
+    return 0

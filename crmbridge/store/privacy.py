@@ -1,0 +1,227 @@
+"""Erasure on request: of a customer, of a whole account, and a log of it that names nobody.
+
+Steps are small, so that the write lock is never held for long; an erasure that was broken off is simply run again.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from crmbridge.events import instant, new_id
+from crmbridge.store import accounts, messages, turn
+from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
+
+_AT_ONCE = 200
+_GRACE_S = 300.0  # a call in flight ends before its rows go
+_GONE = "the owner removed the app from the Instagram account: connect it again with a new access token"
+
+
+@dataclass(frozen=True)
+class Erased:
+    """How many rows of each table were erased."""
+
+    deliveries: int = 0
+    messages: int = 0
+    events: int = 0
+
+    def __add__(self, other: "Erased") -> "Erased":
+        return Erased(**{name: rows + vars(other)[name] for name, rows in vars(self).items()})
+
+
+# --- a customer ---
+
+
+def erase_contact(db: Database, account_id: str, contact: str, now_s: float, patience: Patience) -> Erased:
+    """Erase what a customer wrote and was written, their name and id, also where it is still owed.
+
+    What is owed ends: the CRM hears that a pending send failed as ``erased``, with the message's id alone. The rows
+    stay, under a name that says nothing, so that a repetition by the channel is still known as one.
+    """
+    db.overwrite_what_is_deleted()
+    lane, alias, now, total = (account_id, contact), _alias(), instant(now_s), Erased()
+    # The last first: what waits behind a head must not become one.
+    owed = "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY state <> 'pending', sequence DESC"
+    sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
+    heard = "SELECT id FROM inbound_events WHERE account_id = ? AND contact = ?"
+    named = r"SELECT id FROM inbound_events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
+    while True:  # somebody may be writing meanwhile
+        step = Erased(
+            deliveries=_in_steps(db, owed, lane, lambda ids: _end_deliveries(db, ids, alias, now)),
+            messages=_in_steps(db, sent, lane, lambda ids: _blank_messages(db, ids, alias, now, patience)),
+            events=_in_steps(db, heard, lane, lambda ids: _blank_events(db, ids, contact, alias))
+            + _in_steps(db, named, (account_id, _within(contact)), lambda ids: _blank_events(db, ids, contact, alias)),
+        )
+        if step == Erased():
+            break
+        total += step
+    db.write_last(lambda: db.run("DELETE FROM contacts WHERE account_id = ? AND contact = ?", lane))
+    return total
+
+
+def erase_unrouted(db: Database, contact: str) -> Erased:
+    """Erase what a customer wrote to accounts that are not configured here."""
+    alias, unrouted = _alias(), "SELECT id FROM inbound_events WHERE account_id IS NULL AND contact = ?"
+    return Erased(events=_in_steps(db, unrouted, (contact,), lambda ids: _blank_events(db, ids, contact, alias)))
+
+
+def log_contact(db: Database, erased: Erased, account_id: str | None, now: str) -> str:
+    """Note in the log that somebody was erased, but not who; return the entry's id."""
+    row = {"id": new_id("era"), "kind": "contact", "account_id": account_id, "asked_at": now, "done_at": now}
+    db.write_last(lambda: db.insert("erasures", {**row, **vars(erased)}))
+    return str(row["id"])
+
+
+def _alias() -> str:
+    return "erased_" + secrets.token_hex(8)
+
+
+def _within(contact: str) -> str:
+    return "%" + contact.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+
+
+def _end_deliveries(db: Database, ids: Sequence[str], alias: str, now: str) -> None:
+    marks = _marks(ids)
+    db.run(
+        f"""
+        UPDATE deliveries SET contact = ?, body = NULL, gone = 1, claim_id = NULL, in_doubt = 0, retry_asked_at = NULL,
+            last_code = CASE state WHEN 'done' THEN last_code ELSE 'erased' END, last_error = NULL, state = 'done',
+            finished_at = COALESCE(finished_at, ?) WHERE id IN ({marks})""",
+        (alias, now, *ids),
+    )
+    db.run(
+        f"""
+        UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'erased'
+        WHERE finished_at IS NULL AND delivery_id IN ({marks})""",
+        (now, *ids),
+    )
+
+
+def _blank_messages(db: Database, ids: Sequence[str], alias: str, now: str, patience: Patience) -> None:
+    these = f"id IN ({_marks(ids)})"
+    db.update("outbound_messages", {"recipient_id": alias, "content": None, "metadata": None}, these, ids)
+    for row in db.rows(f"SELECT id FROM outbound_messages WHERE status = 'pending' AND {these}", ids):
+        messages.fail(db, row["id"], "erased", "what is stored about the recipient was erased", now, patience)
+
+
+def _blank_events(db: Database, ids: Sequence[str], contact: str, alias: str) -> None:
+    db.run(
+        f"""
+        UPDATE inbound_events SET contact = ?, payload = NULL, dedupe_key = REPLACE(dedupe_key, ?, ?),
+            state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
+        (alias, contact, alias, *ids),
+    )
+
+
+# --- an account, by Meta's callbacks ---
+
+
+def find_account(db: Database, user_id: str) -> Row | None:
+    """Return the account that Meta calls so, by its app-scoped id or by the one in webhooks."""
+    found = db.row("SELECT * FROM accounts WHERE app_scoped_id = ? AND deleted_at IS NULL", (user_id,))
+    return found or accounts.find_external(db, user_id)
+
+
+def entry(db: Database, entry_id: str) -> Row | None:
+    """Return an entry of the log, or None."""
+    return db.row("SELECT * FROM erasures WHERE id = ?", (entry_id,))
+
+
+def deauthorize(db: Database, account: Row | None, code: str, now: str, patience: Patience) -> bool:
+    """Drop an account's token and hold its sends; tell whether the call was new."""
+    log_id = f"deauthorized_{code}"  # a request for deletion in the same second is signed with the same code
+    if entry(db, log_id) is not None:
+        return False
+    if account is not None:
+        status = "inactive" if account["status"] == "inactive" else "error"
+        values = {"access_token_sealed": None, "token_expires_at": None, "status": status, "status_reason": _GONE,
+                  "subscription_ok": 0, "subscription_error": _GONE}  # fmt: skip
+        accounts.update(db, account["id"], values, now, patience)
+    return _note(db, "deauthorized", account, log_id, now, done_at=now)
+
+
+def request_deletion(db: Database, account: Row | None, code: str, now_s: float) -> bool:
+    """Delete an account, and have all that is stored about it erased soon; tell whether the call was new."""
+    now = instant(now_s)
+    is_new = _note(db, "account", account, code, now, done_at=None if account else now)
+    if is_new and account is not None:
+        turn.delete_account(db, account["id"], now_s)
+    return is_new
+
+
+def _note(
+    db: Database,
+    kind: Literal["account", "deauthorized"],
+    account: Row | None,
+    log_id: str,
+    now: str,
+    *,
+    done_at: str | None,
+) -> bool:
+    account_id = account["id"] if account else None
+    row = {"id": log_id, "kind": kind, "account_id": account_id, "asked_at": now, "done_at": done_at}
+    return db.write(lambda: db.insert("erasures", row, once=True))
+
+
+def erase_accounts(db: Database, now_s: float) -> list[Row]:
+    """Erase the accounts whose deletion was requested some minutes ago; return their entries of the log."""
+    before, now = instant(now_s - _GRACE_S), instant(now_s)
+    due = db.rows("SELECT * FROM erasures WHERE done_at IS NULL AND asked_at <= ?", (before,))
+    for request in due:
+        if accounts.find(db, request["account_id"]):  # broken off right after the request
+            turn.delete_account(db, request["account_id"], now_s)
+            continue
+        erased = _erase_account(db, request["account_id"])
+        done = {"done_at": now, **{name: request[name] + rows for name, rows in vars(erased).items()}}
+        db.write_last(lambda done=done, code=request["id"]: db.update("erasures", done, "id = ?", [code]))  # type: ignore[misc]
+    return [row for row in (entry(db, request["id"]) for request in due) if row and row["done_at"]]
+
+
+def _erase_account(db: Database, account_id: str) -> Erased:
+    db.overwrite_what_is_deleted()
+    of_account = (account_id,)
+    external_id = db.value("SELECT instagram_account_id FROM accounts WHERE id = ?", of_account)
+    unrouted = "SELECT id FROM inbound_events WHERE account_id IS NULL AND instagram_account_id = ?"
+    erased = Erased(
+        deliveries=_in_steps(
+            db, "SELECT id FROM deliveries WHERE account_id = ?", of_account,
+            lambda ids: _delete(db, ids, ("delivery_attempts", "delivery_id"), ("deliveries", "id")),
+        ),
+        messages=_in_steps(
+            db, "SELECT id FROM outbound_messages WHERE account_id = ?", of_account,
+            lambda ids: _delete(db, ids, ("status_transitions", "message_id"), ("outbound_messages", "id")),
+        ),
+        events=_in_steps(
+            db, "SELECT id FROM inbound_events WHERE account_id = ?", of_account,
+            lambda ids: _delete(db, ids, ("inbound_events", "id")),
+        )
+        + _in_steps(db, unrouted, (external_id,), lambda ids: _delete(db, ids, ("inbound_events", "id"))),
+    )  # fmt: skip
+    _in_steps(
+        db, "SELECT contact AS id FROM contacts WHERE account_id = ?", of_account,
+        lambda ids: db.run(
+            f"DELETE FROM contacts WHERE account_id = ? AND contact IN ({_marks(ids)})", (account_id, *ids)
+        ),
+    )  # fmt: skip
+    blank = {"instagram_account_id": "erased", "app_scoped_id": None, "username": None}
+    db.write_last(lambda: db.update("accounts", blank, "id = ?", of_account))
+    return erased
+
+
+def _delete(db: Database, ids: Sequence[str], *places: tuple[str, str]) -> None:
+    for table, column in places:
+        db.run(f"DELETE FROM {table} WHERE {column} IN ({_marks(ids)})", ids)
+
+
+def _in_steps(db: Database, query: str, parameters: Sequence[Any], job: Callable[[Sequence[str]], Any]) -> int:
+    """Do a job on all that a query finds, a few at a time, until it finds none; return how many there were."""
+    total = 0
+    while ids := [row["id"] for row in db.rows(f"{query} LIMIT ?", (*parameters, _AT_ONCE))]:
+        db.write_last(lambda ids=ids: job(ids))  # type: ignore[misc]
+        total += len(ids)
+    return total
+
+
+def _marks(ids: Sequence[str]) -> str:
+    return ", ".join("?" * len(ids))
