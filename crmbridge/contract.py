@@ -4,14 +4,12 @@ Requests are strict: no unknown field, no silent conversion. Knows no database a
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crmbridge.errors import Invalid
 from crmbridge.events import read_instant
-
-MESSAGE_BYTES = 1000  # Meta counts UTF-8 bytes (messaging API, "Send a text message")
 
 AccountId = Annotated[str, Field(pattern=r"^acc_[0-9a-z]{26}$")]
 MessageId = Annotated[str, Field(pattern=r"^msg_[0-9a-z]{26}$")]
@@ -22,7 +20,7 @@ Timestamp = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3
 Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
 SigningSecret = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-WebhookUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
+Url = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
 
 MessageStatusName = Literal["pending", "sent", "delivered", "read", "failed"]
 AccountStatusName = Literal["active", "inactive", "error"]
@@ -30,6 +28,7 @@ AccountStatusName = Literal["active", "inactive", "error"]
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()  # of each of these exactly one field is given
 
 
 class _Answer(BaseModel):
@@ -47,10 +46,76 @@ def _finite(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
+_LEFT_OUT: Any = None  # for a field that may be left out but not be null; model_fields_set tells which were given
+Words = Annotated[str, Field(min_length=1, max_length=1000)]
+Reference = Annotated[str, Field(pattern=r"^(msg|evt)_[0-9a-z]{26}$")]
+
+
+class SendAttachment(_Request):
+    type: Literal["image", "video", "audio", "file", "like_heart"]
+    url: Url = _LEFT_OUT
+
+
+class SendReaction(_Request):
+    message_id: Reference
+    action: Literal["react", "unreact"] = "react"
+    emoji: Annotated[str, Field(min_length=1, max_length=32)] = _LEFT_OUT
+
+
+class QuickReply(_Request):
+    title: Words
+    payload: Words
+
+
+class TemplateButton(_Request):
+    type: Literal["web_url", "postback"]
+    url: Url = _LEFT_OUT
+    title: Words
+    payload: Words = _LEFT_OUT
+
+
+class TemplateElement(_Request):
+    title: Words
+    subtitle: Words = _LEFT_OUT
+    image_url: Url = _LEFT_OUT
+    buttons: Annotated[list[TemplateButton], Field(min_length=1)] = _LEFT_OUT
+
+
+class Template(_Request):
+    template_type: Literal["generic", "button"]
+    text: Words = _LEFT_OUT
+    elements: Annotated[list[TemplateElement], Field(min_length=1)] = _LEFT_OUT
+    buttons: Annotated[list[TemplateButton], Field(min_length=1)] = _LEFT_OUT
+
+
+class Author(_Request):
+    type: Literal["human", "bot"]
+
+
+_RECIPIENTS = ("recipient_id", "comment_id")
+_FORMS = ("message", "attachments", "reaction", "action", "template")
+_Moment = Annotated[str, AfterValidator(read_instant), Field(max_length=40, json_schema_extra={"format": "date-time"})]
+
+
 class SendRequest(_Request):
+    one_of = (_RECIPIENTS, _FORMS)
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [{"oneOf": [{"required": [name]} for name in names]} for names in one_of]}
+    )
+
     account_id: Annotated[str, Field(min_length=1, max_length=64)]
-    recipient_id: ExternalId
-    message: Annotated[str, Field(min_length=1, max_length=1000)]
+    recipient_id: ExternalId = _LEFT_OUT
+    comment_id: ExternalId = _LEFT_OUT
+    message: Words = _LEFT_OUT
+    attachments: Annotated[list[SendAttachment], Field(min_length=1)] = _LEFT_OUT
+    reaction: SendReaction = _LEFT_OUT
+    action: Literal["typing_on", "typing_off", "mark_seen"] = _LEFT_OUT
+    template: Template = _LEFT_OUT
+    quick_replies: Annotated[list[QuickReply], Field(min_length=1)] = _LEFT_OUT
+    reply_to: Reference = _LEFT_OUT
+    author: Author = _LEFT_OUT
+    send_before: _Moment = _LEFT_OUT
+    dry_run: bool = False
     idempotency_key: Printable
     metadata: Annotated[dict[str, Any] | None, AfterValidator(_finite)] = None
 
@@ -59,16 +124,13 @@ class AccountCreate(_Request):
     instagram_account_id: ExternalId
     username: Printable | None = None
     access_token: Secret
-    crm_webhook_url: WebhookUrl | None = None
+    crm_webhook_url: Url | None = None
     webhook_secret: SigningSecret | None = None
-
-
-_LEFT_OUT: Any = None  # for a field that may be left out but not be null; model_fields_set tells which were given
 
 
 class AccountUpdate(_Request):
     access_token: Secret = _LEFT_OUT
-    crm_webhook_url: WebhookUrl | None = None
+    crm_webhook_url: Url | None = None
     webhook_secret: SigningSecret | None = None
     status: Literal["active", "inactive"] = _LEFT_OUT
 
@@ -118,10 +180,21 @@ class ErrorAnswer(_Answer):
     timestamp: Timestamp
 
 
+SendWarning = Literal["recipient_unknown", "comment_unknown", "sends_paused", "account_error", "quick_reply_title_cut"]
+
+
 class SendAccepted(_Answer):
     message_id: MessageId
     status: MessageStatusName
     created_at: Timestamp
+    window_expires_at: Timestamp | None
+    warnings: list[SendWarning]
+
+
+class SendChecked(_Answer):
+    dry_run: Literal[True]
+    window_expires_at: Timestamp | None
+    warnings: list[SendWarning]
 
 
 class MessageError(_Answer):
@@ -616,22 +689,32 @@ _SAID = {
 
 def read(model: type[_Request_T], body: bytes) -> _Request_T:
     """Return the request in a body. Raises Invalid that names every field at fault at once."""
+    details: list[dict[str, str]] = []
     try:
-        return model.model_validate_json(body)
+        made = model.model_validate_json(body)
+        given = made.model_fields_set
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
+        if problems[0]["type"] == "json_invalid":
+            said = problems[0]["msg"].removeprefix("Invalid JSON: ")
+            raise Invalid(f"The body is not valid JSON: {said}", code="malformed_json") from None
+        details = [
+            {
+                "field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)",
+                "problem": _SAID.get(problem["type"], problem["msg"].removeprefix("Value error, ")),
+            }
+            for problem in problems[:50]
+        ]
+        found = json.loads(body)
+        given = set(found) if isinstance(found, dict) else None
     except RecursionError:
         raise Invalid("The body is nested too deeply.", code="malformed_json") from None
-    if problems[0]["type"] == "json_invalid":
-        raise Invalid(
-            "The body is not valid JSON: " + problems[0]["msg"].removeprefix("Invalid JSON: "), code="malformed_json"
-        )
-    details = [
-        {
-            "field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)",
-            "problem": _SAID.get(problem["type"], problem["msg"].removeprefix("Value error, ")),
-        }
-        for problem in problems[:50]
-    ]
+    for names in model.one_of if given is not None else ():
+        here = [name for name in names if name in given]
+        if len(here) != 1:
+            wanted = f"exactly one of {', '.join(names)} is required"
+            details += [{"field": name, "problem": wanted} for name in here or names[:1]]
+    if not details:
+        return made
     named = ", ".join(entry["field"] for entry in details)
-    raise Invalid(f"The request has {len(problems)} problem(s), in: {named}.", details=details)
+    raise Invalid(f"The request has {len(details)} problem(s), in: {named}.", details=details)

@@ -244,7 +244,7 @@ class Engine:
             in_flight=in_flight,
         )
         settled, self._unrecorded = self._unrecorded, []
-        self._newest, self._barren = found.newest, 0 if settled or found.claimed else self._barren + 1
+        self._newest, self._barren = found.newest, 0 if settled or found.claimed or found.late else self._barren + 1
         for claimed in found.claimed:
             with self._changed:
                 self._in_flight[claimed.claim_id] = claimed
@@ -367,7 +367,7 @@ class Engine:
     def _attempt(self, claimed: Claimed) -> None:
         started = time.monotonic()
         outcome = Outcome("fault", "system_fault", "the call was broken off", counts=False)
-        if claimed.target == "instagram":  # it may have gone out before our own code failed
+        if not claimed.is_repeatable:  # it may have gone out before our own code failed
             outcome = replace(outcome, kind="in_doubt")
         try:
             with log.correlated(claimed.correlation_id):
@@ -444,6 +444,8 @@ class Engine:
             kind, account = str(entry.outcome.stops), entry.claimed.account_id
             todo = _TODO[entry.claimed.target].format(account=account)
             self._alarm.alert(kind, entry.outcome.message or "", account=account, todo=todo, delivery=entry.claimed.id)
+        for row, code in found.late:
+            log.warning("delivery.late", delivery=row["id"], message_id=row["message_id"], code=code)
         for row in found.unrendered:
             self._alarm.alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
 

@@ -114,11 +114,15 @@ class ReplyTo:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A message of the shop as the channel shows it in a thread, made at `at_s` seconds since the epoch."""
+    """A message of the shop as the channel shows it in a thread, made at `at_s` seconds since the epoch.
+
+    `kinds` are the types of what came with it, ``unknown`` where the channel does not tell.
+    """
 
     external_id: str
     text: str
     at_s: float
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

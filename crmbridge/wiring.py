@@ -98,11 +98,16 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
         token = rooms.vault.open(claimed.account["access_token_sealed"])
         content = json.loads(claimed.body)
         sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
-        return Outcome("done", http_status=sent.http_status, external_id=sent.external_id, rest_s=sent.rest_s)
+        return Outcome(
+            "done", http_status=sent.http_status, external_id=sent.external_id, contact=sent.contact, rest_s=sent.rest_s
+        )
 
     def look_up(claimed: Claimed) -> Outcome:
-        token = rooms.vault.open(claimed.account["access_token_sealed"])
-        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], claimed.contact)
+        token, content = rooms.vault.open(claimed.account["access_token_sealed"]), json.loads(claimed.body)
+        contact = content.get("comment_author") if "comment_id" in content else claimed.contact
+        if contact is None:
+            raise Refused("nobody knows whose conversation a private reply would be in", code="in_doubt")
+        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact)
         try:
             possible = messages.matching(rooms.db, claimed, thread)
         finally:

@@ -1,13 +1,16 @@
 """The real rooms on a clock that a test sets: SQLite, the engine, and the sandbox over real HTTP; no server process."""
 
 import contextlib
+import io
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
-from crmbridge import config, net, vault, wiring
+from crmbridge import apikey, config, net, vault, wiring
 from crmbridge.alerts import Alerts
 from crmbridge.delivery import Engine, Schedule
 from crmbridge.endpoints import Limits
@@ -16,7 +19,7 @@ from crmbridge.instagram import webhook
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
-from crmbridge.store import accounts, database, deliveries, inbound, messages
+from crmbridge.store import accounts, database, deliveries, inbound, keys, messages
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
@@ -78,6 +81,8 @@ class Rig:
         self.alarm = Recorder(self.db, lambda: self.now_s)
         self.engine = self.make_engine()
         self._keys = itertools.count()
+        self._app: Any = None
+        self._key = ""
         self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
 
     @property
@@ -158,6 +163,28 @@ class Rig:
         request = messages.Request(account["id"], contact, key, key, {"text": text}, None, "test")
         row, _ = messages.accept(self.db, request, self.patience, self.now_s)
         return str(row["id"])
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
+        """Call the API on the rig's clock, in this process, as an administrator."""
+        if self._app is None:
+            self._app = wiring.make_app(self.rooms, lambda: None)
+            self._app._clock = lambda: self.now_s
+            self._key, key_id, secret_hash = apikey.make()
+            row = {"id": key_id, "name": "rig", "secret_hash": secret_hash, "admin": 1, "accounts": []}
+            keys.create(self.db, {**row, "permissions": [], "created_at": instant(self.now_s)})
+        encoded = json.dumps(body).encode() if body is not None else b""
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method,
+            "PATH_INFO": path,
+            "CONTENT_LENGTH": str(len(encoded)),
+            "CONTENT_TYPE": "application/json",
+            "HTTP_AUTHORIZATION": f"Bearer {self._key}",
+            "wsgi.input": io.BytesIO(encoded),
+        }
+        setup_testing_defaults(environ)
+        answered: list[str] = []
+        answer = b"".join(self._app(environ, lambda status, headers, exc_info=None: answered.append(status)))
+        return int(answered[-1][:3]), json.loads(answer)
 
     def claim(self, row: Row, account: Row) -> Claimed:
         """Claim a due row as a worker does that then makes no call."""

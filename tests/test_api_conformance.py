@@ -16,7 +16,7 @@ from crmbridge import config, contract, signing
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
 from tests import shop as shops
-from tests.shop import OTHER_ID, OTHER_TOKEN, TOKEN, Shop
+from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, TOKEN, Shop
 
 pytestmark = pytest.mark.contract
 
@@ -116,7 +116,7 @@ def substitute(operation: str, body: dict[str, Any], shop: Shop) -> None:
     """Put in what no schema can tell: ids and tokens that exist, a URL that is allowed, few enough bytes."""
     if operation == "POST /api/v1/messages/send":
         body["account_id"] = shop.account_id
-        body["message"] = body["message"][:250]
+        sendable(body)
     elif operation == "POST /api/v1/accounts":
         body |= {"instagram_account_id": OTHER_ID, "access_token": OTHER_TOKEN, "webhook_secret": WEBHOOK_SECRET}
     elif operation == "PUT /api/v1/accounts/{account_id}":
@@ -127,6 +127,30 @@ def substitute(operation: str, body: dict[str, Any], shop: Shop) -> None:
         body["until"] = "2099-01-01T00:00:00Z"
     if body.get("crm_webhook_url"):
         body["crm_webhook_url"] = shop.sandbox.crm_webhook_url
+
+
+def sendable(body: dict[str, Any]) -> None:
+    """Put in what no schema can tell of a send: Instagram's limits, a time to come, and a message that is there."""
+    for name in ("send_before", "reply_to", "comment_id"):
+        if body.pop(name, None) and name == "comment_id":
+            body["recipient_id"] = CUSTOMER
+    forms = [name for name in ("message", "attachments", "template", "reaction", "action") if name in body]
+    form = forms[0] if len(forms) == 1 else "message"
+    if form != "message":
+        body.pop("quick_replies", None)
+    url = "https://cdn.example/lamp"
+    match form:
+        case "message":
+            body["message"] = body["message"][:250]
+            if "quick_replies" in body:
+                body["quick_replies"] = body["quick_replies"][:13]
+        case "attachments":
+            body["attachments"] = [{"type": "image", "url": url}] * min(len(body["attachments"]), 10)
+        case "template":
+            body["template"] = {"template_type": "generic", "elements": [{"title": "Lamp", "image_url": url}]}
+        case "reaction":
+            body["action"] = "mark_seen"
+            del body["reaction"]
 
 
 def spare_account(shop: Shop) -> str:

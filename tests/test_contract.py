@@ -59,7 +59,7 @@ def routes() -> dict[tuple[str, str], web_app.Route]:
     nothing: Any = None
     rooms = wiring.Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
     app = wiring.make_app(rooms, lambda: None)
-    return {(route.method, re.sub(r"<(\w+)>", r"{\1}", route.path)): route for route in app.routes}
+    return {(route.method, re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path)): route for route in app.routes}
 
 
 def errors_of(operation: dict[str, Any]) -> dict[int, dict[str, Any]]:

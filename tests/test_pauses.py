@@ -287,7 +287,7 @@ def test_a_crm_that_is_gone_pauses_the_deliveries_and_loses_nothing(rig: Rig) ->
     rig.live_through(30 * HOUR_S)
     assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
     assert len(rig.crm.received) == called
-    rig.send(account, "sends go on")
+    rig.send(account, "sends go on", contact="900000000000009")
     rig.drain()
     assert len(rig.meta.sent) == 1
     rig.crm.answer_always(None)
@@ -321,7 +321,7 @@ def test_an_account_error_holds_all_sends_as_they_are(rig: Rig, code: int, subco
     rig.meta.fault("messages", times=9, status=400, body=wire.error_body(code, subcode=subcode))
     rig.drain()
     second = rig.send(account, "two")
-    rig.say("deliveries go on", "mid-1")
+    rig.say("deliveries go on", "mid-1", contact="900000000000009")
     rig.live_through(30 * HOUR_S)
     assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
     assert len(rig.meta.calls) == 1

@@ -9,9 +9,16 @@ from typing import Any
 from crmbridge import __version__, net
 from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
 from crmbridge.events import Shown, Thread, epoch_s
-from crmbridge.instagram import codes
+from crmbridge.instagram import codes, outgoing
 
 _SHOWN_AT_MOST = 20
+_KINDS = {
+    "image_data": "image",
+    "video_data": "video",
+    "file_url": "file",
+    "generic_template": "template",
+    "template": "template",
+}
 # Percent of what an account may call, and what we do about it: calling on while limited prolongs the block.
 _NEARLY_USED_UP, _NEARLY_REST_S = 90.0, 5.0
 _USED_UP, _USED_UP_REST_S = 100.0, 60.0
@@ -43,9 +50,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class Sent:
-    """Instagram's acceptance of a message; `rest_s` is how long the account should be left alone now."""
+    """Instagram's acceptance of a message; `rest_s` is how long the account should be left alone now.
 
-    external_id: str
+    A sender action has no `external_id`. `contact` is whom it reached, where Instagram says so.
+    """
+
+    external_id: str | None
+    contact: str | None
     http_status: int
     rest_s: float
 
@@ -117,7 +128,7 @@ class Client:
             conversations = [entry.get("id") for entry in _list(found.get("data"))]
             if not conversations:
                 return Thread((), 0)
-            fields = "messages{id,created_time,from,to,message}"
+            fields = "messages{id,created_time,from,to,message,attachments,shares}"
             _, thread = self._ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
         except (Invalid, Unavailable) as error:
             raise Retry(error.message, code="look_up_failed", counts=False) from None
@@ -126,7 +137,7 @@ class Client:
         try:
             times = [epoch_s(entry["created_time"]) for entry in listed]
             shown = tuple(
-                Shown(str(entry["id"]), str(entry.get("message") or ""), at_s)
+                Shown(str(entry["id"]), str(entry.get("message") or ""), at_s, _kinds(entry))
                 for entry, at_s in zip(listed, times, strict=True)
                 if _from(entry) != contact
             )
@@ -135,8 +146,19 @@ class Client:
             raise Retry("the conversation cannot be read", code="look_up_failed", counts=False) from None
 
     def send(self, token: str, user_id: str, recipient_id: str, content: Mapping[str, Any]) -> Sent:
-        """Send one message. Raises Retry, Refused or InDoubt; only Sent means that Instagram took it."""
-        body = {"recipient": {"id": recipient_id}, "message": {"text": content["text"]}}
+        """Send one message or action. Raises Retry, Refused or InDoubt; only Sent means that Instagram took it.
+
+        An action is never in doubt: made twice it is the same.
+        """
+        try:
+            return self._send(token, user_id, content, recipient_id)
+        except InDoubt as doubt:
+            if outgoing.is_action(content):
+                raise Retry(doubt.message, code=doubt.code, http_status=doubt.http_status) from None
+            raise
+
+    def _send(self, token: str, user_id: str, content: Mapping[str, Any], recipient_id: str) -> Sent:
+        body = outgoing.body(content, recipient_id)
         encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         headers = {**_headers(token), "Content-Type": "application/json"}
         try:
@@ -149,9 +171,12 @@ class Client:
         error = found.get("error")
         if isinstance(error, dict):
             raise _failure(answer, error)
-        mid = found.get("message_id")
+        mid, contact = found.get("message_id"), found.get("recipient_id")
+        known = contact if isinstance(contact, str) and contact else None
         if 200 <= answer.status < 300 and isinstance(mid, str) and mid:
-            return Sent(mid, answer.status, _rest_s(answer.headers))
+            return Sent(mid, known, answer.status, _rest_s(answer.headers))
+        if 200 <= answer.status < 300 and known and outgoing.is_action(content):
+            return Sent(None, known, answer.status, _rest_s(answer.headers))
         if 200 <= answer.status < 300:
             raise InDoubt("Instagram answered without a message id", code="answer_lost", http_status=answer.status)
         hint = _wait_s(answer.headers)
@@ -179,6 +204,17 @@ def _list(value: Any) -> list[dict[str, Any]]:
 def _from(entry: dict[str, Any]) -> str:
     sender = entry.get("from")
     return str(sender.get("id")) if isinstance(sender, dict) else ""
+
+
+def _kinds(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return the types of what a message of the Conversations API came with; it names them by their keys."""
+    kinds = []
+    for edge in ("attachments", "shares"):
+        found = entry.get(edge)
+        for one in _list(found.get("data") if isinstance(found, dict) else None):
+            named = {kind for key, kind in _KINDS.items() if one.get(key)}
+            kinds.append(named.pop() if len(named) == 1 else "unknown")
+    return tuple(kinds)
 
 
 def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:

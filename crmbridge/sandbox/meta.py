@@ -27,6 +27,8 @@ FIELDS = frozenset(
 )
 ECHO = ("after", "before", "never")
 ME_FORM = ("flat", "data")
+MEDIA = ("ok", *graph.MEDIA_FAULTS)
+_WINDOW_S, _HUMAN_WINDOW_S = 86_400, 7 * 86_400
 _RETRY_DELAYS_S = (0.05, 0.2, 0.5, 1.0)
 _CONVERSATION = "aWdfZAG06"
 _NEWEST = 20  # Meta gives details of no more
@@ -104,7 +106,9 @@ class _Owed:
 class Meta:
     """Emulates Meta for one app; safe to use from any thread.
 
-    `echo`, `echo_delay_s`, `auto_read` and `me_form` may be set at any time; `configure` checks them first.
+    `echo`, `echo_delay_s`, `auto_read`, `me_form`, `window` (refuse sends to who did not write for 24 hours),
+    `human_agent` (that tag is approved) and `media` (what comes of fetching it) may be set at any time; `configure`
+    checks them first.
     """
 
     webhook_body = staticmethod(wire.webhook_body)
@@ -126,6 +130,9 @@ class Meta:
         self.echo_delay_s: float = 0.0
         self.auto_read: bool = False
         self.me_form: str = "flat"
+        self.window: bool = False
+        self.human_agent: bool = True
+        self.media: str = "ok"
         self.accounts: dict[str, Account] = {}
         self.customers: dict[str, dict[str, str]] = {}
         self.sent: list[Sent] = []
@@ -133,6 +140,8 @@ class Meta:
         self.messages: list[dict[str, Any]] = []
         self.undelivered: list[dict[str, Any]] = []
         self._faults: list[_Fault] = []
+        self._heard: dict[tuple[str, str], float] = {}
+        self._answered: set[str] = set()
         self._owed = 0
         self._queue: queue.SimpleQueue[_Owed | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -173,6 +182,9 @@ class Meta:
             "echo_delay_s": _is_duration,
             "auto_read": lambda value: isinstance(value, bool),
             "me_form": lambda value: value in ME_FORM,
+            "window": lambda value: isinstance(value, bool),
+            "human_agent": lambda value: isinstance(value, bool),
+            "media": lambda value: value in MEDIA,
             "callback_url": lambda value: value is None or str(value).startswith(("http://", "https://")),
         }
         for name, value in settings.items():
@@ -247,6 +259,7 @@ class Meta:
             message["reply_to"] = {"mid": reply_to, "is_self_reply": False} if isinstance(reply_to, str) else reply_to
         self.add_customer(igsid)
         self._log(user_id, igsid, "customer", mid, message, at_ms)
+        self._heard[user_id, igsid] = max(at_ms / 1000, self._heard.get((user_id, igsid), 0))
         return self._post_item(user_id, _item(igsid, user_id, at_ms, "message", message))
 
     def customer_reads(self, user_id: str, igsid: str, mid: str) -> Posted:
@@ -508,6 +521,7 @@ class Meta:
                 "from": {"id": igsid if one["from"] == "customer" else account.user_id},
                 "to": {"data": [{"id": account.user_id if one["from"] == "customer" else igsid}]},
                 "message": one["text"] or "",
+                **wire.conversation_edges(one["attachments"]),
             }
             for one in reversed(thread[-_NEWEST:])
         ]
@@ -539,7 +553,8 @@ class Meta:
     def _send(self, account: Account) -> tuple[dict[str, Any], list[_Owed]]:
         payload = graph.json_body()
         igsid = graph.recipient(payload)
-        message = {} if graph.is_action(payload) else graph.message(payload)
+        message = {} if graph.is_action(payload) else graph.message(payload, self.media)
+        self._check_window(account, payload, igsid)
         at_ms = self.now_ms()
         mid = wire.mint_mid(account.user_id, igsid, at_ms) if message else None
         shown = {name: value for name, value in bottle.request.headers.items() if name.lower() != "authorization"}
@@ -553,6 +568,20 @@ class Meta:
             self._log(account.user_id, igsid, "business", mid, message, at_ms)
             owed = self._owe(account.user_id, igsid, mid, at_ms, payload)
         return {"recipient_id": igsid, "message_id": mid}, owed
+
+    def _check_window(self, account: Account, payload: dict[str, Any], igsid: str) -> None:
+        """Refuse a send that comes too late; a comment opens one private reply."""
+        tag, comment = graph.tag(payload, self.human_agent), graph.comment(payload)
+        if comment is not None:
+            with self._changed:
+                if comment in self._answered:
+                    raise graph.GraphError(10900, "This comment has already been replied to")
+                self._answered.add(comment)
+        elif self.window and igsid not in (account.user_id, account.app_scoped_id):
+            lasts_s = _HUMAN_WINDOW_S if tag else _WINDOW_S
+            if self.clock() >= self._heard.get((account.user_id, igsid), -_HUMAN_WINDOW_S) + lasts_s:
+                problem = "(#10) This message is sent outside of allowed window."
+                raise graph.GraphError(10, problem, 403, subcode=2534022)
 
 
 class _Then:

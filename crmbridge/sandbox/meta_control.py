@@ -111,7 +111,8 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
 
 
 def _settings(meta: "Meta") -> dict[str, Any]:
-    return {name: getattr(meta, name) for name in ("callback_url", "echo", "echo_delay_s", "auto_read", "me_form")}
+    names = ("callback_url", "echo", "echo_delay_s", "auto_read", "me_form", "window", "human_agent", "media")
+    return {name: getattr(meta, name) for name in names}
 
 
 def _error(named: Any) -> dict[str, Any]:

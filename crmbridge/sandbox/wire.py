@@ -114,6 +114,20 @@ def attachments_of(message: Mapping[str, Any]) -> list[Any]:
     return several if isinstance(several, list) else [message["attachment"]] if "attachment" in message else []
 
 
+def conversation_edges(attachments: list[Any]) -> dict[str, Any]:
+    """Render what came with a message as the Conversations API does: by keys, and templates as shares."""
+    files, shares = [], []
+    for number, one in enumerate(attachments):
+        kind, url = str(one.get("type", "")).lower(), (one.get("payload") or {}).get("url")
+        if kind == "template":
+            shares.append({"template": one["payload"]})
+        elif url:
+            shown = {"image": {"image_data": {"url": url}}, "video": {"video_data": {"url": url}}}
+            files.append({"id": str(number), **shown.get(kind, {"file_url": url})})
+    edges = {"attachments": files, "shares": shares}
+    return {name: {"data": found} for name, found in edges.items() if found}
+
+
 def _echo_attachment(sent: Mapping[str, Any]) -> dict[str, Any]:
     kind, payload = str(sent.get("type", "")).lower(), sent.get("payload")
     if kind == "template" and isinstance(payload, dict):

@@ -57,10 +57,23 @@ class Claimed:
     account: Row
     retry_asked_at: str | None = None  # set: it was dead, and goes behind live traffic
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Tell whether its call may be made twice without harm."""
+        return is_repeatable(self.event)
+
+
+SEND, ACTION = "message.send", "action.send"  # what is owed to the channel: messages, and what leaves none
+
+
+def is_repeatable(event: str) -> bool:
+    """Tell whether a delivery's call may be made twice without harm: a message would stand there twice."""
+    return event != SEND
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call came to. `external_id` is the channel's id of what was sent.
+    """What one call came to. `external_id` is the channel's id of what was sent, `contact` of who got it.
 
     `rest_s` is how long the far side asks to be left alone altogether. `stops` names the alert where nothing more
     for this account can succeed before a person has acted: the delivery stays as it is, and all of its kind wait.
@@ -76,6 +89,7 @@ class Outcome:
     alert: str | None = None
     stops: str | None = None
     external_id: str | None = None
+    contact: str | None = None
     rest_s: float = 0
     ms: int = 0
 
@@ -307,7 +321,7 @@ def _note(db: Database, where: str, parameters: Sequence[Any], note: str, now: s
 def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, message: str | None, now: str) -> None:
     """End a delivery without a call, and let the next of its lane go."""
     ended: Row = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
-    if state == "done" and row["attempts"]:
+    if state == "done" and row["attempts"] and code != "cancelled":
         ended["latency_ms"] = latency_ms(row["accepted_at"], now)
     db.update("deliveries", {**ended, "finished_at": now, "retry_asked_at": None}, "id = ?", [row["id"]])
     _note(db, "id = ?", [row["id"]], f"{state} {code}", now)
@@ -356,8 +370,8 @@ def tried_send(db: Database, account_id: str, contact: str) -> Row | None:
     return db.row(
         """
         SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND ready = 1 AND attempts > 0 LIMIT 1""",
-        (account_id, contact),
+            AND ready = 1 AND attempts > 0 AND event = ? LIMIT 1""",
+        (account_id, contact, SEND),
     )
 
 
@@ -368,6 +382,22 @@ def given_up_in_doubt(db: Database, account_id: str, contact: str) -> list[Row]:
         SELECT * FROM deliveries WHERE state = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'
             AND account_id = ? AND contact = ?""",
         (account_id, contact),
+    )
+
+
+# A private reply's lane is its comment's: the channel tells only later whom it reaches.
+COMMENT_LANE = "comment:"
+_PRIVATE_REPLIES = "target = 'instagram' AND account_id = ? AND contact >= 'comment:' AND contact < 'comment;'"
+
+
+def doubtful_replies(db: Database, account_id: str) -> list[Row]:
+    """Return the private replies that were tried and are not settled, or ended in doubt."""
+    return db.rows(
+        f"""
+        SELECT * FROM deliveries WHERE state = 'pending' AND {_PRIVATE_REPLIES} AND ready = 1 AND attempts > 0
+        UNION ALL
+        SELECT * FROM deliveries WHERE state = 'dead' AND last_code = 'in_doubt' AND {_PRIVATE_REPLIES}""",
+        (account_id, account_id),
     )
 
 

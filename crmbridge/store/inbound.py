@@ -7,14 +7,13 @@ from typing import Any
 
 from crmbridge import contract
 from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
-from crmbridge.store import accounts, contacts, deliveries, messages
+from crmbridge.store import accounts, contacts, deliveries, messages, windows
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Debt, Patience
 
 _ADOPT_AT_ONCE = 200
 # What rendering raises where the content is gone or is not what it was when it was written.
 UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
-_WINDOW_S = 86_400  # a customer may be answered this long (Meta: "24-hour standard messaging window")
 _OPEN_THE_WINDOW = ("message.received", "message.postback")
 # What a message is known by; the other kinds are about one.
 _MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
@@ -220,20 +219,31 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
     external_id, at = row["instagram_message_id"], row["occurred_at"]
     message = messages.find_external(db, account["id"], external_id)
     if message is not None:
-        messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
+        messages.confirm(db, message, external_id, row["contact"], at=at, now=now, patience=patience)
         return "noted"
     send = deliveries.tried_send(db, account["id"], row["contact"])
-    if send is not None and send["claim_id"] is not None and not send["in_doubt"]:
+    if _is_in_flight(send):
         return "held"
     # An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt.
     doubtful = [send] if send else deliveries.given_up_in_doubt(db, account["id"], row["contact"])
-    possible = [entry for entry in doubtful if _same_text(db, entry, row)]
+    possible = [entry for entry in doubtful if _shows(db, row, entry)]
+    if not possible:
+        possible = [entry for entry in deliveries.doubtful_replies(db, account["id"]) if _shows(db, row, entry)]
+        if any(_is_in_flight(entry) for entry in possible):
+            return "held"
     if len(possible) == 1:
         message = messages.found(db, possible[0]["message_id"])
-        messages.confirm(db, message, external_id, at=at, now=now, patience=patience)
+        messages.confirm(db, message, external_id, row["contact"], at=at, now=now, patience=patience)
         deliveries.end(db, possible[0], "done", "echo", None, now)
+        db.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+        release_held(db, account["id"], possible[0]["contact"], now, patience)
         return "noted"
-    return "held" if _is_open(send) else _forward(db, account, row, now, patience)
+    is_open = any(_is_open(entry) for entry in (send, *possible))
+    return "held" if is_open else _forward(db, account, row, now, patience)
+
+
+def _is_in_flight(send: Row | None) -> bool:
+    return send is not None and send["claim_id"] is not None and not send["in_doubt"]
 
 
 def _is_open(send: Row | None) -> bool:
@@ -241,11 +251,15 @@ def _is_open(send: Row | None) -> bool:
     return send is not None and (send["claim_id"] is not None or bool(send["in_doubt"]))
 
 
-def _same_text(db: Database, send: Row, echo: Row) -> bool:
+def _shows(db: Database, echo: Row, send: Row) -> bool:
     """Tell whether an echo can be a send in doubt."""
-    sent = json.loads(messages.content(db, send["message_id"]) or "{}").get("text") or ""
-    echoed = json.loads(echo["payload"] or "{}").get("text") or ""
-    return messages.may_be(sent, send["tried_at"], echoed, epoch_s(echo["occurred_at"]))
+    message = messages.found(db, send["message_id"])
+    if message["recipient_id"] not in (echo["contact"], send["contact"]):
+        return False  # a private reply to somebody else
+    shown = json.loads(echo["payload"] or "{}")
+    kinds = [entry["type"] for entry in shown.get("attachments", ())]
+    is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
+    return is_since and bool(messages.fits(messages.content(db, message["id"]), shown.get("text") or "", kinds))
 
 
 def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:
@@ -253,12 +267,13 @@ def release_held(db: Database, account_id: str, contact: str, now: str, patience
     account = accounts.find(db, account_id)
     if account is None:
         return
-    held = db.rows(
-        "SELECT * FROM inbound_events WHERE state = 'held' AND account_id = ? AND contact = ? ORDER BY occurred_at, id",
-        (account_id, contact),
-    )
+    waiting, parameters = "state = 'held' AND account_id = ?", [account_id]
+    if not contact.startswith(deliveries.COMMENT_LANE):  # for a private reply anyone's echo may have waited
+        waiting, parameters = f"{waiting} AND contact = ?", [account_id, contact]
+    held = db.rows(f"SELECT * FROM inbound_events WHERE {waiting} ORDER BY occurred_at, id", parameters)
     for row in held:
-        _apply(db, account, row, now, patience)
+        if _found(db, row["id"])["state"] == "held":  # one before it may have settled a send, and released it
+            _apply(db, account, row, now, patience)
 
 
 def drop_held(db: Database, account_id: str) -> None:
@@ -326,7 +341,7 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "instagram_message_id": row["instagram_message_id"],
         "conversation_id": contact["conversation_id"] if in_conversation else None,
         "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
-        "window_expires_at": instant(epoch_s(last) + _WINDOW_S) if last else None,
+        "window_expires_at": windows.ends_at(last) if last else None,
     }
     shape = contract.CRM_EVENTS[kind].model_fields
     for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):

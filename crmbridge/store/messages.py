@@ -2,13 +2,14 @@
 
 import json
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crmbridge import contract
-from crmbridge.errors import Conflict
+from crmbridge.errors import Conflict, Invalid
 from crmbridge.events import Shown, Thread, epoch_s, instant, new_id
-from crmbridge.store import accounts, contacts, deliveries, pauses
+from crmbridge.store import accounts, contacts, deliveries, pauses, windows
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
 
@@ -21,9 +22,17 @@ _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
 SKEW_S = 5.0
 
 
+# Whoever writes is shown for some seconds: later it is worth nothing.
+_TYPING_S = 30.0
+
+
 @dataclass(frozen=True)
 class Request:
-    """A send as the CRM asked for it. `hash` covers the whole request."""
+    """A send as the CRM asked for it. `hash` covers the whole request.
+
+    `content` holds one of text, attachments, reaction, action and template, and what goes with it. It may name other
+    messages by our ids; a private reply has a comment_id in it, and for its recipient the lane of that comment.
+    """
 
     account_id: str
     recipient_id: str
@@ -32,12 +41,13 @@ class Request:
     content: dict[str, Any]
     metadata: dict[str, Any] | None
     correlation_id: str
+    send_before: str | None = None
 
 
 def accept(db: Database, request: Request, patience: Patience, now_s: float) -> tuple[Row, bool]:
     """Store a send and its delivery, or return the one that has its key already; the flag tells if it is new.
 
-    Raises Conflict when the key was used for another request, or the account is inactive.
+    Raises Conflict when the key was used for another request, and what `check` raises.
     """
 
     def job() -> tuple[Row, bool]:
@@ -51,37 +61,139 @@ def accept(db: Database, request: Request, patience: Patience, now_s: float) -> 
                     f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
                 )
             return known, False
-        account = accounts.find(db, request.account_id)
-        if account is None or account["status"] == "inactive":
-            raise Conflict("The account is inactive: it takes no sends.", code="account_inactive")
-        now = instant(now_s)
-        message_id = new_id("msg")
+        now, message_id = instant(now_s), new_id("msg")
+        checked = check(db, request, now)
+        content, is_action = checked.content, bool(checked.content.keys() & {"action", "reaction"})
+        before = checked.send_before
+        if content.get("action") in ("typing_on", "typing_off"):
+            before = min(before or instant(now_s + _TYPING_S), instant(now_s + _TYPING_S))
         db.insert(
             "outbound_messages",
             {
                 "id": message_id,
                 "account_id": request.account_id,
-                "recipient_id": request.recipient_id,
+                "recipient_id": checked.recipient_id,
+                "comment_id": content.get("comment_id"),
                 "idempotency_key": request.idempotency_key,
                 "request_hash": request.hash,
-                "content": _json(request.content),
+                "content": _json(content),
                 "metadata": _json(request.metadata),
                 "status": "pending",
                 "correlation_id": request.correlation_id,
                 "created_at": now,
+                "send_before": before,
             },
         )
         _transition(db, message_id, "pending", None, now)
         sequence = contacts.next_sequence(db, "instagram", request.account_id, request.recipient_id, now)
         debt = Debt(
-            "instagram", request.account_id, request.recipient_id, "message.send", request.correlation_id,
-            message_id=message_id,
+            "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
+            request.correlation_id, message_id=message_id,
         )  # fmt: skip
         expires = instant(now_s + patience.instagram_s)
+        expires = min(expires, before or expires)
         deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=True)
         return found(db, message_id), True
 
     return db.write(job)
+
+
+def check(db: Database, request: Request, now: str) -> Request:
+    """Return a request with the channel's ids of the messages it names, and its customer as far as known.
+
+    Raises Invalid or Conflict when it can't be sent: the account is inactive, it names a message that isn't there or
+    was not sent yet, its time or its window is over, or its comment has its answer.
+    """
+    account = accounts.find(db, request.account_id)
+    if account is None or account["status"] == "inactive":
+        raise Conflict("The account is inactive: it takes no sends.", code="account_inactive")
+    if request.send_before is not None and request.send_before <= now:
+        detail = {"field": "send_before", "problem": f"is not after {now}"}
+        raise Invalid("send_before has passed.", code="send_before_passed", details=[detail])
+    content = dict(request.content)
+    if "reply_to" in content:
+        content["reply_to"] = _external_id(db, request, "reply_to", content["reply_to"])
+    if "reaction" in content:
+        about = _external_id(db, request, "reaction.message_id", content["reaction"]["message_id"])
+        content["reaction"] = {**content["reaction"], "external_id": about}
+    window = windows.of(db, account, request.recipient_id, content)
+    if window.contact:
+        content["comment_author"] = window.contact
+    if "comment_id" in content and _is_answered(db, request.account_id, content["comment_id"]):
+        raise Conflict("This comment has its private reply: Instagram takes one.", code="comment_already_answered")
+    if window.is_closed(now):
+        raise Conflict(f"Instagram's window for this send ended at {window.ends_at}.", code="window_closed")
+    return replace(request, content=content, recipient_id=window.contact or request.recipient_id)
+
+
+def outlook(db: Database, request: Request) -> tuple[str | None, list[str]]:
+    """Return when a send's window ends, if it has an end that is known, and the warnings there are for it."""
+    account = accounts.found(db, request.account_id)
+    window = windows.of(db, account, request.recipient_id, request.content)
+    warnings = [window.warning] if window.warning else []
+    if ("instagram", account["id"]) in pauses.everyone(db):
+        warnings.append("sends_paused")
+    if account["status"] == "error":
+        warnings.append("account_error")
+    return window.ends_at, warnings
+
+
+def _external_id(db: Database, request: Request, field: str, our_id: str) -> str:
+    """Return the channel's id of a message to or from the same customer that the CRM names by an id of ours."""
+    lane, named = (request.account_id, request.recipient_id), our_id
+    if our_id.startswith("evt_"):
+        named = db.value("SELECT message_id FROM deliveries WHERE event_id = ?", (our_id,))
+    sent = db.row(
+        """
+        SELECT status, instagram_message_id FROM outbound_messages
+        WHERE account_id = ? AND recipient_id = ? AND id = ?""",
+        (*lane, named),
+    )
+    if sent and sent["instagram_message_id"]:
+        return str(sent["instagram_message_id"])
+    if sent and sent["status"] == "pending":
+        raise Conflict(f"{field} names a message that is not sent yet.", code="message_not_sent_yet")
+    external_id = db.value(
+        "SELECT instagram_message_id FROM inbound_events WHERE account_id = ? AND contact = ? AND id = ?",
+        (*lane, "evt_" + our_id[4:]),
+    )
+    if external_id:
+        return str(external_id)
+    detail = {"field": field, "problem": "names no message of this conversation that Instagram has"}
+    raise Invalid(f"{field} names no message of this conversation.", code="message_unknown", details=[detail])
+
+
+def _is_answered(db: Database, account_id: str, comment_id: str) -> bool:
+    """Tell whether a comment has, or may have, its private reply."""
+    return db.value(
+        """
+        SELECT 1 FROM outbound_messages WHERE account_id = ? AND comment_id = ?
+            AND (status <> 'failed' OR error_code IN ('in_doubt', 'comment_already_answered')) LIMIT 1""",
+        (account_id, comment_id),
+    ) is not None  # fmt: skip
+
+
+def cancel(db: Database, message_id: str, patience: Patience, now_s: float) -> bool:
+    """End a message that still waits; tell whether it did. Raises Conflict when it has gone out, or may have."""
+    now = instant(now_s)
+
+    def job() -> bool:
+        message = found(db, message_id)
+        if message["status"] == "failed" and message["error_code"] != "in_doubt":
+            return False
+        send = _delivery(db, message_id)
+        waits = send is not None and send["state"] == "pending" and send["claim_id"] is None and not send["in_doubt"]
+        if message["status"] != "pending" or send is None or not waits:
+            raise Conflict("The message has gone out, or may have.", code="message_gone_out")
+        deliveries.end(db, send, "done", "cancelled", "cancelled by the CRM", now)
+        fail(db, message_id, "cancelled", "cancelled before it was sent", now, patience)
+        return True
+
+    return db.write(job)
+
+
+def _delivery(db: Database, message_id: str) -> Row | None:
+    return db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
 
 
 def settle(
@@ -92,6 +204,7 @@ def settle(
     if outcome.kind == "done":
         known = "id = ? AND instagram_message_id IS NULL"
         db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, known, [message["id"]])
+        _meet(db, message, outcome.contact)
         advance(db, message["id"], "sent", at=now, now=now, patience=patience)
         return
     again = verdict.state == "pending" and not verdict.in_doubt
@@ -119,8 +232,17 @@ def fail(db: Database, message_id: str, code: str, problem: str, now: str, patie
     advance(db, message_id, "failed", at=now, now=now, patience=patience, reason=code)
 
 
-def confirm(db: Database, message: Row, external_id: str, *, at: str, now: str, patience: Patience) -> None:
+def _meet(db: Database, message: Row, contact: str | None) -> None:
+    """Note whom a private reply reached: the channel tells it only now."""
+    if message["comment_id"] is not None and contact:
+        db.update("outbound_messages", {"recipient_id": contact}, "id = ?", [message["id"]])
+
+
+def confirm(
+    db: Database, message: Row, external_id: str, contact: str, *, at: str, now: str, patience: Patience
+) -> None:
     """The channel showed the message in its thread: it is delivered, whatever we believed; runs inside a write."""
+    _meet(db, message, contact)
     if message["instagram_message_id"] is None:
         db.update("outbound_messages", {"instagram_message_id": external_id}, "id = ?", [message["id"]])
     if message["status"] == "pending":
@@ -135,7 +257,7 @@ def confirm_read(
     unread = db.rows(
         """
         SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? AND status IN ('sent', 'delivered')
-            AND sent_at <= ? ORDER BY sent_at""",
+            AND sent_at <= ? AND instagram_message_id IS NOT NULL ORDER BY sent_at""",
         (account_id, contact, sent_until),
     )
     for message in unread:
@@ -213,7 +335,7 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     message = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
     if message is None:
         return None
-    send = db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
+    send = _delivery(db, message_id)
     attempts = db.rows(
         """
         SELECT kind, number, started_at, finished_at, outcome, code, http_status, error FROM delivery_attempts
@@ -243,33 +365,80 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
 def matching(db: Database, claimed: Claimed, thread: Thread) -> list[Shown] | None:
     """Return those of the messages in a thread that can be what a doubtful call sent; None if it cannot tell.
 
-    That is: the same text, not from before the call, and not known as another send's.
+    That is: the same content, not from before the call, and not known as another send's.
     """
     started = db.value("SELECT tried_at FROM deliveries WHERE id = ?", (claimed.id,))
-    text = json.loads(claimed.body).get("text") or ""
-    possible = [
-        entry
-        for entry in thread.shown
-        if may_be(text, started, entry.text, entry.at_s)
-        and find_external(db, claimed.account_id, entry.external_id) is None
-    ]
+    sent, possible = json.loads(claimed.body), []
+    for entry in thread.shown:
+        if is_since(started, entry.at_s) and find_external(db, claimed.account_id, entry.external_id) is None:
+            may_be = fits(sent, entry.text, entry.kinds, exactly=False)
+            if may_be is None:
+                return None
+            if may_be:
+                possible.append(entry)
     if not possible and thread.since_s and (started is None or thread.since_s > epoch_s(started) - SKEW_S):
         return None  # so much was written since that it may have moved out of sight
     return possible
 
 
-def may_be(sent: str, started: str | None, shown: str, shown_s: float) -> bool:
-    """Tell whether a text in the thread can be what a call that began at `started` sent."""
-    return started is not None and shown_s >= epoch_s(started) - SKEW_S and _folded(sent) == _folded(shown)
+def is_since(started: str | None, shown_s: float) -> bool:
+    """Tell whether what is in the thread can be what a call that began at `started` sent."""
+    return started is not None and shown_s >= epoch_s(started) - SKEW_S
+
+
+# The Conversations API tells a sound from another file as little as it tells one template from another.
+_COARSE = {"audio": "file"}
+
+
+def fits(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, exactly: bool = True) -> bool | None:
+    """Tell whether a message in the thread can be what was sent, by its text or the types of its media.
+
+    None where the channel shows too little to tell. Without `exactly` it tells only coarse types.
+    """
+    if "text" in sent:
+        return bool(_folded(sent["text"]) == _folded(text))
+    if "template" in sent:
+        wanted, said = ["template"], sent["template"].get("text", "")
+        kinds = sorted(set(kinds))  # each of its elements may be shown as one
+    else:
+        wanted, said = sorted(one["type"] for one in sent.get("attachments", ())), ""
+    if not exactly:
+        wanted = sorted(_COARSE.get(kind, kind) for kind in wanted)
+    if not wanted:
+        return False
+    if _folded(text):
+        return bool(_folded(text) == _folded(said))
+    if not kinds or ("unknown" in kinds and len(kinds) == len(wanted)):
+        return None
+    return sorted(kinds) == wanted
 
 
 def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def content(db: Database, message_id: str) -> str | None:
-    """Return what is to be sent, as JSON, or None once retention took it."""
-    return found(db, message_id)["content"]  # type: ignore[no-any-return]
+def body(db: Database, delivery: Row, account: Row, now: str) -> str:
+    """Return what is to be sent now, as JSON.
+
+    Raises Conflict when it is too late for it, and LookupError when retention took it.
+    """
+    message = found(db, delivery["message_id"])
+    if message["content"] is None:
+        raise LookupError(f"the content of {message['id']} is gone")
+    if delivery["in_doubt"]:
+        return str(message["content"])
+    if message["send_before"] is not None and now >= message["send_before"]:
+        raise Conflict("its send_before has passed", code="expired")
+    sent = json.loads(message["content"])
+    window = windows.of(db, account, message["recipient_id"], sent)
+    if window.is_closed(now):
+        raise Conflict(f"Instagram's window for it ended at {window.ends_at}", code="window_closed")
+    return str(_json({**sent, "human_agent": True})) if window.needs_tag(now) else str(message["content"])
+
+
+def content(db: Database, message_id: str) -> dict[str, Any]:
+    """Return what is to be sent, or nothing once retention took it."""
+    return json.loads(found(db, message_id)["content"] or "{}")  # type: ignore[no-any-return]
 
 
 def find_external(db: Database, account_id: str, external_id: str) -> Row | None:

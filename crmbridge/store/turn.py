@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from crmbridge.endpoints import NO_ROOM, Endpoint, Room
+from crmbridge.errors import Conflict
 from crmbridge.events import instant
 from crmbridge.store import accounts, dead, deliveries, inbound, messages, pauses
 from crmbridge.store.contacts import Target
@@ -43,6 +44,7 @@ class Turn:
     stopped: list[Finished] = field(default_factory=list)
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
+    late: list[tuple[Row, str]] = field(default_factory=list)  # sends that ended without a call, and their codes
     newest: int = 0
     held: frozenset[Endpoint] = frozenset()
 
@@ -194,7 +196,13 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
         if row["target"] == "instagram":
             return
     try:
-        body = _body(db, row, account)
+        body = _body(db, row, account, now)
+    except Conflict as late:
+        deliveries.end(db, row, "dead", late.code, late.message, now)
+        messages.fail(db, row["message_id"], late.code, late.message, now, terms.patience)
+        inbound.release_held(db, row["account_id"], row["contact"], now, terms.patience)
+        turn.late.append((row, late.code))
+        return
     except inbound.UNRENDERABLE as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
@@ -206,18 +214,15 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
     turn.claimed.append(deliveries.claim(db, row, account, body, now=now, lease_until=lease_until))
 
 
-def _body(db: Database, row: Row, account: Row) -> str:
+def _body(db: Database, row: Row, account: Row, now: str) -> str:
     if row["target"] == "instagram":
-        body = messages.content(db, row["message_id"])
-        if body is None:
-            raise LookupError(f"the content of {row['message_id']} is gone")
-        return body
+        return messages.body(db, row, account, now)
     return inbound.crm_body(db, account, row)
 
 
 def _abandon(db: Database, row: Row, terms: Terms) -> None:
     now = instant(terms.now_s)
-    if row["target"] == "crm":
+    if deliveries.is_repeatable(row["event"]):
         deliveries.release(db, row, due=now, in_doubt=False, now=now)
         return
     deliveries.release(db, row, due=instant(terms.now_s + terms.look_up_s), in_doubt=True, now=now)

@@ -1,14 +1,19 @@
-"""Sending and following messages: ``/api/v1/messages/…``."""
+"""Sending, cancelling and following messages: ``/api/v1/messages/…``."""
 
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 from crmbridge import contract, log
-from crmbridge.errors import Invalid, NotFound
+from crmbridge.errors import NotFound
+from crmbridge.events import instant
+from crmbridge.instagram import outgoing
 from crmbridge.store import messages
-from crmbridge.store.deliveries import Patience
+from crmbridge.store.deliveries import COMMENT_LANE, Patience
 from crmbridge.web.app import Call, Reply, Route
+
+_FORMS = ("attachments", "reaction", "action", "template", "quick_replies", "reply_to", "comment_id")
 
 
 def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
@@ -17,38 +22,61 @@ def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
     def send(call: Call) -> Reply:
         request = call.read(contract.SendRequest)
         account = call.account(request.account_id)
-        size = len(request.message.encode())
-        if size > contract.MESSAGE_BYTES:
-            problem = f"has {size} UTF-8 bytes; Instagram takes {contract.MESSAGE_BYTES}"
-            detail = {"field": "message", "problem": problem}
-            raise Invalid(f"The message {problem}.", code="message_too_long", details=[detail])
-        body = request.model_dump(exclude={"idempotency_key"}, exclude_none=True)
-        row, is_new = messages.accept(
-            call.db,
-            messages.Request(
-                account_id=account["id"],
-                recipient_id=request.recipient_id,
-                idempotency_key=request.idempotency_key,
-                hash=hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
-                content={"text": request.message},
-                metadata=request.metadata,
-                correlation_id=call.correlation_id,
-            ),
-            patience,
-            call.now_s,
-        )
+        wanted = _wanted(request, call.correlation_id)
+        told = outgoing.check(wanted.content)
+        if request.dry_run:
+            messages.check(call.db, wanted, instant(call.now_s))
+            return Reply({"dry_run": True, **_outlook(call, wanted, told)})
+        row, is_new = messages.accept(call.db, wanted, patience, call.now_s)
         if is_new:
             wake()
         log.info("message.accepted", message_id=row["id"], account=account["id"], repeated=not is_new)
-        return Reply({"message_id": row["id"], "status": row["status"], "created_at": row["created_at"]}, 202)
+        accepted = {"message_id": row["id"], "status": row["status"], "created_at": row["created_at"]}
+        return Reply({**accepted, **_outlook(call, wanted, told)}, 202)
 
     def status(call: Call) -> Reply:
-        found = messages.status(call.db, call.path["message_id"])
-        if found is None or not call.may_see(found["account_id"]):
-            raise NotFound("There is no such message.", code="message_not_found")
-        return Reply(found)
+        return Reply(_found(call))
+
+    def cancel(call: Call) -> Reply:
+        message_id = _found(call)["message_id"]
+        if messages.cancel(call.db, message_id, patience, call.now_s):
+            wake()  # another may have waited behind it
+            log.info("message.cancelled", message_id=message_id)
+        return Reply(_found(call))
 
     return [
         Route("POST", "/api/v1/messages/send", send, "messages:send"),
         Route("GET", "/api/v1/messages/<message_id>/status", status, "messages:read"),
+        Route("DELETE", "/api/v1/messages/<message_id:re:msg_[^/]+>", cancel, "messages:send"),
     ]
+
+
+def _wanted(request: contract.SendRequest, correlation_id: str) -> messages.Request:
+    given = request.model_dump(exclude={"idempotency_key", "dry_run"}, exclude_none=True)
+    content: dict[str, Any] = {name: given[name] for name in _FORMS if name in given}
+    if "message" in given:
+        content["text"] = given["message"]
+    if given.get("author") == {"type": "human"}:
+        content["human"] = True
+    return messages.Request(
+        account_id=request.account_id,
+        recipient_id=given.get("recipient_id") or COMMENT_LANE + given["comment_id"],
+        idempotency_key=request.idempotency_key,
+        hash=hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        content=content,
+        metadata=request.metadata,
+        correlation_id=correlation_id,
+        send_before=given.get("send_before"),
+    )
+
+
+def _outlook(call: Call, wanted: messages.Request, told: list[str]) -> dict[str, Any]:
+    window_expires_at, warnings = messages.outlook(call.db, wanted)
+    return {"window_expires_at": window_expires_at, "warnings": warnings + told}
+
+
+def _found(call: Call) -> dict[str, Any]:
+    found = messages.status(call.db, call.path["message_id"])
+    if found is None or not call.may_see(found["account_id"]):
+        raise NotFound("There is no such message.", code="message_not_found")
+    return found
