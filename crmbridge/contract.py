@@ -4,6 +4,7 @@ Requests are strict: no unknown field, no silent conversion. Knows no database a
 """
 
 import json
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -690,6 +691,7 @@ _SAID = {
 def read(model: type[_Request_T], body: bytes) -> _Request_T:
     """Return the request in a body. Raises Invalid that names every field at fault at once."""
     details: list[dict[str, str]] = []
+    given: set[str] | None
     try:
         made = model.model_validate_json(body)
         given = made.model_fields_set
@@ -705,16 +707,29 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
             }
             for problem in problems[:50]
         ]
-        found = json.loads(body)
-        given = set(found) if isinstance(found, dict) else None
+        given = _names(body)
     except RecursionError:
         raise Invalid("The body is nested too deeply.", code="malformed_json") from None
-    for names in model.one_of if given is not None else ():
-        here = [name for name in names if name in given]
-        if len(here) != 1:
-            wanted = f"exactly one of {', '.join(names)} is required"
-            details += [{"field": name, "problem": wanted} for name in here or names[:1]]
+    if given is not None:
+        details += _unmet(model, given)
     if not details:
         return made
     named = ", ".join(entry["field"] for entry in details)
     raise Invalid(f"The request has {len(details)} problem(s), in: {named}.", details=details)
+
+
+def _unmet(model: type[_Request], given: Collection[str]) -> Iterator[dict[str, str]]:
+    for names in model.one_of:
+        here = [name for name in names if name in given]
+        if len(here) != 1:
+            wanted = f"exactly one of {', '.join(names)} is required"
+            yield from ({"field": name, "problem": wanted} for name in here or names[:1])
+
+
+def _names(body: bytes) -> set[str] | None:
+    """Return the names in a body that is no good, or None where they cannot be told."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return set(found) if isinstance(found, dict) else None

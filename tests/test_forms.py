@@ -1,13 +1,18 @@
 """Sends of every form, on a set clock against the sandbox: their bytes, their limits, their windows, and doubt."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crmbridge.events import instant
+from crmbridge.instagram import outgoing
 from crmbridge.sandbox import wire
 from crmbridge.store import deliveries, pauses
+from tests import rig as rigs
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID
 
@@ -599,3 +604,58 @@ def test_media_that_instagram_cannot_take_fail_with_its_reason(desk: Desk, media
     desk.rig.live_through(300)
     assert desk.status(message_id) == ("failed", code)
     assert len(desk.rig.meta.calls) == calls
+
+
+# --- nothing a client sends is a fault of ours ---
+
+words = st.text(max_size=12) | st.sampled_from(["image", "generic", "button", "web_url", "react", "human", "typing_on"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
+)
+pieces: dict[str, st.SearchStrategy[Any]] = {
+    "recipient_id": st.sampled_from([CUSTOMER, SHOP_ID, OTHER, f"comment:{COMMENT}"]),
+    "comment_id": st.just(COMMENT),
+    "message": st.text(max_size=1100),
+    "attachments": st.lists(
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["image", "audio", "video", "file", "like_heart"])},
+            optional={
+                "url": st.sampled_from([PICTURE["url"], "https://[x", "http://a:b/c", "https://x/.", "https://?."])
+            },
+        ),
+        max_size=12,
+    ),
+    "reaction": st.fixed_dictionaries(
+        {"message_id": st.sampled_from(["msg_" + "0" * 26, "evt_" + "z" * 26, "msg_"])}, optional={"emoji": words}
+    ),
+    "action": st.sampled_from(["typing_on", "typing_off", "mark_seen", "dance"]),
+    "template": st.sampled_from([TEMPLATE, CHOICE, {"template_type": "button"}, {**TEMPLATE, "elements": [{}]}]),
+    "quick_replies": st.lists(st.fixed_dictionaries({"title": words, "payload": words}), max_size=14),
+    "reply_to": st.sampled_from(["msg_" + "0" * 26, "evt_" + "0" * 26]),
+    "author": st.fixed_dictionaries({"type": words}),
+    "send_before": st.datetimes().map(lambda when: when.isoformat() + "Z") | words,
+    "dry_run": st.booleans(),
+    "metadata": anything,
+}
+bodies = st.fixed_dictionaries({}, optional={name: found | anything for name, found in pieces.items()}) | anything
+
+
+@pytest.fixture(scope="module")
+def lasting_desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with rigs.opened(tmp_path_factory.mktemp("forms")) as opened:
+        yield Desk(opened)
+
+
+@settings(max_examples=300, deadline=None)
+@given(bodies)
+def test_nothing_a_client_sends_is_a_fault(lasting_desk: Desk, body: Any) -> None:
+    desk = lasting_desk
+    if isinstance(body, dict):
+        desk.number += 1
+        body = {"account_id": desk.account["id"], "idempotency_key": f"any-{desk.number}", **body}
+    status, answer = desk.rig.call("POST", "/api/v1/messages/send", body)
+    assert status in (200, 202, 400, 409), answer
+    if status == 202:
+        (content,) = desk.rig.db.rows("SELECT content FROM outbound_messages WHERE id = ?", (answer["message_id"],))
+        assert outgoing.body(json.loads(content["content"]), CUSTOMER)["recipient"]
