@@ -25,7 +25,7 @@ from crmbridge import config
 _IDLE_MB, _LOADED_MB = 52, 64
 _IDLE_S, _WARM_UP_S = 5, 2
 _CONNECTIONS = 16
-_AGING_S = 600
+_AGING_S = 1800
 _STACK = "import bottle, waitress, requests, peewee, huey, pydantic, cryptography.fernet, bcrypt"
 
 
