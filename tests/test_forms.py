@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crmbridge.events import instant
 from crmbridge.instagram import outgoing
 from crmbridge.sandbox import wire
-from crmbridge.store import deliveries, pauses
+from crmbridge.store import deliveries, pauses, privacy
 from tests import rig as rigs
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID
@@ -462,6 +462,31 @@ def test_what_the_conversation_shows_without_content_is_left_to_a_person(desk: D
     assert len(rig.meta.sent) == 1
 
 
+@pytest.mark.parametrize(
+    ("sent", "shown", "sends"),
+    [
+        ({"attachments": [PICTURE]}, {"attachments": [{**PICTURE, "type": "video"}]}, 2),
+        ({"attachments": [PICTURE]}, {"text": "look"}, 2),
+        ({"template": TEMPLATE}, {"text": "look"}, 2),
+        # An album may be shown in parts, and a card by its picture.
+        ({"attachments": [PICTURE] * 3}, {"attachments": [PICTURE]}, 1),
+        ({"template": TEMPLATE}, {"attachments": [PICTURE]}, 1),
+        ({"attachments": [{"type": "like_heart"}]}, {"attachments": [PICTURE]}, 1),
+    ],
+)
+def test_only_what_is_surely_something_else_makes_a_send_absent(
+    desk: Desk, sent: dict[str, Any], shown: dict[str, Any], sends: int
+) -> None:
+    rig = desk.rig
+    rig.meta.fault("messages", drop=True)
+    message_id = desk.send(**sent)
+    rig.drain()
+    rig.rooms.client.send("IGAAtokenofthefirstshop", SHOP_ID, CUSTOMER, shown)  # typed in the app
+    rig.live_through(120)
+    assert len(rig.meta.sent) == sends
+    assert desk.status(message_id) == (("sent", None) if sends == 2 else ("failed", "in_doubt"))
+
+
 def test_media_typed_elsewhere_do_not_prove_a_text_nor_other_media(desk: Desk) -> None:
     rig = desk.rig
     rig.meta.fault("messages", drop=True)
@@ -564,6 +589,17 @@ def test_the_echo_of_a_private_reply_may_come_before_its_answer(desk: Desk) -> N
     rig.engine.recover()
     assert desk.status(message_id) == ("delivered", None)
     assert rig.status(message_id)["recipient_id"] == OTHER
+
+
+def test_who_is_erased_gets_no_private_reply_either(desk: Desk) -> None:
+    rig = desk.rig
+    desk.comment(author=OTHER)
+    message_id = desk.send(comment_id=COMMENT, message="By private message")
+    privacy.erase_contact(rig.db, desk.account["id"], OTHER, rig.now_s, rig.patience)
+    rig.live_through(600)
+    assert desk.status(message_id) == ("failed", "erased")
+    assert rig.meta.sent == []
+    assert rig.alerts == []
 
 
 # --- taking back ---

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import threading
+import time
 from pathlib import Path
 
 import bottle
@@ -184,6 +185,60 @@ def test_a_wrong_message_is_refused(sandbox, message, code):
     answer = graph(sandbox, "POST", "me/messages", {"recipient": {"id": IGSID}, "message": message})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
     assert sandbox.meta.sent == []
+
+
+URL = "https://cdn.example/x"
+TITLED = {"content_type": "text", "title": "a", "payload": "b"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"message": {"text": "a", "quick_replies": [TITLED] * 14}},
+        {"message": {"text": "a", "quick_replies": [{"title": "a", "payload": "b"}]}},
+        {"message": {"attachment": {"type": "image"}}},
+        {"message": {"attachment": {"type": "sticker", "payload": {"url": URL}}}},
+        {"message": {"attachments": [{"type": "image", "payload": {"url": URL}}] * 11}},
+        {"message": {"attachment": {"type": "template", "payload": {"template_type": "list"}}}},
+        {"message": {"attachment": {"type": "template", "payload": {"template_type": "button", "text": "a"}}}},
+        {"message": {"text": "a"}, "tag": "ACCOUNT_UPDATE"},
+        {"sender_action": "react", "payload": {"message_id": "mid"}},
+        {"sender_action": "typing_on", "message": {"text": "a"}},
+    ],
+)
+def test_a_form_that_instagram_does_not_take_is_refused(sandbox, body):
+    answer = graph(sandbox, "POST", "me/messages", {"recipient": {"id": IGSID}, **body})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, 100)
+
+
+def test_a_body_may_be_a_form_with_json_in_it(sandbox):
+    form = {"recipient": json.dumps({"id": IGSID}), "message": json.dumps({"text": "hi"}), "tag": "HUMAN_AGENT"}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    answer = requests.post(f"{sandbox.graph_url}/me/messages", data=form, headers=headers, timeout=5)
+    (sent,) = sandbox.meta.sent
+    assert answer.json() == {"recipient_id": IGSID, "message_id": sent.mid}
+    assert (sent.text, sent.payload["tag"], sent.body[:10]) == ("hi", "HUMAN_AGENT", b"recipient=")
+
+
+def test_windows_tags_and_comments_are_kept_to(sandbox, bridge):
+    def code(**body):
+        answer = graph(sandbox, "POST", "me/messages", {"recipient": {"id": IGSID}, "message": {"text": "a"}, **body})
+        error = answer.json().get("error", {})
+        return answer.status_code, error.get("code"), error.get("error_subcode")
+
+    sandbox.meta.configure(window=True, human_agent=False, media="too_large")
+    assert code() == (403, 10, 2534022)
+    sandbox.meta.customer_says(ACCOUNT, IGSID, "hi", timestamp_ms=int((time.time() - 86_390) * 1000))
+    assert code() == (200, None, None)
+    sandbox.meta.clock = lambda: time.time() + 60
+    assert code() == (403, 10, 2534022)
+    assert code(tag="HUMAN_AGENT") == (403, 10, None)
+    sandbox.meta.human_agent = True
+    assert code(tag="HUMAN_AGENT") == (200, None, None)
+    assert code(recipient={"comment_id": "1"}) == (200, None, None)
+    assert code(recipient={"comment_id": "1"})[1] == 10900
+    media = {"attachment": {"type": "file", "payload": {"url": URL}}}
+    assert code(message=media, tag="HUMAN_AGENT") == (400, 100, 2018109)
 
 
 def test_a_fault_replaces_the_answer_for_its_times(sandbox):

@@ -126,7 +126,11 @@ Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
   {{"path": "messages", "delay_s": 40, "after_effect": true, "status": 200}}       delivers, then answers too late
   {{"path": "messages", "drop": true, "after_effect": true}}                       delivers, then breaks the connection
   {{"path": "messages", "drop": true}}                                             breaks it without delivering
-to {sandbox.url}/sandbox/privacy for what the account's owner asks Meta,
+PUT JSON to {sandbox.url}/sandbox/settings for how Instagram takes sends,
+  {{"window": true}}                 refuses them 24 hours after the customer wrote, or before they did
+  {{"human_agent": false}}           has not approved the tag of a person's answer
+  {{"media": "unreachable"}}         cannot fetch media; also timeout, rejected and too_large; ok as usual
+POST JSON to {sandbox.url}/sandbox/privacy for what the account's owner asks Meta,
   {{"what": "deauthorize"}}    {{"what": "deletion"}}
 and to {sandbox.url}/crm/sandbox/answers for the CRM,
   {{"status": 500, "times": 2}}    {{"status": 503, "always": true}}    {{"status": null, "always": true}}

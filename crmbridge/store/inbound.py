@@ -259,7 +259,8 @@ def _shows(db: Database, echo: Row, send: Row) -> bool:
     shown = json.loads(echo["payload"] or "{}")
     kinds = [entry["type"] for entry in shown.get("attachments", ())]
     is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
-    return is_since and bool(messages.fits(messages.content(db, message["id"]), shown.get("text") or "", kinds))
+    text, sent = shown.get("text") or "", messages.content(db, message["id"])
+    return is_since and bool(messages.fits(sent, text, kinds, is_echo=True))
 
 
 def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:

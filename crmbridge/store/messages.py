@@ -371,7 +371,7 @@ def matching(db: Database, claimed: Claimed, thread: Thread) -> list[Shown] | No
     sent, possible = json.loads(claimed.body), []
     for entry in thread.shown:
         if is_since(started, entry.at_s) and find_external(db, claimed.account_id, entry.external_id) is None:
-            may_be = fits(sent, entry.text, entry.kinds, exactly=False)
+            may_be = fits(sent, entry.text, entry.kinds, is_echo=False)
             if may_be is None:
                 return None
             if may_be:
@@ -386,14 +386,10 @@ def is_since(started: str | None, shown_s: float) -> bool:
     return started is not None and shown_s >= epoch_s(started) - SKEW_S
 
 
-# The Conversations API tells a sound from another file as little as it tells one template from another.
-_COARSE = {"audio": "file"}
+def fits(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, is_echo: bool) -> bool | None:
+    """Tell whether a message in the thread can be what was sent, by its words or the types of its media.
 
-
-def fits(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, exactly: bool = True) -> bool | None:
-    """Tell whether a message in the thread can be what was sent, by its text or the types of its media.
-
-    None where the channel shows too little to tell. Without `exactly` it tells only coarse types.
+    None where the channel tells too little: its conversations name the types of media less exactly than its echoes.
     """
     if "text" in sent:
         return bool(_folded(sent["text"]) == _folded(text))
@@ -402,15 +398,18 @@ def fits(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, exactly: b
         kinds = sorted(set(kinds))  # each of its elements may be shown as one
     else:
         wanted, said = sorted(one["type"] for one in sent.get("attachments", ())), ""
-    if not exactly:
-        wanted = sorted(_COARSE.get(kind, kind) for kind in wanted)
     if not wanted:
         return False
     if _folded(text):
         return bool(_folded(text) == _folded(said))
-    if not kinds or ("unknown" in kinds and len(kinds) == len(wanted)):
-        return None
-    return sorted(kinds) == wanted
+    if sorted(kinds) == wanted or (not is_echo and wanted == ["audio"] and list(kinds) == ["file"]):
+        return True
+    # Only pictures and films are sure to be shown as what they are.
+    is_other = bool(kinds) and _PICTURES.issuperset([*kinds, *wanted]) and not set(kinds) & set(wanted)
+    return False if is_echo or is_other else None
+
+
+_PICTURES = frozenset(("image", "video"))
 
 
 def _folded(text: str) -> str:

@@ -44,11 +44,15 @@ def erase_contact(db: Database, account_id: str, contact: str, now_s: float, pat
     # The last first: what waits behind a head must not become one.
     owed = "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY state <> 'pending', sequence DESC"
     sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
+    private = """
+        SELECT deliveries.id FROM outbound_messages JOIN deliveries ON message_id = outbound_messages.id
+        WHERE outbound_messages.account_id = ? AND recipient_id = ? AND contact LIKE 'comment:%'"""
     heard = "SELECT id FROM inbound_events WHERE account_id = ? AND contact = ?"
     named = r"SELECT id FROM inbound_events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
     while True:  # somebody may be writing meanwhile
         step = Erased(
-            deliveries=_in_steps(db, owed, lane, lambda ids: _end_deliveries(db, ids, alias, now)),
+            deliveries=_in_steps(db, owed, lane, lambda ids: _end_deliveries(db, ids, alias, now))
+            + _in_steps(db, private, lane, lambda ids: _end_deliveries(db, ids, alias, now)),
             messages=_in_steps(db, sent, lane, lambda ids: _blank_messages(db, ids, alias, now, patience)),
             events=_in_steps(db, heard, lane, lambda ids: _blank_events(db, ids, contact, alias))
             + _in_steps(db, named, (account_id, _within(contact)), lambda ids: _blank_events(db, ids, contact, alias)),
@@ -100,7 +104,9 @@ def _end_deliveries(db: Database, ids: Sequence[str], alias: str, now: str) -> N
 
 def _blank_messages(db: Database, ids: Sequence[str], alias: str, now: str, patience: Patience) -> None:
     these = f"id IN ({_marks(ids)})"
-    db.update("outbound_messages", {"recipient_id": alias, "content": None, "metadata": None}, these, ids)
+    db.update(
+        "outbound_messages", {"recipient_id": alias, "comment_id": None, "content": None, "metadata": None}, these, ids
+    )
     for row in db.rows(f"SELECT id FROM outbound_messages WHERE status = 'pending' AND {these}", ids):
         messages.fail(db, row["id"], "erased", "what is stored about the recipient was erased", now, patience)
 
