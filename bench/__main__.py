@@ -40,6 +40,7 @@ def main() -> None:
         "neighbour": _neighbour,
         "recovery": _recovery,
         "retention": _retention,
+        "profile": _profile,
     }
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure crmbridge beside what it stands on.")
     parser.add_argument("figure", nargs="*", help=f"of {', '.join(figures)} (default: all)")
@@ -333,6 +334,41 @@ def _retention(stage: Stage, options: argparse.Namespace) -> None:
         _say_times(f"{name}: {len(times)}", times)
         p99_ms.append(times[math.ceil(0.99 * len(times)) - 1])
     _say("  p99 to p99 between", f"{p99_ms[1] / p99_ms[0]:.2f}")
+
+
+# --- new customers, whose names are asked for ---
+
+
+def _profile(stage: Stage, options: argparse.Namespace) -> None:
+    """Every message is a stranger's, so that each asks for a name; beside it the same from known customers."""
+    number, turns = math.ceil(options.rate * options.seconds / 3), 3
+    cases = {
+        "known customers": {"profile": "told", "profile_delay_s": 0},
+        "strangers, names at once": {"profile": "told", "profile_delay_s": 0},
+        "strangers, names take 2 s": {"profile": "told", "profile_delay_s": 2},
+        "strangers, names fail": {"profile": "fails", "profile_delay_s": 0},
+    }
+    shots: dict[str, list[load.Shot]] = {name: [] for name in cases}
+    stranger = 1_000_000
+    _say(f"{options.rate:g} messages a second, {turns} x {number}", "", "", "", "")
+    _fire(stage, "known", load.webhooks(stage, [f"known {turn}" for turn in range(100)]), {}, per_s=options.rate)
+    for turn in range(turns):
+        for name, settings in cases.items():
+            stage.instagram(**settings)
+            texts = [f"{name} {turn} {one}" for one in range(number)]
+            strangers_from = 0 if name == "known customers" else stranger
+            orders = load.webhooks(stage, texts, strangers_from=strangers_from)
+            stranger += number
+            shots[name] += _fire(stage, name, orders, {}, per_s=options.rate)
+    _say("ms", "p50", "p90", "p99", "max")
+    p99_ms = {}
+    for name, found in shots.items():
+        times = [shot.answered - shot.due for shot in found]
+        _say_times(f"due -> 200: {name}", times)
+        p99_ms[name] = sorted(times)[math.ceil(0.99 * len(times)) - 1]
+        _say_times(f"due -> CRM: {name}", [shot.arrived - shot.due for shot in found])
+    for name, p99 in p99_ms.items():
+        _say(f"  p99 of 200 to known customers': {name}", f"{p99 / p99_ms['known customers']:.2f}")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,12 @@ def customer(number: int) -> str:
     return str(900_000_000_000_000 + number)
 
 
-def webhooks(stage: Stage, texts: Sequence[str], shop: str = SHOP) -> list[Order]:
-    """Write signed webhooks as Meta would, one message each."""
+def webhooks(stage: Stage, texts: Sequence[str], shop: str = SHOP, *, strangers_from: int = 0) -> list[Order]:
+    """Write signed webhooks as Meta would, one message each; with `strangers_from`, each of somebody else."""
     orders = []
     for number, text in enumerate(texts):
-        sender, now_ms = customer(number % _CUSTOMERS), int(time.time() * 1000) + number
+        sender = customer(number % _CUSTOMERS if not strangers_from else strangers_from + number)
+        now_ms = int(time.time() * 1000) + number
         message = {"mid": wire.mint_mid(shop, sender, now_ms), "text": text}
         item = {"sender": {"id": sender}, "recipient": {"id": shop}, "timestamp": now_ms, "message": message}
         body = wire.webhook_body(wire.envelope(shop, now_ms, item))

@@ -53,6 +53,9 @@ def _sandbox(pipe: Connection, ahead_s: float) -> None:
             if order == "count":
                 pipe.send(len([one for one in crm.received if one.answered == 200]) + len(meta.sent))
                 continue
+            if isinstance(order, dict):
+                meta.configure(**order)
+                continue
             if order in ("fail", "work"):
                 crm.answer_always(503 if order == "fail" else None)
                 continue
@@ -95,6 +98,10 @@ class Stage:
     def crm_works(self, does: bool) -> None:
         """Have the sample CRM answer 503 from now on, or 200 again."""
         self._pipe.send("work" if does else "fail")
+
+    def instagram(self, **settings: Any) -> None:
+        """Change settings of the sandbox's Instagram."""
+        self._pipe.send(settings)
 
     @property
     def pid(self) -> int:

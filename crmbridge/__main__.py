@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     erase.add_argument("--contact", required=True, metavar="ID", help="the customer's id: sender_id of an event")
     erase.add_argument("--account", metavar="ACC", help="as a customer of this account alone (default: of all)")
 
+    backfill = command(commands, "backfill", _backfill, "read again what Instagram may have told while nobody listened")
+    backfill.add_argument("account", nargs="?", metavar="ACCOUNT", help="acc_… (default: every account)")
+    backfill.add_argument("--since", default="24h", metavar="T", help="a time, or a duration such as 2h (default: 24h)")
+
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
@@ -297,6 +301,14 @@ def _erase(options: argparse.Namespace) -> int:
         found = erase.run(db, options.contact, options.account, _patience(options))
     _ring(options)
     return found
+
+
+def _backfill(options: argparse.Namespace) -> None:
+    from crmbridge.ops import backfill
+
+    with _database(options) as db:
+        backfill.ask(db, options.account, options.since)
+    _ring(options)
 
 
 def _dlq_list(options: argparse.Namespace) -> None:

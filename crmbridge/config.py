@@ -136,6 +136,7 @@ class Instagram:
     verify_token: str = _key("", _text, secret=True)
     comments: bool = _key(False, _flag)
     mentions: bool = _key(False, _flag)
+    profile_wait_s: float = _key(1.0, _seconds(0, 10))
     connect_timeout_s: float = _key(5.0, _seconds(0.1, 60))
     timeout_s: float = _key(30.0, _seconds(1, 300))
 

@@ -554,6 +554,7 @@ class _CrmInbound(_CrmEvent):
     message_id: MessageId | None
     sender_id: str | None
     sender_username: str | None
+    sender_name: str | None
     recipient_id: str | None
     message: str | None
     message_type: str
@@ -561,6 +562,7 @@ class _CrmInbound(_CrmEvent):
     conversation_id: str | None
     attachments: list[Attachment]
     window_expires_at: Timestamp | None
+    recovered: bool
 
 
 class _CrmMessage(_CrmInbound):

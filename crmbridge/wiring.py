@@ -14,6 +14,7 @@ from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
 from crmbridge.store.deliveries import Claimed, Outcome, Patience
 
+_NAME_TIMEOUT_S = 10.0
 _PROBED = 20  # accounts whose secrets are opened at a start
 
 
@@ -60,7 +61,9 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
             session=telling.open_session(),
             kinds=[name for name, kind in KINDS.items() if part == "all" or kind.by_web == (part == "web")],
         ),
-        patience=Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s),
+        patience=Patience(
+            settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s, settings.instagram.profile_wait_s
+        ),
     )
 
 
@@ -187,16 +190,74 @@ def make_worker(rooms: Rooms) -> Any:
         Job("checkpoint", 60, upkeep.checkpoint),
         Job("erase", 60, upkeep.erase),
     ]
+
+    def wake() -> None:
+        worker.wake()
+
+    helpers = make_helpers(rooms, wake)
     worker = Worker(
         engine,
         rooms.settings.store.queue_path,
         jobs,
+        helpers=helpers,
+        on_bell=helpers[0].tell,
         alert=rooms.alerts.alert,
         on_thread=rooms.db.checkpoint_here,
     )
     upkeep.beat()
     upkeep.sweep()
     return worker
+
+
+def make_helpers(rooms: Rooms, wake: Callable[[], None]) -> list[Any]:
+    """Return the threads that ask Instagram of themselves; the first one asks for what messages do not tell."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from crmbridge.tending import Aside, Rounds
+    from crmbridge.tending.backfill import UNSUBSCRIBED_S, Backfill
+    from crmbridge.tending.names import THREADS, Names
+    from crmbridge.tending.subscriptions import Subscriptions
+    from crmbridge.tending.tokens import Tokens
+
+    db, alerts, instagram = rooms.db, rooms.alerts, rooms.settings.instagram
+    session = net.Session(
+        net.Reach(any_address=True, http=True),
+        connect_timeout_s=instagram.connect_timeout_s,
+        timeout_s=min(instagram.timeout_s, _NAME_TIMEOUT_S),
+        connections=THREADS,
+    )
+    asker = Client(session, instagram.graph_url)
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="names")
+    asking, tending = Aside("asking", db, alerts), Aside("tending", db, alerts)
+    names = Names(db, asker, rooms.vault, rooms.patience, wake, pool.submit, tell=asking.tell, clock=time.time)
+    common = (db, rooms.client, rooms.vault)
+    tokens = Tokens(*common, alerts, clock=time.time)
+    subscriptions = Subscriptions(*common, rooms.patience, alerts, clock=time.time)
+    backfill = Backfill(
+        *common,
+        rooms.patience,
+        wake,
+        clock=time.time,
+        pause=tending.pause,
+        is_stopping=tending.is_stopping,
+    )
+
+    def listen() -> None:
+        if backfill.notice() > UNSUBSCRIBED_S:
+            subscriptions.check(renew=True)
+
+    rounds = Rounds(
+        [
+            (60, listen),
+            (10, backfill.fill),
+            (6 * 3600, subscriptions.check),
+            (3600, tokens.refresh),
+            (3600, names.forget),
+        ],
+        time.monotonic,
+    )
+    asking.work, tending.work = names.look, rounds.go
+    return [asking, tending]
 
 
 def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:

@@ -12,10 +12,10 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huey import Huey
 from huey.consumer import Consumer, Scheduler
@@ -116,8 +116,16 @@ class Job:
     run: Callable[[], None]
 
 
+class Helper(Protocol):
+    """A thread of its own that is started and ended with the worker."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class Worker:
-    """Runs the engine and the upkeep on Huey's threads."""
+    """Runs the engine and the upkeep on Huey's threads, and helpers beside them."""
 
     def __init__(
         self,
@@ -125,11 +133,15 @@ class Worker:
         queue_path: Path,
         jobs: list[Job],
         *,
+        helpers: Sequence[Helper] = (),
+        on_bell: Callable[[], None] = lambda: None,
         alert: Callable[..., None] = lambda *_: None,
         on_thread: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
+        self._helpers = helpers
+        self._on_bell = on_bell
         self._queue_path = queue_path
         self._clock = clock
         self._lock = threading.Lock()
@@ -185,6 +197,7 @@ class Worker:
 
     def wake(self) -> None:
         """Have new rows looked at; many calls at once ring one bell."""
+        self._on_bell()
         if self._engine.tell():
             return
         with self._lock:
@@ -225,11 +238,15 @@ class Worker:
             thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
+        for helper in self._helpers:
+            helper.start()
         self.ring()
 
     def stop(self, grace_s: float) -> bool:
         """Finish the calls in flight within the grace, then end the threads; False when calls were left."""
         self._ended.set()
+        for helper in self._helpers:
+            helper.stop()
         clean = self._engine.stop(grace_s)
         self._consumer.stop()
         self._huey.storage.notify_all()

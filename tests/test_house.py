@@ -15,7 +15,7 @@ FLOORS = (
     {"endpoints"},
     {"store", "instagram", "crm"},
     {"alerts"},
-    {"delivery", "upkeep", "watch", "ops"},
+    {"delivery", "upkeep", "watch", "tending", "ops"},
     {"worker", "web"},
     {"wiring"},
     {"__main__"},

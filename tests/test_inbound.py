@@ -279,6 +279,8 @@ def test_the_crm_gets_every_fact_of_a_message(rig: Rig) -> None:
         "referral": None,
         "is_self": False,
         "window_expires_at": "2027-01-16T08:00:00.000Z",
+        "sender_name": None,
+        "recovered": False,
     }
 
 

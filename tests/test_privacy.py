@@ -189,7 +189,7 @@ def test_a_removed_app_ends_the_token_and_a_new_one_heals_the_account(fresh_shop
     path = f"/api/v1/accounts/{shop.account_id}"
     refused = shop.call("PUT", path, {"status": "active"})
     assert (refused.status_code, refused.json()["error"]) == (409, "token_missing")
-    shop.meta.accounts[SHOP_ID].tokens.add(TOKEN)
+    shop.meta.accounts[SHOP_ID].tokens[TOKEN] = shop.meta.clock()
     healed = shop.call("PUT", path, {"access_token": TOKEN}).json()
     assert (healed["status"], healed["subscription"]["ok"]) == ("active", True)
     assert shop.meta.wait_sent(1)[0].text == "hello"

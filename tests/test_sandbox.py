@@ -358,6 +358,7 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
         base = shop.sandbox.url + "/sandbox"
         for number, name in enumerate(requests.get(base + "/shapes", timeout=10).json()["shapes"]):
             first = shop.meta.customer_says(shops.SHOP_ID, f"90000000000{number:04}", "hello")
+            shop.crm.wait(1)  # a new customer's first message may wait for their name
             about = {"mid": first.mid} if name in shapes._ABOUT else {}
             path = f"{base}/customers/90000000000{number:04}/shapes/{name}"
             answer = requests.post(path, json={**about, "times": 2}, timeout=10)

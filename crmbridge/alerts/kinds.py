@@ -88,6 +88,13 @@ KINDS = {
         "the token's end has moved",
         once=True,
     ),
+    "subscription_lost": Kind(
+        "Instagram's webhooks for the account cannot be subscribed: nothing of its customers is told",
+        "mend what the message names, or set a new token by PUT /api/v1/accounts/ACCOUNT; it is tried again "
+        "every six hours",
+        "the account is subscribed again",
+        once=True,
+    ),
     "wrong_signatures": Kind(
         "many webhooks in a row carried a wrong signature: as long as it is so Instagram's messages are refused, "
         "and Meta may end the subscription within the hour",

@@ -61,18 +61,28 @@ class Sent:
     rest_s: float
 
 
+class Refusal(Invalid):
+    """Instagram refuses what was asked; `of_account` tells that the account or its token is why, `hint` what to do."""
+
+    def __init__(self, said: str, meaning: codes.Meaning) -> None:
+        detail = {"field": "access_token", "problem": said}
+        super().__init__(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
+        self.hint = meaning.hint
+        self.of_account = meaning.kind in ("account", "alert")
+
+
 class Client:
     """One Graph address; the token comes with each call."""
 
     def __init__(self, session: net.Session, graph_url: str, more_fields: Sequence[str] = ()) -> None:
-        self._fields = (*_FIELDS, *more_fields)
+        self.fields = (*_FIELDS, *more_fields)
         self._session = session
         self._graph_url = graph_url
         self._origin = _VERSION.sub("", graph_url)
 
     def whoami(self, token: str) -> Identity:
         """Check a token. Raises Invalid when Instagram refuses it, Unavailable when it cannot be asked."""
-        status, answer = self._ask("GET", "/me", token, [("fields", "user_id,username,id,name,account_type")])
+        status, answer = self.ask("GET", "/me", token, [("fields", "user_id,username,id,name,account_type")])
         # Meta documents {"data": [{…}]}; a flat object is what comes.
         data = answer.get("data")
         found = data[0] if isinstance(data, list) and data and isinstance(data[0], dict) else answer
@@ -84,20 +94,27 @@ class Client:
 
     def subscribe(self, token: str, user_id: str) -> str | None:
         """Subscribe the account to its webhooks; return the problem in a sentence, or None."""
-        query = [("subscribed_fields", ",".join(self._fields))]
+        query = [("subscribed_fields", ",".join(self.fields))]
         try:
-            _, answer = self._ask("POST", f"/{user_id}/subscribed_apps", token, query)
+            _, answer = self.ask("POST", f"/{user_id}/subscribed_apps", token, query)
         except (Invalid, Unavailable) as error:
             return error.message
         return None if answer.get("success") is True else "Instagram did not confirm the subscription."
 
     def unsubscribe(self, token: str, user_id: str) -> None:
         """Stop the account's webhooks. Raises Invalid or Unavailable."""
-        self._ask("DELETE", f"/{user_id}/subscribed_apps", token, ())
+        self.ask("DELETE", f"/{user_id}/subscribed_apps", token, ())
 
-    def _ask(self, method: str, path: str, token: str, query: Sequence[tuple[str, str]]) -> tuple[int, dict[str, Any]]:
+    def ask(
+        self, method: str, path: str, token: str, query: Sequence[tuple[str, str]], *, versioned: bool = True
+    ) -> tuple[int, dict[str, Any]]:
+        """Make a call that sends nothing; return the HTTP status and the object.
+
+        Raises Refusal, or Unavailable with how long to wait when there is no clear answer.
+        """
+        url = (self._graph_url if versioned else self._origin) + path
         try:
-            answer = self._session.call(method, self._graph_url + path, headers=_headers(token), query=query)
+            answer = self._session.call(method, url, headers=_headers(token), query=query)
         except net.CallFailed as failure:
             raise Unavailable(
                 f"Instagram cannot be asked now: {failure.message}.", code="instagram_unavailable", after_s=30
@@ -108,9 +125,9 @@ class Client:
             meaning = codes.classify(answer.status, error)
             said = _quoted(error, meaning)
             if meaning.kind in ("account", "final", "alert"):
-                detail = {"field": "access_token", "problem": said}
-                raise Invalid(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
-            raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=30)
+                raise Refusal(said, meaning)
+            after_s = int(_wait_s(answer.headers) or 30)
+            raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=after_s)
         if answer.status >= 400:
             raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
         return answer.status, found
@@ -124,12 +141,12 @@ class Client:
         """
         try:
             query = [("platform", "instagram"), ("user_id", contact)]
-            _, found = self._ask("GET", f"/{user_id}/conversations", token, query)
+            _, found = self.ask("GET", f"/{user_id}/conversations", token, query)
             conversations = [entry.get("id") for entry in _list(found.get("data"))]
             if not conversations:
                 return Thread((), 0)
             fields = "messages{id,created_time,from,to,message,attachments,shares}"
-            _, thread = self._ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
+            _, thread = self.ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
         except (Invalid, Unavailable) as error:
             raise Retry(error.message, code="look_up_failed", counts=False) from None
         messages = thread.get("messages")

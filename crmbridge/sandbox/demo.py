@@ -132,6 +132,14 @@ PUT JSON to {sandbox.url}/sandbox/settings for how Instagram takes sends,
   {{"media": "unreachable"}}         cannot fetch media; also timeout, rejected and too_large; ok as usual
 POST JSON to {sandbox.url}/sandbox/privacy for what the account's owner asks Meta,
   {{"what": "deauthorize"}}    {{"what": "deletion"}}
+PUT JSON to {sandbox.url}/sandbox/settings for what lasts,
+  {{"profile": "no_consent"}}    {{"profile": "fails"}}    {{"profile_delay_s": 2}}    {{"conversations_page": 2}}
+to {sandbox.url}/sandbox/accounts/{_SHOP}/subscription, to lose it,
+  {{"fields": []}}                 and DELETE {sandbox.url}/sandbox/accounts/{_SHOP}/tokens to end its tokens,
+POST to {sandbox.url}/sandbox/customers/{_CUSTOMER}/messages what no webhook tells, for a backfill,
+  {{"text": "hello", "told": "never"}}    {{"text": "hello", "told": "edit"}}      the latter only as an empty edit
+to …/{_CUSTOMER}/replies what the shop writes in the app,
+  {{"text": "hello", "told": false}}
 and to {sandbox.url}/crm/sandbox/answers for the CRM,
   {{"status": 500, "times": 2}}    {{"status": 503, "always": true}}    {{"status": null, "always": true}}
 

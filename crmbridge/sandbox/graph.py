@@ -33,6 +33,30 @@ def chosen(known: Mapping[str, str], also: str) -> dict[str, str]:
     return {name: known[name] for name in (*fields, "id") if name in known}
 
 
+def shown(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Render a message as the Conversations API does: attachments, shares and stories in places of their own."""
+    customer, shop = {"id": message["igsid"]}, {"id": message["user_id"]}
+    author, reader = (customer, shop) if message["from"] == "customer" else (shop, customer)
+    told: dict[str, Any] = {
+        "id": message["mid"],
+        "created_time": wire.iso_time(message["at"]),
+        "from": author,
+        "to": {"data": [reader]},
+        "message": message["text"] or "",
+    }
+    told |= wire.conversation_edges(message["attachments"])
+    for one in message["attachments"]:
+        if one.get("type") == "story_mention":
+            url = one["payload"]["url"]
+            told["story"] = {"mention": {"link": url, "id": wire.digits_of(url, 17)}}
+    reply = message.get("reply_to") or {}
+    if "story" in reply:
+        told["story"] = {"reply_to": {"link": reply["story"].get("url"), "id": reply["story"].get("id")}}
+    elif "mid" in reply:
+        told["reply_to"] = {"mid": reply["mid"], "is_self_reply": False}
+    return told
+
+
 def json_body() -> dict[str, Any]:
     """Read the request's body as a JSON object, or as a form whose fields may hold JSON."""
     raw: Any = bottle.request.body.read()

@@ -29,6 +29,8 @@ ECHO = ("after", "before", "never")
 ME_FORM = ("flat", "data")
 MEDIA = ("ok", *graph.MEDIA_FAULTS)
 _WINDOW_S, _HUMAN_WINDOW_S = 86_400, 7 * 86_400
+PROFILE = ("told", "no_consent", "fails")
+TOKEN_LASTS_S, TOKEN_TOO_YOUNG_S = 5_184_000, 86_400
 _RETRY_DELAYS_S = (0.05, 0.2, 0.5, 1.0)
 _CONVERSATION = "aWdfZAG06"
 _NEWEST = 20  # Meta gives details of no more
@@ -72,12 +74,12 @@ class Call:
 
 @dataclass(slots=True)
 class Account:
-    """An Instagram professional account; empty `tokens` to invalidate what was given out."""
+    """An Instagram professional account; `tokens` are those given out, and when. Empty them to invalidate them."""
 
     user_id: str
     app_scoped_id: str
     username: str
-    tokens: set[str]
+    tokens: dict[str, float]
     subscribed: list[str] = field(default_factory=list)
 
 
@@ -107,8 +109,8 @@ class Meta:
     """Emulates Meta for one app; safe to use from any thread.
 
     `echo`, `echo_delay_s`, `auto_read`, `me_form`, `window` (refuse sends to who did not write for 24 hours),
-    `human_agent` (that tag is approved) and `media` (what comes of fetching it) may be set at any time; `configure`
-    checks them first.
+    `human_agent` (that tag is approved), `media` (what comes of fetching it), `profile` (whether names are told),
+    `profile_delay_s` and `conversations_page` may be set at any time; `configure` checks them first.
     """
 
     webhook_body = staticmethod(wire.webhook_body)
@@ -133,6 +135,9 @@ class Meta:
         self.window: bool = False
         self.human_agent: bool = True
         self.media: str = "ok"
+        self.profile: str = "told"
+        self.profile_delay_s: float = 0.0
+        self.conversations_page: int = 25
         self.accounts: dict[str, Account] = {}
         self.customers: dict[str, dict[str, str]] = {}
         self.sent: list[Sent] = []
@@ -161,10 +166,17 @@ class Meta:
         if self._worker is not None:
             self._worker.join(10)
 
-    def add_account(self, user_id: str, *, token: str, app_scoped_id: str, username: str) -> None:
+    def add_account(
+        self, user_id: str, *, token: str, app_scoped_id: str, username: str, token_age_s: float = TOKEN_TOO_YOUNG_S
+    ) -> None:
         """Add an account, or replace the one with this id; `user_id` is what webhooks call it."""
         with self._changed:
-            self.accounts[user_id] = Account(user_id, app_scoped_id, username, {token})
+            given_out = {token: self.clock() - token_age_s}
+            self.accounts[user_id] = Account(user_id, app_scoped_id, username, given_out)
+
+    def subscribe(self, user_id: str, fields: list[str]) -> None:
+        """Set what an account is subscribed to; nothing, as Meta does when webhooks have failed for an hour."""
+        self.accounts[user_id].subscribed = list(fields)
 
     def add_customer(self, igsid: str, *, username: str | None = None, name: str | None = None) -> None:
         """Make a customer's profile readable; `customer_says` does it by itself."""
@@ -185,6 +197,9 @@ class Meta:
             "window": lambda value: isinstance(value, bool),
             "human_agent": lambda value: isinstance(value, bool),
             "media": lambda value: value in MEDIA,
+            "profile": lambda value: value in PROFILE,
+            "profile_delay_s": _is_duration,
+            "conversations_page": lambda value: isinstance(value, int) and 1 <= value <= 100,
             "callback_url": lambda value: value is None or str(value).startswith(("http://", "https://")),
         }
         for name, value in settings.items():
@@ -244,10 +259,17 @@ class Meta:
         reply_to: str | dict[str, Any] | None = None,
         mid: str | None = None,
         timestamp_ms: int | None = None,
+        told: str = "message",
     ) -> Posted:
-        """Send a customer's message to the bridge; with a `mid` used before it is a repetition."""
+        """Send a customer's message to the bridge; with a `mid` used before it is a repetition.
+
+        `told` is how: as a `message`, as an `edit` with number 0 and no more than the mid, or `never`, so that only
+        the conversation shows it.
+        """
         if text is None and not attachments:
             raise ValueError("a message needs text or attachments")
+        if told not in ("message", "edit", "never"):
+            raise ValueError("told must be message, edit or never")
         at_ms = timestamp_ms or self.now_ms()
         mid = mid or wire.mint_mid(user_id, igsid, at_ms)
         message: dict[str, Any] = {"mid": mid}
@@ -260,7 +282,21 @@ class Meta:
         self.add_customer(igsid)
         self._log(user_id, igsid, "customer", mid, message, at_ms)
         self._heard[user_id, igsid] = max(at_ms / 1000, self._heard.get((user_id, igsid), 0))
+        if told == "never":
+            return Posted(mid, 0, "not told", 0)
+        if told == "edit":
+            return self._post_item(user_id, {"timestamp": at_ms, "message_edit": {"mid": mid, "num_edit": 0}})
         return self._post_item(user_id, _item(igsid, user_id, at_ms, "message", message))
+
+    def shop_says(self, user_id: str, igsid: str, text: str, *, told: bool = True) -> Posted:
+        """Have the shop write in Instagram's own app, with or without the echo that tells it."""
+        at_ms = self.now_ms()
+        mid = wire.mint_mid(user_id, igsid, at_ms)
+        self._log(user_id, igsid, "business", mid, {"text": text}, at_ms)
+        echo = wire.echo_message(mid, {"text": text})
+        return (
+            self._post_item(user_id, _item(user_id, igsid, at_ms, "message", echo)) if told else Posted(mid, 0, "", 0)
+        )
 
     def customer_reads(self, user_id: str, igsid: str, mid: str) -> Posted:
         """Send the receipt for a message of the business."""
@@ -388,6 +424,7 @@ class Meta:
             self.messages.append(
                 {"user_id": user_id, "igsid": igsid, "from": author, "mid": mid, "read": False, "at": at_ms / 1000}
                 | {"text": message.get("text"), "attachments": wire.attachments_of(message)}
+                | {"reply_to": message.get("reply_to")}
             )
 
     def _mark_read(self, user_id: str, igsid: str, mid: str) -> None:
@@ -460,6 +497,8 @@ class Meta:
                 return self._conversations(account), []
             case "GET", "" if head.startswith(_CONVERSATION):
                 return self._conversation(account, head), []
+            case "GET", "" if any(one["mid"] == head for one in self.messages):
+                return self._message(account, head), []
             case "GET", "" if head.isdigit():
                 return self._profile(head), []
             case "POST", "messages" if own:
@@ -479,6 +518,9 @@ class Meta:
         with self._changed:
             for account in self.accounts.values():
                 if token in account.tokens:
+                    if self.clock() - account.tokens[token] > TOKEN_LASTS_S:
+                        said = "Error validating access token: Session has expired"
+                        raise graph.GraphError(190, said, subcode=463, type="OAuthException")
                     return account
         raise graph.GraphError(190, "Invalid OAuth access token - Cannot parse access token", type="OAuthException")
 
@@ -494,45 +536,57 @@ class Meta:
         return chosen if self.me_form == "flat" else {"data": [chosen]}
 
     def _profile(self, igsid: str) -> dict[str, Any]:
-        if igsid not in self.customers:
+        self._closing.wait(self.profile_delay_s)
+        if self.profile == "fails":
+            raise graph.GraphError(2, "An unexpected error has occurred. Please retry", 500, is_transient=True)
+        if igsid not in self.customers or self.profile == "no_consent":
             raise graph.GraphError(230, "User consent is required to access user profile")
         also = "profile_pic follower_count is_user_follow_business is_business_follow_user is_verified_user"
         return graph.chosen({**self.customers[igsid], "id": igsid}, also)
 
     def _conversations(self, account: Account) -> dict[str, Any]:
-        wanted = bottle.request.query.user_id
+        query = bottle.request.query
         with self._changed:
             latest = {one["igsid"]: one["at"] for one in self.messages if one["user_id"] == account.user_id}
         found = [
             {"id": _CONVERSATION + igsid, "updated_time": wire.iso_time(at)}
-            for igsid, at in latest.items()
-            if wanted in ("", igsid)
+            for igsid, at in sorted(latest.items(), key=lambda entry: -entry[1])
+            if query.user_id in ("", igsid)
         ]
-        return {"data": found}
+        size = min(int(query.limit or 25), self.conversations_page)
+        begin = int(query.after.removeprefix("after") or 0)
+        page: dict[str, Any] = {"data": found[begin : begin + size]}
+        if begin + size < len(found):
+            cursor = f"after{begin + size}"
+            page |= {"paging": {"cursors": {"after": cursor}, "next": f"{bottle.request.url}&after={cursor}"}}
+        return page
 
     def _conversation(self, account: Account, name: str) -> dict[str, Any]:
         igsid = name.removeprefix(_CONVERSATION)
-        with self._changed:
-            thread = [one for one in self.messages if (one["user_id"], one["igsid"]) == (account.user_id, igsid)]
-        newest = [
-            {
-                "id": one["mid"],
-                "created_time": wire.iso_time(one["at"]),
-                "from": {"id": igsid if one["from"] == "customer" else account.user_id},
-                "to": {"data": [{"id": account.user_id if one["from"] == "customer" else igsid}]},
-                "message": one["text"] or "",
-                **wire.conversation_edges(one["attachments"]),
-            }
-            for one in reversed(thread[-_NEWEST:])
-        ]
+        newest = [graph.shown(one) for one in reversed(self._thread(account, igsid)[-_NEWEST:])]
         return {"messages": {"data": newest}, "id": name}
 
+    def _message(self, account: Account, mid: str) -> dict[str, Any]:
+        with self._changed:
+            found = next(one for one in self.messages if one["mid"] == mid)
+        if found not in self._thread(account, found["igsid"])[-_NEWEST:]:
+            raise graph.GraphError(100, "The message has been deleted or is too old", subcode=33)
+        return graph.shown(found)
+
+    def _thread(self, account: Account, igsid: str) -> list[dict[str, Any]]:
+        with self._changed:
+            return [one for one in self.messages if (one["user_id"], one["igsid"]) == (account.user_id, igsid)]
+
     def _refresh(self, account: Account) -> dict[str, Any]:
-        if bottle.request.query.grant_type != "ig_refresh_token":
+        query = bottle.request.query
+        if query.grant_type != "ig_refresh_token":
             raise graph.GraphError(100, "Invalid grant_type")
+        given_out = account.tokens.get(query.access_token)
+        if given_out is None or self.clock() - given_out < TOKEN_TOO_YOUNG_S:
+            raise graph.GraphError(100, "The access token cannot be refreshed: it is less than 24 hours old")
         fresh = "IGAA" + secrets.token_hex(40)
-        account.tokens.add(fresh)
-        return {"access_token": fresh, "token_type": "bearer", "expires_in": 5_184_000}
+        account.tokens[fresh] = self.clock()
+        return {"access_token": fresh, "token_type": "bearer", "expires_in": TOKEN_LASTS_S}
 
     def _subscription(self, account: Account, method: str) -> dict[str, Any]:
         if method == "GET":

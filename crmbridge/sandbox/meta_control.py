@@ -35,11 +35,16 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         }
 
     def says(igsid: str) -> dict[str, Any]:
-        optional = ("user_id", "text", "attachments", "reply_to", "mid", "timestamp_ms", "username", "name")
+        optional = ("user_id", "text", "attachments", "reply_to", "mid", "timestamp_ms", "told", "username", "name")
         given = server.read_object(optional=optional)
         user_id = _account(meta, given.pop("user_id", None))
         meta.add_customer(igsid, username=given.pop("username", None), name=given.pop("name", None))
         return asdict(meta.customer_says(user_id, igsid, given.pop("text", None), **given))
+
+    def shop_says(igsid: str) -> dict[str, Any]:
+        given = server.read_object(required=["text"], optional=["user_id", "told"])
+        user_id = _account(meta, given.get("user_id"))
+        return asdict(meta.shop_says(user_id, igsid, given["text"], told=given.get("told", True)))
 
     def reads(igsid: str) -> dict[str, Any]:
         given = server.read_object(required=["mid"], optional=["user_id"])
@@ -80,10 +85,20 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         return _settings(meta)
 
     def account() -> dict[str, Any]:
-        given = server.read_object(required=["user_id", "token", "username"], optional=["app_scoped_id"])
+        optional = ["app_scoped_id", "token_age_s"]
+        given = server.read_object(required=["user_id", "token", "username"], optional=optional)
         user_id = str(given.pop("user_id"))
         meta.add_account(user_id, **{"app_scoped_id": wire.digits_of(user_id, 17)} | given)
         return {"user_id": user_id}
+
+    def subscription(user_id: str) -> dict[str, Any]:
+        given = server.read_object(required=["fields"])
+        meta.subscribe(_account(meta, user_id), given["fields"])
+        return {"user_id": user_id, "subscribed": meta.accounts[user_id].subscribed}
+
+    def tokens(user_id: str) -> dict[str, Any]:
+        meta.accounts[_account(meta, user_id)].tokens.clear()
+        return {"user_id": user_id, "tokens": 0}
 
     def reset() -> dict[str, Any]:
         meta.reset()
@@ -95,6 +110,7 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
     for method, path, handler in (
         ("GET", "state", state),
         ("POST", "customers/<igsid>/messages", says),
+        ("POST", "customers/<igsid>/replies", shop_says),
         ("POST", "customers/<igsid>/reads", reads),
         ("POST", "customers/<igsid>/shapes/<name>", shape),
         ("GET", "shapes", lambda: {"shapes": list(shapes.NAMES)}),
@@ -104,6 +120,8 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         ("POST", "faults", fault),
         ("PUT", "settings", settings),
         ("POST", "accounts", account),
+        ("PUT", "accounts/<user_id>/subscription", subscription),
+        ("DELETE", "accounts/<user_id>/tokens", tokens),
         ("POST", "reset", reset),
     ):
         app.route(f"/sandbox/{path}", method, server.control(handler))
@@ -111,8 +129,8 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
 
 
 def _settings(meta: "Meta") -> dict[str, Any]:
-    names = ("callback_url", "echo", "echo_delay_s", "auto_read", "me_form", "window", "human_agent", "media")
-    return {name: getattr(meta, name) for name in names}
+    names = "callback_url echo echo_delay_s auto_read me_form window human_agent media profile profile_delay_s"
+    return {name: getattr(meta, name) for name in [*names.split(), "conversations_page"]}
 
 
 def _error(named: Any) -> dict[str, Any]:

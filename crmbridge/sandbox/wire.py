@@ -121,7 +121,11 @@ def conversation_edges(attachments: list[Any]) -> dict[str, Any]:
         kind, url = str(one.get("type", "")).lower(), (one.get("payload") or {}).get("url")
         if kind == "template":
             shares.append({"template": one["payload"]})
-        elif url:
+        elif kind in ("share", "ig_post"):
+            shares.append({"link": url})
+        elif kind == "audio":
+            files.append({"id": str(number), "name": "voice.m4a", "file_url": url})
+        elif url and kind != "story_mention":
             shown = {"image": {"image_data": {"url": url}}, "video": {"video_data": {"url": url}}}
             files.append({"id": str(number), **shown.get(kind, {"file_url": url})})
     edges = {"attachments": files, "shares": shares}

@@ -82,6 +82,42 @@ def update(db: Database, account_id: str, values: dict[str, Any], now: str, pati
     return db.write(job)
 
 
+def to_refresh(db: Database, now: str) -> list[Row]:
+    """Return the accounts whose token's time for a fresh one has come."""
+    due = "access_token_sealed IS NOT NULL AND (token_refresh_at IS NULL OR token_refresh_at <= ?)"
+    return db.rows(f"SELECT * FROM accounts WHERE {due} AND {_LIVE} ORDER BY id", (now,))
+
+
+def renew_token(
+    db: Database, account_id: str, old_sealed: str, new_sealed: str, expires_at: str, refresh_at: str, now: str
+) -> bool:
+    """Put a fresh token in the place of the old one; False when there is another one by now, which stays."""
+    fresh = {"access_token_sealed": new_sealed, "token_checked_at": now, "token_expires_at": expires_at}
+    values = {**fresh, "token_refresh_at": refresh_at, "updated_at": now}
+    return bool(db.write_last(lambda: db.update("accounts", values, *_with_token(account_id, old_sealed))))
+
+
+def refresh_later(db: Database, account_id: str, sealed: str, at: str) -> None:
+    """Ask for a fresh token no sooner than then, unless there is another one by now."""
+    db.write_last(lambda: db.update("accounts", {"token_refresh_at": at}, *_with_token(account_id, sealed)))
+
+
+def ask_no_more(db: Database, account_id: str, until: str) -> None:
+    """Note that an account's customers are not asked for until then, so that no message waits for their names."""
+    db.write_last(lambda: db.update("accounts", {"ask_again_at": until}, "id = ?", [account_id]))
+
+
+def stop(db: Database, account_id: str, sealed: str, reason: str, now: str) -> None:
+    """Put an active account in error, as its token is dead, unless there is another one by now."""
+    changed = {"status": "error", "status_reason": reason, "status_since": now, "updated_at": now}
+    where, key = _with_token(account_id, sealed)
+    db.write_last(lambda: db.update("accounts", changed, f"{where} AND status = 'active'", key))
+
+
+def _with_token(account_id: str, sealed: str) -> tuple[str, list[str]]:
+    return f"id = ? AND access_token_sealed = ? AND {_LIVE}", [account_id, sealed]
+
+
 def found(db: Database, account_id: str) -> Row:
     """Return an account; raises NotFound when it was deleted meanwhile."""
     row = find(db, account_id)

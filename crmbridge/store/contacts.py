@@ -1,5 +1,6 @@
 """Customers as one account knows them, and the numbers that order what goes to and from them."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from crmbridge.events import new_id
@@ -36,8 +37,16 @@ def name(db: Database, account_id: str, contact: str, username: str) -> None:
 
 
 def find(db: Database, account_id: str, contact: str) -> Row:
-    """Return the contact's conversation_id, username and last_wrote_at."""
-    names = ("conversation_id", "username", "last_wrote_at")
+    """Return the contact's conversation_id, username, name and last_wrote_at."""
+    return _columns(db, account_id, contact, ("conversation_id", "username", "name", "last_wrote_at"))
+
+
+def profile(db: Database, account_id: str, contact: str) -> Row:
+    """Return when the contact's names were asked for, when they are to be again, and how often that failed in a row."""
+    return _columns(db, account_id, contact, ("profile_checked_at", "profile_due", "profile_failures"))
+
+
+def _columns(db: Database, account_id: str, contact: str, names: Sequence[str]) -> Row:
     found = db.row(
         f"SELECT {', '.join(names)} FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
     )

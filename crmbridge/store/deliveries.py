@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from crmbridge.events import epoch_s, new_id
+from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
@@ -18,10 +18,14 @@ CallKind = Literal["call", "look_up"]
 
 @dataclass(frozen=True)
 class Patience:
-    """How long what is owed to each target is tried, in seconds after it was accepted."""
+    """How long what is owed to each target is tried, in seconds after it was accepted.
+
+    `ask_s` is how long an event may wait for what the channel is asked about it.
+    """
 
     crm_s: float
     instagram_s: float
+    ask_s: float = 0.0
 
     def of(self, target: Target) -> float:
         """Return it for a target."""
@@ -125,8 +129,18 @@ class Debt:
     message_id: str | None = None
 
 
-def owe(db: Database, debt: Debt, *, now: str, expires_at: str, body: str | None, sequence: int, push: bool) -> str:
-    """Store a delivery; it waits behind its lane's head, if there is one. Return its id.
+def owe(
+    db: Database,
+    debt: Debt,
+    *,
+    now: str,
+    expires_at: str,
+    body: str | None,
+    sequence: int,
+    push: bool,
+    wait_s: float = 0.0,
+) -> str:
+    """Store a delivery; it waits behind its lane's head, if there is one, or else for `wait_s`. Return its id.
 
     Without `push` nobody is called: the CRM reads the event when it asks.
     """
@@ -146,7 +160,7 @@ def owe(db: Database, debt: Debt, *, now: str, expires_at: str, body: str | None
             "body": body,
             "state": "pending" if push else "done",
             "ready": 0 if push and db.value(_BLOCKED, lane) else 1,
-            "due": now,
+            "due": instant(epoch_s(now) + wait_s) if wait_s else now,
             "last_code": None if push else "not_pushed",
             "correlation_id": debt.correlation_id,
             "accepted_at": now,
@@ -218,6 +232,31 @@ def hasten(db: Database, target: str, account_id: str, before: str, now: str, li
                 AND due > ? AND tried_at < ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
         (now, target, account_id, now, before, limit),
     )
+
+
+def wait_no_more(db: Database, account_id: str, contact: str, now: str) -> None:
+    """Let the head of a lane to a CRM go that waited for what the channel was asked."""
+    db.run(
+        """
+        UPDATE deliveries SET due = ? WHERE state = 'pending' AND target = 'crm' AND account_id = ? AND contact = ?
+            AND ready = 1 AND attempts = 0 AND due > ?""",
+        (now, account_id, contact, now),
+    )
+
+
+def take_back(db: Database, event_id: str) -> bool:
+    """Drop a delivery that no CRM was told of yet; tell whether there was one."""
+    row = db.row(
+        """
+        SELECT * FROM deliveries WHERE event_id = ? AND target = 'crm' AND attempts = 0 AND body IS NULL
+            AND (state = 'pending' OR last_code = 'not_pushed')""",
+        (event_id,),
+    )
+    if row is None:
+        return False
+    db.run("DELETE FROM deliveries WHERE id = ?", (row["id"],))
+    promote(db, "crm", row["account_id"], row["contact"], row["accepted_at"])
+    return True
 
 
 def next_due(db: Database, target: str, account_id: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from crmbridge import contract
 from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
-from crmbridge.store import accounts, contacts, deliveries, messages, windows
+from crmbridge.store import accounts, contacts, deliveries, messages, questions, windows
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Debt, Patience
 
@@ -17,6 +17,7 @@ UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionErr
 _OPEN_THE_WINDOW = ("message.received", "message.postback")
 # What a message is known by; the other kinds are about one.
 _MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
+_BY_A_PERSON = ("message.received", "message.postback", "message.referral")  # Instagram names who wrote or tapped
 _WITHDRAWN = json.dumps({"message_type": "deleted"})
 
 
@@ -151,8 +152,25 @@ def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
         withdrawn = _find(db, account["id"], mid, ("message.deleted",)) is not None
         if withdrawn:
             db.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
-        return withdrawn
-    return row["dedupe_key"] == f"new:{mid}" and _about(db, account["id"], mid, but=row["id"]) is not None
+        if withdrawn or not _is_recovered(row):
+            return withdrawn
+    if row["dedupe_key"] != f"new:{mid}" and not _is_recovered(row):
+        return False
+    others = [known for known in _all_about(db, account["id"], mid, but=row["id"]) if not _is_announcement(known)]
+    if row["kind"] == "message.unsupported" and messages.find_external(db, account["id"], mid) is not None:
+        return True
+    return bool(others)
+
+
+def _is_announcement(row: Row) -> bool:
+    """Tell whether an event is the mere sign of a new message, without its content."""
+    return bool(row["dedupe_key"] == f"new:{row['instagram_message_id']}")
+
+
+def _is_recovered(row: Row) -> bool:
+    """Tell whether an event was not told by the channel but found when it was asked."""
+    payload = row["payload"] or ""
+    return '"recovered"' in payload and bool(json.loads(payload).get("extra", {}).get("recovered"))
 
 
 def _withdraw(db: Database, account: Row, row: Row) -> None:
@@ -172,26 +190,47 @@ def _about(db: Database, account_id: str, external_id: str, *, but: str = "") ->
 
 
 def _find(db: Database, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
+    # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
+    found = _all_about(db, account_id, external_id, kinds, but=but)
+    return min(found, key=lambda row: str(row["received_at"]), default=None)
+
+
+def _all_about(
+    db: Database, account_id: str, external_id: str, kinds: Sequence[str] = _MESSAGES, *, but: str = ""
+) -> list[Row]:
     marks = ", ".join("?" * len(kinds))
-    found = db.rows(
+    return db.rows(
         f"""
-        SELECT id, contact, received_at FROM inbound_events WHERE account_id = ? AND instagram_message_id = ?
-            AND id <> ? AND kind IN ({marks})""",
+        SELECT id, contact, dedupe_key, instagram_message_id, received_at FROM inbound_events
+        WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND kind IN ({marks})""",
         (account_id, external_id, but, *kinds),
     )
-    # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
-    return min(found, key=lambda row: str(row["received_at"]), default=None)
 
 
 def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
     if row["kind"] in _OPEN_THE_WINDOW:
         contacts.wrote(db, account["id"], row["contact"], row["occurred_at"])
+    wait_s = patience.ask_s if _ask(db, account, row, now) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
     expires = instant(epoch_s(now) + patience.crm_s)
-    deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push)
+    deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push, wait_s=wait_s)
     return "forwarded"
+
+
+def _ask(db: Database, account: Row, row: Row, now: str) -> bool:
+    """Have the channel asked for what an event does not tell; return whether the answer is worth a short wait."""
+    answers = account["status"] == "active" and (account["ask_again_at"] or "") <= now
+    if _is_announcement(row):
+        return questions.ask(db, account["id"], "message", row["instagram_message_id"], now) and answers
+    if row["kind"] not in _BY_A_PERSON:
+        return False
+    known = contacts.profile(db, account["id"], row["contact"])
+    if (known["profile_due"] or "") > now:
+        return False
+    is_new = questions.ask(db, account["id"], "profile", row["contact"], now)
+    return is_new and answers and known["profile_checked_at"] is None
 
 
 def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
@@ -261,6 +300,21 @@ def _shows(db: Database, echo: Row, send: Row) -> bool:
     is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
     text, sent = shown.get("text") or "", messages.content(db, message["id"])
     return is_since and bool(messages.fits(sent, text, kinds, is_echo=True))
+
+
+def replace_announcement(db: Database, account_id: str, external_id: str) -> None:
+    """Take back the mere sign of a message, now that the message itself is told, unless the CRM has seen it."""
+
+    def job() -> None:
+        known = _all_about(db, account_id, external_id)
+        signs = [row for row in known if _is_announcement(row)]
+        if len(known) == len(signs):
+            return
+        for row in signs:
+            if deliveries.take_back(db, row["id"]):
+                db.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+
+    db.write(job)
 
 
 def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:
@@ -336,6 +390,7 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "message_id": _message_id(db, account["id"], row),
         "sender_id": shop if ours else customer,
         "sender_username": account["username"] if ours else contact["username"],
+        "sender_name": None if ours else contact["name"],
         "recipient_id": customer if ours else shop,
         "message": content.get("text"),
         "message_type": content["message_type"],
@@ -343,6 +398,7 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "conversation_id": contact["conversation_id"] if in_conversation else None,
         "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
         "window_expires_at": windows.ends_at(last) if last else None,
+        "recovered": bool(extra.get("recovered")),
     }
     shape = contract.CRM_EVENTS[kind].model_fields
     for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crmbridge.events import instant, new_id
-from crmbridge.store import accounts, messages, turn
+from crmbridge.store import accounts, messages, questions, turn
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
@@ -60,7 +60,12 @@ def erase_contact(db: Database, account_id: str, contact: str, now_s: float, pat
         if step == Erased():
             break
         total += step
-    db.write_last(lambda: db.run("DELETE FROM contacts WHERE account_id = ? AND contact = ?", lane))
+
+    def forget() -> None:
+        questions.forget_contact(db, account_id, contact)
+        db.run("DELETE FROM contacts WHERE account_id = ? AND contact = ?", lane)
+
+    db.write_last(forget)
     return total
 
 

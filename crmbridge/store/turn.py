@@ -8,7 +8,7 @@ from types import MappingProxyType
 from crmbridge.endpoints import NO_ROOM, Endpoint, Room
 from crmbridge.errors import Conflict
 from crmbridge.events import instant
-from crmbridge.store import accounts, dead, deliveries, inbound, messages, pauses
+from crmbridge.store import accounts, dead, deliveries, inbound, messages, pauses, questions
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
@@ -306,6 +306,7 @@ def delete_account(db: Database, account_id: str, now_s: float) -> None:
         messages.end_account(db, account_id, now)
         inbound.drop_held(db, account_id)
         pauses.forget(db, account_id)
+        questions.forget_account(db, account_id)
         accounts.erase(db, account_id, now)
 
     db.write(job)

@@ -14,6 +14,8 @@ from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 from crmbridge.web.app import Call, Reply, Route
 
+_TOO_YOUNG_S = 86_400
+
 
 class AccountRoutes:
     """The handlers, with what they need: the vault, Instagram, and where CRM URLs may lead."""
@@ -80,6 +82,7 @@ class AccountRoutes:
             "webhook_secret_sealed": self._vault.seal(request.webhook_secret) if request.webhook_secret else None,
             "crm_webhook_url": request.crm_webhook_url,
             "token_checked_at": now,
+            "token_refresh_at": _refresh_at(call.now_s),
         }
         row = accounts.create(call.db, values, now)
         log.info("account.created", account=row["id"], instagram_account_id=identity.user_id)
@@ -116,6 +119,7 @@ class AccountRoutes:
                 "username": identity.username or row["username"],
                 "token_checked_at": instant(call.now_s),
                 "token_expires_at": None,
+                "token_refresh_at": _refresh_at(call.now_s),
             }
             if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
@@ -198,6 +202,11 @@ class AccountRoutes:
 
 def _is_gone(pause: Row) -> bool:
     return bool(pause["cause"] == "crm_gone")
+
+
+def _refresh_at(now_s: float) -> str:
+    """Return when to ask for a fresh token: Instagram gives none for one that is younger than 24 hours."""
+    return instant(now_s + _TOO_YOUNG_S)
 
 
 def _shown(row: Row, paused: dict[tuple[str, str], Row]) -> dict[str, Any]:

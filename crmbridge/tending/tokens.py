@@ -1,0 +1,74 @@
+"""Keeps access tokens alive: a fresh one every week, the old one in use until the new one is stored."""
+
+from collections.abc import Callable
+
+from crmbridge import log
+from crmbridge.alerts import Alarm
+from crmbridge.errors import Invalid, Unavailable
+from crmbridge.events import instant
+from crmbridge.instagram import reading
+from crmbridge.instagram.client import Client, Refusal
+from crmbridge.store import accounts
+from crmbridge.store.database import Database, Row
+from crmbridge.vault import Vault
+
+# Instagram refreshes no token younger than this, and how old a pasted one is nobody tells.
+DAY_S = 86_400.0
+_WEEK_S = 7 * DAY_S
+_AGAIN_S = 3600.0
+
+
+class Tokens:
+    """Asks for fresh tokens when their time has come."""
+
+    def __init__(self, db: Database, client: Client, vault: Vault, alarm: Alarm, *, clock: Callable[[], float]) -> None:
+        self._db = db
+        self._client = client
+        self._vault = vault
+        self._alarm = alarm
+        self._clock = clock
+
+    def refresh(self) -> None:
+        """Refresh every token whose time has come; one that Instagram calls dead stops its account."""
+        for account in accounts.to_refresh(self._db, instant(self._clock())):
+            self._refresh(account)
+
+    def _refresh(self, account: Row) -> None:
+        now_s, sealed = self._clock(), account["access_token_sealed"]
+        try:
+            fresh = reading.refresh(self._client, self._vault.open(sealed))
+        except Unavailable as problem:
+            log.warning("token.not_refreshed", account=account["id"], error=problem.message)
+            self._ask_again(account, now_s + _AGAIN_S)
+        except Refusal as problem:
+            log.warning("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
+            self._ask_again(account, now_s + DAY_S)
+            if problem.code.startswith("token_") and self._is_dead(account):
+                self._stop(account, f"{problem.code}: {problem.hint}")
+        else:
+            expires_at = instant(now_s + fresh.lasts_s)
+            # The next one well before this one ends, however short-lived it is.
+            due = instant(now_s + min(_WEEK_S, fresh.lasts_s / 2))
+            fresh_sealed = self._vault.seal(fresh.token)
+            if accounts.renew_token(self._db, account["id"], sealed, fresh_sealed, expires_at, due, instant(now_s)):
+                log.info("token.refreshed", account=account["id"], expires_at=expires_at)
+            for kind in ("token_dead", "token_expiring"):
+                self._alarm.clear(kind, account=account["id"])
+
+    def _is_dead(self, account: Row) -> bool:
+        """Tell whether the token is refused for other calls, too: why a refreshing is refused is not documented."""
+        try:
+            self._client.whoami(self._vault.open(account["access_token_sealed"]))
+        except Invalid as problem:
+            return problem.code.startswith("token_")
+        except Unavailable:
+            pass
+        return False
+
+    def _stop(self, account: Row, reason: str) -> None:
+        now = instant(self._clock())
+        accounts.stop(self._db, account["id"], account["access_token_sealed"], reason, now)
+        self._alarm.alert("token_dead", reason, account=account["id"])
+
+    def _ask_again(self, account: Row, at_s: float) -> None:
+        accounts.refresh_later(self._db, account["id"], account["access_token_sealed"], instant(at_s))
