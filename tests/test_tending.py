@@ -10,7 +10,7 @@ import requests
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
 from crmbridge.ops import backfill
-from crmbridge.store import accounts, contacts, database, pauses, questions, vitals
+from crmbridge.store import accounts, contacts, database, pauses, privacy, questions, turn, vitals
 from crmbridge.store.deliveries import Patience
 from crmbridge.tending.backfill import OUTAGE_S, Backfill
 from crmbridge.tending.names import Names
@@ -647,3 +647,16 @@ def test_the_sandbox_can_be_told_so_over_http(rig: Rig) -> None:
     assert len(rig.meta.messages) == 2
     requests.delete(f"{control}/accounts/{SHOP_ID}/tokens", timeout=5)
     assert rig.meta.accounts[SHOP_ID].tokens == {}
+
+
+def test_nothing_is_asked_about_who_was_erased_or_for_who_left(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("hello", "m1")
+    rig.say("hello", "m2", contact="900000000000002")
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    left = questions.due(rig.db, instant(rig.now_s), but=(), limit=9)
+    assert [question["subject"] for question in left] == ["900000000000002"]
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s), instant(rig.now_s))
+    turn.delete_account(rig.db, account["id"], rig.now_s)
+    assert questions.due(rig.db, instant(rig.now_s), but=(), limit=9) == []
+    assert questions.backfills(rig.db, instant(rig.now_s)) == []
