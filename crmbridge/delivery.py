@@ -83,6 +83,8 @@ def decide(
     if outcome.stops:
         return Verdict("pending", now, in_doubt=claimed.kind == "look_up")
     expires_s = epoch_s(claimed.expires_at)
+    if claimed.kind == "look_up":  # that it was not to be sent later tells nothing of whether it was
+        expires_s = max(expires_s, epoch_s(claimed.accepted_at) + schedule.patience.instagram_s)
     if outcome.kind == "fault":
         # Our own failing, not the far side's refusal: it uses up nothing, and holds up no other for long.
         due, worn = instant(now_s + FAULT_S * jitter()), claimed.target == "crm" and claimed.waits >= _FAULTS_IN_FRONT

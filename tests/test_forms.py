@@ -462,6 +462,16 @@ def test_what_the_conversation_shows_without_content_is_left_to_a_person(desk: D
     assert len(rig.meta.sent) == 1
 
 
+def test_a_stale_message_in_doubt_is_still_looked_for(desk: Desk) -> None:
+    rig = desk.rig
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.meta.fault("conversations", times=3, status=503, body="")
+    message_id = desk.send(message="We close in ten seconds", send_before=instant(rig.now_s + 10))
+    rig.live_through(120)
+    assert desk.status(message_id) == ("sent", None)
+    assert len(rig.meta.sent) == 1
+
+
 @pytest.mark.parametrize(
     ("sent", "shown", "sends"),
     [
