@@ -108,11 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
-    retry.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows, or a send's msg_…: at once")
-    retry.add_argument("--all", action="store_true", help="all that the filters let through, behind live traffic")
-    retry.add_argument("--preview", action="store_true", help="with --all: only count them")
     retry.add_argument("--force", action="store_true", help="also sends in doubt, which may arrive twice")
-    for parser in (dead, retry):
+    discard = command(dlq, "discard", _dlq_discard, "want dead deliveries no more: they are not tried again")
+    for parser, lot in ((retry, "all that the filters let through, behind live traffic"), (discard, "all that match")):
+        parser.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows, or a send's msg_…")
+        parser.add_argument("--all", action="store_true", help=lot)
+        parser.add_argument("--preview", action="store_true", help="only tell what would be done")
+    for parser in (dead, retry, discard):
         which = parser.add_mutually_exclusive_group()
         which.add_argument("--webhooks", action="store_true", help="only what CRMs did not get")
         which.add_argument("--sends", action="store_true", help="only what Instagram did not get")
@@ -315,40 +317,54 @@ def _dlq_list(options: argparse.Namespace) -> None:
     from crmbridge.ops import dlq
 
     with _database(options) as db:
-        dlq.show(db, _dlq_filters(options))
+        dlq.show(db, _dlq_filters(db, options))
 
 
 def _dlq_retry(options: argparse.Namespace) -> int:
     from crmbridge.ops import dlq
-    from crmbridge.store.deliveries import Patience
-    from crmbridge.worker import ring_remote
 
-    if bool(options.ids) == options.all:
-        raise Misconfigured("name the deliveries, or say --all")
-    if options.preview and not options.all:
-        raise Misconfigured("--preview goes with --all")
-    settings, left = _settings(options), 0
-    patience = Patience(settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s)
+    left, preview = 0, options.preview
+    _require_choice(options)
     with _database(options) as db:
         if options.all:
-            dlq.retry_all(db, _dlq_filters(options), force=options.force, preview=options.preview)
+            dlq.retry_all(db, _dlq_filters(db, options), force=options.force, preview=preview)
         else:
-            left = dlq.retry(db, options.ids, patience, force=options.force)
-    ring_remote(settings.store.queue_path)
+            left = dlq.retry(db, options.ids, _patience(options), force=options.force, preview=preview)
+    if not preview:
+        _ring(options)
     return left
 
 
-def _dlq_filters(options: argparse.Namespace) -> Any:
+def _dlq_discard(options: argparse.Namespace) -> int:
+    from crmbridge.ops import dlq
+
+    _require_choice(options)
+    with _database(options) as db:
+        if not options.all:
+            return dlq.discard(db, options.ids, preview=options.preview)
+        dlq.discard_all(db, _dlq_filters(db, options), preview=options.preview)
+    return 0
+
+
+def _require_choice(options: argparse.Namespace) -> None:
+    if bool(options.ids) == options.all:
+        raise Misconfigured("name the deliveries, or say --all")
+
+
+def _dlq_filters(db: database.Database, options: argparse.Namespace) -> Any:
+    from crmbridge.ops import dlq
     from crmbridge.store.dead import Filter
 
     now_s = time.time()
     before = events.instant(now_s - options.older_than) if options.older_than else None
     after = events.instant(now_s - options.newer_than) if options.newer_than else None
     targets: list[Any] = ["crm"] * (not options.sends) + ["instagram"] * (not options.webhooks)
-    return [
+    wanted = [
         Filter(target, options.account, options.event, options.code, dead_after=after, dead_before=before)
         for target in targets
     ]
+    dlq.check(db, wanted)
+    return wanted
 
 
 # --- serve and worker ---

@@ -68,7 +68,7 @@ class Upkeep:
         for pause in pauses.over(self._db, now):
             account, target = pause["account_id"], pause["target"]
             if pauses.resume(self._db, account, target, now=now, patience=self._patience, when=is_over):
-                log.info("account.resumed", account=account, target=target, until=pause["until"])
+                log.info("account.resumed", account=account, target=target, until=pause["until"], by="until")
                 ended = True
         return ended
 

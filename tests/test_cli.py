@@ -127,14 +127,34 @@ def test_wrong_usage_is_2(tmp_path: Path, words: tuple[str, ...]) -> None:
 
 
 def test_dead_deliveries_are_named_to_be_retried(made: Path) -> None:
-    assert run(made, "dlq", "list", "--older-than", "2h", "--sends").stdout.split()[:3] == ["ID", "DIED", "AGE"]
+    assert run(made, "dlq", "list", "--older-than", "2h", "--sends").stdout == "no dead letters\n"
     assert "--older-than: must be a duration" in run(made, "dlq", "list", "--older-than", "2").stderr
     asked = run(made, "dlq", "retry", "--all", "--preview")
     assert (asked.returncode, asked.stdout.count(": 0 match, 0 to be asked for")) == (0, 2)
     unknown = run(made, "dlq", "retry", "dlv_none")
     assert (unknown.returncode, "left     dlv_none" in unknown.stdout) == (1, True)
     assert "--all" in run(made, "dlq", "retry").stderr
-    assert "--all" in run(made, "dlq", "retry", "dlv_none", "--preview").stderr
+    for words in (("retry", "dlv_none", "--preview"), ("discard", "dlv_none")):
+        unknown = run(made, "dlq", *words)
+        assert (unknown.returncode, unknown.stdout) == (1, "left     dlv_none  There is no such delivery or send.\n")
+    assert run(made, "dlq", "discard", "--all").stdout == "webhooks: 0 discarded\nsends: 0 discarded\n"
+
+
+@pytest.mark.parametrize("command", [("list",), ("retry", "--all", "--preview"), ("discard", "--all")])
+@pytest.mark.parametrize(
+    ("filters", "said"),
+    [
+        (("--account", "acc_none"), "no account acc_none"),
+        (("--event", "message.recieved"), "no event message.recieved; known: message.received,"),
+        (("--older-than", "3d", "--newer-than", "1d"), "Nothing can have died"),
+    ],
+)
+def test_a_filter_that_nothing_can_match_is_an_error(
+    made: Path, command: tuple[str, ...], filters: tuple[str, ...], said: str
+) -> None:
+    done = run(made, "dlq", *command, *filters)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
 
 
 def test_version_and_lists(made: Path) -> None:

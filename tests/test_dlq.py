@@ -1,5 +1,6 @@
 """Dead letters: listed, counted, asked for by the hundred, and delivered in order behind live traffic."""
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from crmbridge.errors import Conflict
 from crmbridge.events import instant
+from crmbridge.ops import explain
 from crmbridge.sandbox import wire
 from crmbridge.store import accounts, dead, deliveries, inbound, pauses, turn
 from crmbridge.store.dead import Asked, Filter
@@ -202,6 +204,30 @@ def test_content_that_goes_while_its_row_waits_stops_no_other(rig: Rig) -> None:
     assert len(rig.taken()) == 1
 
 
+def test_what_nobody_wants_is_dead_no_more_and_stays_to_be_explained(rig: Rig) -> None:
+    account = die(rig, {"801": 3, "802": 1})
+    first = rig.dead()[0]
+    ask(rig)
+    dead.discard(rig.db, first["id"], rig.now_s, by="cli", preview=True)
+    assert len(rig.dead()) == 4
+    dead.discard(rig.db, first["id"], rig.now_s, by="cli")
+    with pytest.raises(Conflict) as refused:
+        dead.discard(rig.db, first["id"], rig.now_s, by="cli")
+    assert refused.value.code == "not_dead"
+    wanted = Filter("crm", account_id=account["id"])
+    assert dead.discard_all(rig.db, wanted, rig.now_s, by="cli", preview=True) == 3
+    assert len(rig.dead()) == 3
+    assert dead.discard_all(rig.db, wanted, rig.now_s, by="cli") == 3
+    rig.live_through(3600)
+    assert rig.taken() == []
+    ended = rig.db.rows("SELECT state, last_code, latency_ms, retry_asked_at FROM deliveries")
+    assert ended == [{"state": "done", "last_code": "discarded", "latency_ms": None, "retry_asked_at": None}] * 4
+    (told,) = explain.explain(rig.db, first["id"], rig.now_s)["stories"]
+    assert "a person wants it no more (dlq discard, by cli)" in [
+        step["text"].partition(": ")[2] for step in told["steps"]
+    ]
+
+
 def test_dead_sends_go_out_again_and_those_in_doubt_only_by_force(rig: Rig) -> None:
     account = rig.account()
     for number in range(3):
@@ -251,6 +277,9 @@ def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
     shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "dead 2" and entry.answered == 200)
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(0,)])
 
+    key_id = "key_" + shop.admin_key.split("_")[1]
+    assert re.search(rf"dlq\.retried delivery={one['delivery_id']} .*by={key_id}", shop.log())
+    assert re.search(rf"dlq\.retry_asked target=crm matching=2 asked=2 by={key_id}", shop.log())
     for path, status, slug in (
         (f"webhooks/{one['delivery_id']}/retry", 409, "not_dead"),
         (f"messages/{one['delivery_id']}/retry", 404, "delivery_not_found"),
@@ -262,8 +291,14 @@ def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
         ("cursor=x", "invalid_cursor"),
         ("dead_after=now", "invalid_request"),
         ("limit=0", "invalid_request"),
+        ("account_id=acc_none", "account_not_found"),
+        ("event=message.recieved", "invalid_request"),
+        ("dead_after=2027-01-15T08:00:00Z&dead_before=2027-01-15T07:00:00Z", "invalid_request"),
     ):
         assert call("GET", f"webhooks?{query}").json()["error"] == slug
+        if "=" in query and query.partition("=")[0] not in ("cursor", "limit"):
+            body = dict(pair.split("=") for pair in query.split("&"))
+            assert call("POST", "webhooks/retry", body).json()["error"] == slug
 
 
 def test_a_dead_send_is_retried_by_its_message_id(shop: Shop) -> None:
@@ -283,14 +318,19 @@ def test_an_operator_lists_previews_and_retries_by_command(shop: Shop) -> None:
     for number in range(2):
         shop.meta.customer_says(SHOP_ID, CUSTOMER, f"typed {number}")
         shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(number + 1,)])
-    header, first, _ = shop.bridge.command(
-        "dlq", "list", "--account", shop.account_id, "--newer-than", "1h"
-    ).splitlines()
+    words = ("dlq", "list", "--account", shop.account_id, "--newer-than", "1h")
+    header, first, _, total = shop.bridge.command(*words).splitlines()
+    assert total == "2 dead letters"
     assert header.split()[:3] == ["ID", "DIED", "AGE"]
     assert "crm_unauthorized" in first
-    assert shop.bridge.command("dlq", "list", "--older-than", "1h").count("\n") == 0
-    assert shop.bridge.command("dlq", "retry", first.split()[0]) == f"revived  {first.split()[0]}"
+    assert shop.bridge.command("dlq", "list", "--older-than", "1h") == "no dead letters"
+    delivery_id = first.split()[0]
+    for options in (("--preview", delivery_id), (delivery_id, "--preview", "--force")):
+        assert shop.bridge.command("dlq", "retry", *options) == f"would be revived {delivery_id}"
+    assert shop.rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'") == [(2,)]
+    assert shop.bridge.command("dlq", "retry", delivery_id) == f"revived  {delivery_id}"
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(1,)])
+    assert "a person had it tried again (dlq retry, by cli)" in shop.bridge.command("explain", delivery_id)
     words = ("dlq", "retry", "--all", "--webhooks", "--code", "crm_unauthorized")
     assert shop.bridge.command(*words, "--preview") == "webhooks: 1 match, 1 to be asked for, 0 before"
     assert shop.bridge.command(*words) == "webhooks: 1 match, 1 asked for, 0 before"

@@ -1,8 +1,8 @@
-"""``crmbridge dlq``: the dead deliveries, and another try for them."""
+"""``crmbridge dlq``: the dead deliveries, and another try for them, or none."""
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from crmbridge.errors import Conflict
 from crmbridge.events import epoch_s
@@ -10,21 +10,32 @@ from crmbridge.store import dead
 from crmbridge.store.database import Database, Row
 from crmbridge.store.dead import Filter
 from crmbridge.store.deliveries import Patience
+from crmbridge.store.overview import NAMES
 
 _PAGE = 200
+_BY = "cli"
 _LINE = "{:30}  {:24}  {:>6}  {:30}  {:9}  {:52}  {:>8}  {:16}  {:>4}  {}"
 
 
+def check(db: Database, wanted: Sequence[Filter]) -> None:
+    """Raise NotFound or Invalid for filters that nothing can match."""
+    for one in wanted:
+        dead.check(db, one)
+
+
 def show(db: Database, wanted: Sequence[Filter]) -> None:
-    """Print the dead deliveries that match, oldest first."""
-    now_s = time.time()
-    print(_LINE.format("ID", "DIED", "AGE", "ACCOUNT", "TARGET", "WHAT", "ATTEMPTS", "CODE", "HTTP", "ERROR"))
+    """Print the dead deliveries that match, oldest first, and how many there are."""
+    now_s, number = time.time(), 0
     for row in heapq.merge(*(_rows(db, one) for one in wanted), key=lambda row: (row["finished_at"], row["position"])):
+        if not number:
+            print(_LINE.format("ID", "DIED", "AGE", "ACCOUNT", "TARGET", "WHAT", "ATTEMPTS", "CODE", "HTTP", "ERROR"))
+        number += 1
         what = row["message_id"] if row["target"] == "instagram" else f"{row['event']} {row['event_id']}"
         cells = (row["account_id"], row["target"], what, row["attempts"], row["last_code"], row["last_http_status"])
         shown = ["-" if cell is None else cell for cell in cells]
         age = _age(now_s - epoch_s(row["finished_at"]))
         print(_LINE.format(row["id"], row["finished_at"], age, *shown, row["last_error"] or "-"))
+    print(f"{number} dead letter{'s' * (number != 1)}" if number else "no dead letters")
 
 
 def _rows(db: Database, wanted: Filter) -> Iterator[Row]:
@@ -41,16 +52,36 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f}s"
 
 
-def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool) -> int:
-    """Owe the named deliveries again, at once; print what became of each; return 1 when one was left as it was."""
+def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool, preview: bool) -> int:
+    """Owe the named deliveries again, at once; print what became of each; return 1 when one was left as it was.
+
+    With `preview`, only print what would become of them.
+    """
+
+    def revive(delivery_id: str) -> None:
+        if preview:
+            dead.retryable(db, delivery_id, force=force)
+        else:
+            dead.revive(db, delivery_id, time.time(), patience, force=force, by=_BY)
+
+    return _each(db, names, revive, "would be revived" if preview else "revived ")
+
+
+def discard(db: Database, names: Sequence[str], *, preview: bool) -> int:
+    """End the named deliveries for good; print what became of each; return 1 when one was left as it was."""
+    said = "would be discarded" if preview else "discarded"
+    return _each(db, names, lambda name: dead.discard(db, name, time.time(), by=_BY, preview=preview), said)
+
+
+def _each(db: Database, names: Sequence[str], what: Callable[[str], None], said: str) -> int:
     left = 0
     for name in names:
         row = dead.find(db, name)
         try:
             if row is None:
                 raise Conflict("There is no such delivery or send.")
-            dead.revive(db, row["id"], time.time(), patience, force=force)
-            print(f"revived  {name}")
+            what(row["id"])
+            print(f"{said} {name}")
         except Conflict as problem:
             left = 1
             print(f"left     {name}  {problem.message}")
@@ -60,11 +91,17 @@ def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool
 def retry_all(db: Database, wanted: Sequence[Filter], *, force: bool, preview: bool) -> None:
     """Have all that match tried again, behind live traffic, and print how many; with `preview`, only count them."""
     for one in wanted:
-        found = dead.ask(db, one, time.time(), force=force, preview=preview)
+        found = dead.ask(db, one, time.time(), force=force, preview=preview, by=_BY)
         reasons = ", ".join(f"{number} {because}" for because, number in found.left_out.items() if number)
-        name = "webhooks" if one.target == "crm" else "sends"
         asked = "to be asked for" if preview else "asked for"
         print(
-            f"{name}: {found.matching} match, {found.asked} {asked}, {found.already_asked} before"
+            f"{NAMES[one.target]}: {found.matching} match, {found.asked} {asked}, {found.already_asked} before"
             + (f", left out: {reasons}" if reasons else "")
         )
+
+
+def discard_all(db: Database, wanted: Sequence[Filter], *, preview: bool) -> None:
+    """End all that match for good, and print how many; with `preview`, only count them."""
+    for one in wanted:
+        number = dead.discard_all(db, one, time.time(), by=_BY, preview=preview)
+        print(f"{NAMES[one.target]}: {number} {'to be discarded' if preview else 'discarded'}")

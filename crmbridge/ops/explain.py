@@ -230,6 +230,12 @@ def _repeats(heard: Row) -> str:
 
 # --- deliveries ---
 
+_BY_A_PERSON = {
+    "asked": "a person asked for another try of many (dlq retry{who})",
+    "revived": "a person had it tried again (dlq retry{who})",
+    "discarded": "a person wants it no more (dlq discard{who})",
+}
+
 
 def _deliver(found: Story, owed: Owed, now: str) -> None:
     """Tell a delivery: when it was owed, each call, what befell it between them, and what comes next."""
@@ -241,9 +247,10 @@ def _deliver(found: Story, owed: Owed, now: str) -> None:
         row["accepted_at"], "owed", text if is_send else f"{text}, {row['event_id']}, sequence {row['sequence']}"
     )
     notes = [line.split(" ", 2) for line in (row["notes"] or "").splitlines()]
-    for at, word, *_ in notes:
-        if word == "revived":
-            found.tell(at, "revived", f"{name} to {to}: a person had it tried again (dlq retry)")
+    for at, word, *by in notes:
+        if word in _BY_A_PERSON:
+            who = f", by {by[0]}" if by else ""
+            found.tell(at, word, f"{name} to {to}: {_BY_A_PERSON[word].format(who=who)}")
     for attempt in owed.attempts:
         found.tell(attempt["started_at"], attempt["kind"], f"{name} to {to}, {_attempt(attempt, row['target'])}")
     for at, word, *code in notes:

@@ -1,14 +1,15 @@
-"""Dead deliveries: list them, owe one again, ask for many, and let those that were asked for back in bit by bit."""
+"""Dead deliveries: list them, owe one again, ask for many and let these back in bit by bit, want some no more."""
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from crmbridge.contract import CRM_EVENTS
 from crmbridge.endpoints import REPLAY_BURST, Room
-from crmbridge.errors import Conflict
+from crmbridge.errors import Conflict, Invalid, NotFound
 from crmbridge.events import instant
-from crmbridge.store import deliveries, messages
+from crmbridge.store import accounts, deliveries, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
@@ -21,7 +22,8 @@ _SAID: dict[str, str] = {
 }
 _LANES = 3  # of one endpoint in replay at a time
 _LANE_STEP, _LANE_LOW = 10, 3  # rows of a lane let back in at once, and when the next ones follow
-_ASK_AT_ONCE = 200
+_AT_ONCE = 200
+_EVENTS = (*CRM_EVENTS, deliveries.SEND, deliveries.ACTION)
 # Why a dead row cannot be tried again; a send in doubt can, by force.
 _BECAUSE = """
     CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'
@@ -56,6 +58,18 @@ class Asked:
     asked: int
     already_asked: int
     left_out: dict[str, int]
+
+
+def check(db: Database, wanted: Filter) -> None:
+    """Raise NotFound for an account that never was, Invalid for what no dead delivery can match."""
+    if wanted.account_id is not None and wanted.account_id not in accounts.ids(db):
+        raise NotFound(f"There is no account {wanted.account_id}.", code="account_not_found")
+    if wanted.event is not None and wanted.event not in _EVENTS:
+        detail = {"field": "event", "problem": "must be one of " + ", ".join(_EVENTS)}
+        raise Invalid(f"There is no event {wanted.event}; known: {', '.join(_EVENTS)}.", details=[detail])
+    if (wanted.dead_after or "") > (wanted.dead_before or "~"):
+        detail = {"field": "dead_after", "problem": "must not be later than dead_before"}
+        raise Invalid("Nothing can have died after dead_after and before dead_before.", details=[detail])
 
 
 def page(db: Database, wanted: Filter, *, after: tuple[str, int] | None, limit: int) -> list[Row]:
@@ -99,40 +113,62 @@ def find(db: Database, name: str) -> Row | None:
     return db.row("SELECT * FROM deliveries WHERE id = ?", (name,))
 
 
-def revive(db: Database, delivery_id: str, now_s: float, patience: Patience, *, force: bool = False) -> None:
-    """Owe a dead delivery again, at once. Raises Conflict, with the reason as its code, when that cannot be."""
+def revive(
+    db: Database, delivery_id: str, now_s: float, patience: Patience, *, force: bool = False, by: str | None = None
+) -> None:
+    """Owe a dead delivery again, at once, and note `by` whom. Raises Conflict as `retryable` does."""
 
     def job() -> None:
-        row = db.row(f"SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.id = ?", (delivery_id,))
-        if row is None:
-            raise Conflict("It is not dead: it was delivered, or is being tried.", code="not_dead")
-        because: str | None = row["because"]
-        if because is not None and not (force and because == "in_doubt"):
-            raise Conflict(_SAID[because], code=because)
-        _owe_again(db, [row], now_s, patience, asked_at=None)
+        _owe_again(db, [retryable(db, delivery_id, force=force)], now_s, patience, asked_at=None, by=by)
 
     db.write(job)
 
 
-def _owe_again(db: Database, rows: Sequence[Row], now_s: float, patience: Patience, *, asked_at: str | None) -> None:
+def retryable(db: Database, delivery_id: str, *, force: bool) -> Row:
+    """Return a dead delivery that can be tried again. Raises Conflict, with the reason as its code, for another."""
+    row = _dead(db, delivery_id)
+    because: str | None = row["because"]
+    if because is not None and not (force and because == "in_doubt"):
+        raise Conflict(_SAID[because], code=because)
+    return row
+
+
+def _dead(db: Database, delivery_id: str) -> Row:
+    row = db.row(f"SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.id = ?", (delivery_id,))
+    if row is None:
+        raise Conflict("It is not dead: it was delivered, or is being tried.", code="not_dead")
+    return row
+
+
+def _owe_again(
+    db: Database,
+    rows: Sequence[Row],
+    now_s: float,
+    patience: Patience,
+    *,
+    asked_at: str | None,
+    by: str | None = None,
+) -> None:
     """Put dead rows of one lane back into it, in front of what came after them and was not sent yet."""
     target, now = rows[0]["target"], instant(now_s)
     if target == "instagram":
         for row in rows:
             messages.revive(db, row["message_id"], now)
-    deliveries.revive(db, rows, now=now, expires_at=instant(now_s + patience.of(target)), asked_at=asked_at)
+    expires_at = instant(now_s + patience.of(target))
+    deliveries.revive(db, rows, now=now, expires_at=expires_at, asked_at=asked_at, by=by)
 
 
 # --- many: ask for them, then let them in bit by bit ---
 
 
-def ask(db: Database, wanted: Filter, now_s: float, *, force: bool, preview: bool) -> Asked:
+def ask(db: Database, wanted: Filter, now_s: float, *, force: bool, preview: bool, by: str | None = None) -> Asked:
     """Have all matching rows tried again that can be, behind live traffic; with `preview`, only count them.
 
-    Only marks them: the engine lets them back in, lane by lane. What dies from now on is not meant.
+    Only marks them, and notes `by` whom: the engine lets them back in, lane by lane. What dies from now on is not
+    meant.
     """
     now = instant(now_s)
-    wanted = Filter(**{**vars(wanted), "dead_before": min(wanted.dead_before or now, now)})
+    wanted = _until(wanted, now)
     where, parameters = _matching(wanted)
     counts = db.rows(
         f"SELECT {_BECAUSE} AS because, dead.retry_asked_at IS NOT NULL AS was_asked, COUNT(*) AS number {_DEAD}{where}"
@@ -150,28 +186,69 @@ def ask(db: Database, wanted: Filter, now_s: float, *, force: bool, preview: boo
             asked += row["number"]
     matching = sum(row["number"] for row in counts)
     if not preview:
-        asked = _mark(db, where, parameters, now, force=force)
+        asked = _mark(db, where, parameters, now, force=force, by=by)
     return Asked(matching, asked, already_asked, left_out)
 
 
-def _mark(db: Database, where: str, parameters: Sequence[Any], now: str, *, force: bool) -> int:
+def _until(wanted: Filter, now: str) -> Filter:
+    return replace(wanted, dead_before=min(wanted.dead_before or now, now))
+
+
+def _mark(db: Database, where: str, parameters: Sequence[Any], now: str, *, force: bool, by: str | None) -> int:
     """Mark the rows that match, oldest first, a step to a commit; return how many there were."""
     # What is to be marked is looked for outside the write lock; what becomes impossible meanwhile is left out later.
     able = f"COALESCE({_BECAUSE}, 'in_doubt') = 'in_doubt'" if force else f"({_BECAUSE}) IS NULL"
     sql = f"""
         SELECT dead.finished_at, dead.position {_DEAD}{where} AND dead.retry_asked_at IS NULL AND {able}
             AND (dead.finished_at, dead.position) > (?, ?)
-        ORDER BY dead.finished_at, dead.position LIMIT {_ASK_AT_ONCE}"""
+        ORDER BY dead.finished_at, dead.position LIMIT {_AT_ONCE}"""
     total, after = 0, ("", 0)
     while rows := db.rows(sql, (*parameters, *after)):
-        total += db.write(functools.partial(_mark_these, db, [row["position"] for row in rows], now))
+        total += db.write(functools.partial(_mark_these, db, [row["position"] for row in rows], now, by))
         after = (rows[-1]["finished_at"], rows[-1]["position"])
     return total
 
 
-def _mark_these(db: Database, positions: list[int], now: str) -> int:
+def _mark_these(db: Database, positions: list[int], now: str, by: str | None) -> int:
     these = f"position IN ({', '.join('?' * len(positions))}) AND state = 'dead' AND retry_asked_at IS NULL"
+    if by is not None:
+        deliveries.note(db, these, positions, f"asked {by}", now)
     return db.update("deliveries", {"retry_asked_at": now}, these, positions)
+
+
+# --- what nobody wants any more ---
+
+
+def discard(db: Database, delivery_id: str, now_s: float, *, by: str, preview: bool = False) -> None:
+    """End a dead delivery for good, though its content stays as long as it would. Raises Conflict when it is not dead.
+
+    With `preview` only that is found out.
+    """
+
+    def job() -> None:
+        position = _dead(db, delivery_id)["position"]
+        if not preview:
+            _discard(db, [position], instant(now_s), by)
+
+    db.write(job)
+
+
+def discard_all(db: Database, wanted: Filter, now_s: float, *, by: str, preview: bool = False) -> int:
+    """End all dead deliveries that match, a step to a commit; return how many. With `preview`, only count them."""
+    now, total, after = instant(now_s), 0, None
+    wanted = _until(wanted, now)
+    while rows := page(db, wanted, after=after, limit=_AT_ONCE):
+        positions = [row["position"] for row in rows]
+        total += len(rows) if preview else db.write(functools.partial(_discard, db, positions, now, by))
+        after = (rows[-1]["finished_at"], rows[-1]["position"])
+    return total
+
+
+def _discard(db: Database, positions: Sequence[int], now: str, by: str) -> int:
+    these = f"position IN ({', '.join('?' * len(positions))}) AND state = 'dead'"
+    deliveries.note(db, these, positions, f"discarded {by}", now)
+    ended = {"state": "done", "last_code": "discarded", "retry_asked_at": None}
+    return db.update("deliveries", ended, these, positions)
 
 
 def is_any_asked(db: Database) -> bool:

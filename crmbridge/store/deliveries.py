@@ -333,14 +333,14 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
         [claimed.id, claimed.claim_id],
     )
     if touched and verdict.state == "dead":
-        _note(db, "id = ?", [claimed.id], f"dead {outcome.code}", now)
+        note(db, "id = ?", [claimed.id], f"dead {outcome.code}", now)
     elif touched and verdict.steps_aside and claimed.ready < 2:
-        _note(db, "id = ?", [claimed.id], "stepped_aside", now)
+        note(db, "id = ?", [claimed.id], "stepped_aside", now)
     if touched and claimed.ready == 0 and verdict.state == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
         where = "state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1"
         lane = [claimed.target, claimed.account_id, claimed.contact]
-        _note(db, where, lane, "stepped_aside", now)
+        note(db, where, lane, "stepped_aside", now)
         db.update("deliveries", {"ready": 2, "retry_asked_at": None}, where, lane)
     if touched and leaves:
         promote(db, claimed.target, claimed.account_id, claimed.contact, now)
@@ -352,7 +352,7 @@ def latency_ms(accepted_at: str, now: str) -> int:
     return max(round((epoch_s(now) - epoch_s(accepted_at)) * 1000), 0)
 
 
-def _note(db: Database, where: str, parameters: Sequence[Any], note: str, now: str) -> None:
+def note(db: Database, where: str, parameters: Sequence[Any], note: str, now: str) -> None:
     """Write down what became of deliveries without a call, for the one who asks what happened to them."""
     db.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{now} {note}\n", *parameters))
 
@@ -363,7 +363,7 @@ def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, messa
     if state == "done" and row["attempts"] and code != "cancelled":
         ended["latency_ms"] = latency_ms(row["accepted_at"], now)
     db.update("deliveries", {**ended, "finished_at": now, "retry_asked_at": None}, "id = ?", [row["id"]])
-    _note(db, "id = ?", [row["id"]], f"{state} {code}", now)
+    note(db, "id = ?", [row["id"]], f"{state} {code}", now)
     if row["claim_id"] is not None:
         overtaken = {"finished_at": now, "outcome": "abandoned", "code": code}
         db.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
@@ -505,14 +505,16 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
     )
 
 
-def revive(db: Database, rows: Sequence[Row], *, now: str, expires_at: str, asked_at: str | None) -> None:
+def revive(
+    db: Database, rows: Sequence[Row], *, now: str, expires_at: str, asked_at: str | None, by: str | None = None
+) -> None:
     """Owe dead deliveries of one lane again, in their old places in it, with their retries unused."""
     target, account_id, contact = lane = [rows[0][name] for name in ("target", "account_id", "contact")]
     fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
     fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "retry_asked_at": asked_at}
     these, positions = f"position IN ({', '.join('?' * len(rows))})", [row["position"] for row in rows]
     db.update("deliveries", fresh, these, positions)
-    _note(db, these, positions, "revived", now)
+    note(db, these, positions, f"revived {by}" if by else "revived", now)
     # A send that was tried stays in front: its echo may still come.
     later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
     where = f"state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND {later}"
@@ -524,7 +526,7 @@ def stop_pushing(db: Database, account_id: str, now: str) -> None:
     """Leave what an account's CRM was still to get to be read when it asks."""
     ended = {"state": "done", "claim_id": None, "last_code": "not_pushed", "finished_at": now}
     where = "state = 'pending' AND target = 'crm' AND account_id = ?"
-    _note(db, where, [account_id], "done not_pushed", now)
+    note(db, where, [account_id], "done not_pushed", now)
     db.update("deliveries", ended, where, [account_id])
     _unask(db, "target = 'crm' AND account_id = ?", account_id)
 
@@ -535,7 +537,7 @@ def _unask(db: Database, where: str, account_id: str) -> None:
 
 def end_account(db: Database, account_id: str, now: str) -> None:
     """End everything that is owed to or for an account that is being deleted."""
-    _note(db, "state = 'pending' AND account_id = ?", [account_id], "dead account_deleted", now)
+    note(db, "state = 'pending' AND account_id = ?", [account_id], "dead account_deleted", now)
     db.run(
         """
         UPDATE deliveries SET state = 'dead', claim_id = NULL, in_doubt = 0, last_code = 'account_deleted',

@@ -145,7 +145,8 @@ class AccountRoutes:
             detail = {"field": "until", "problem": "must lie ahead"}
             raise Invalid("The pause would be over already.", details=[detail])
         pauses.stop(call.db, row["id"], request.what, reason=request.reason, until=request.until, now=now)
-        log.info("account.paused", account=row["id"], what=",".join(request.what), until=request.until)
+        facts = {"what": ",".join(request.what), "until": request.until, "reason": request.reason}
+        log.info("account.paused", account=row["id"], **facts, by=call.key_id())
         return self._answer(call, row)
 
     def resume(self, call: Call) -> Reply:
@@ -155,7 +156,7 @@ class AccountRoutes:
         now = instant(call.now_s)
         for what in request.what:
             pauses.resume(call.db, row["id"], pauses.WHAT[what], now=now, patience=self._patience)
-        log.info("account.resumed", account=row["id"], what=",".join(request.what))
+        log.info("account.resumed", account=row["id"], what=",".join(request.what), by=call.key_id())
         self._wake()
         return self._answer(call, row)
 

@@ -117,6 +117,11 @@ class Call:
             raise NotFound("There is no such account.", code="account_not_found")
         return found
 
+    def key_id(self) -> str:
+        """Return who asks, for the log and the notes."""
+        assert self.key is not None  # noqa: S101
+        return str(self.key["id"])
+
     def limit(self) -> int:
         """Return how many entries a page of a list may have. Raises Invalid."""
         given = self.query.get("limit", str(_PAGE))

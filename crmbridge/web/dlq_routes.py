@@ -36,8 +36,9 @@ def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patie
         row = dead.find(call.db, call.path["id"])
         if row is None or row["target"] != target:
             raise NotFound("There is no such delivery here.", code="delivery_not_found")
-        dead.revive(call.db, row["id"], call.now_s, patience, force=request.force)
-        log.info("delivery.revived", delivery=row["id"], account=row["account_id"])
+        by = call.key_id()
+        dead.revive(call.db, row["id"], call.now_s, patience, force=request.force, by=by)
+        log.info("dlq.retried", delivery=row["id"], account=row["account_id"], force=request.force or None, by=by)
         wake()
         shown = {key: row[key] for key in ("account_id", "event_id", "message_id")}
         return Reply({"delivery_id": row["id"], **shown, "state": "pending"}, 202)
@@ -45,9 +46,12 @@ def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patie
     def retry_many(call: Call) -> Reply:
         request = call.read(contract.RetryMany) if call.body else contract.RetryMany()
         wanted = Filter(target, **{key: getattr(request, key) for key in _FILTER})
-        found = dead.ask(call.db, wanted, call.now_s, force=request.force, preview=request.preview)
+        dead.check(call.db, wanted)
+        by, force = call.key_id(), request.force
+        found = dead.ask(call.db, wanted, call.now_s, force=force, preview=request.preview, by=by)
         if not request.preview:
-            log.info("delivery.retry_asked", target=target, matching=found.matching, asked=found.asked)
+            numbers = {"matching": found.matching, "asked": found.asked}
+            log.info("dlq.retry_asked", **vars(wanted), **numbers, force=force or None, by=by)
             wake()
         return Reply({**vars(found), "preview": request.preview}, 200 if request.preview else 202)
 
@@ -66,7 +70,9 @@ def _filter(call: Call, target: Target) -> Filter:
             given[name] = read_instant(given[name]) if given[name] is not None else None
         except ValueError as error:
             raise Invalid(f"{name} {error}.", details=[{"field": name, "problem": str(error)}]) from None
-    return Filter(target, **given)
+    wanted = Filter(target, **given)
+    dead.check(call.db, wanted)
+    return wanted
 
 
 def _after(cursor: str | None) -> tuple[str, int] | None:
