@@ -224,13 +224,13 @@ def _ask(db: Database, account: Row, row: Row, now: str) -> bool:
     answers = account["status"] == "active" and (account["ask_again_at"] or "") <= now
     if _is_announcement(row):
         return questions.ask(db, account["id"], "message", row["instagram_message_id"], now) and answers
-    if row["kind"] not in _BY_A_PERSON:
-        return False
+    if row["kind"] not in _BY_A_PERSON or not answers:
+        return False  # the next message asks: nothing piles up meanwhile
     known = contacts.profile(db, account["id"], row["contact"])
     if (known["profile_due"] or "") > now:
         return False
     is_new = questions.ask(db, account["id"], "profile", row["contact"], now)
-    return is_new and answers and known["profile_checked_at"] is None
+    return is_new and known["profile_checked_at"] is None
 
 
 def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
