@@ -35,6 +35,7 @@ class Hook:
 
     def __init__(self) -> None:
         self.status, self.took, self.refused = 200, list[dict[str, Any]](), 0
+        self.then: Callable[[], None] = lambda: None  # while the alert is being handed over
         self._changed = threading.Condition()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
@@ -45,6 +46,7 @@ class Hook:
             else:
                 self.refused += 1
             self._changed.notify_all()
+        self.then()
         start_response(f"{self.status} X", [("Content-Length", "0")])
         return []
 
@@ -238,9 +240,8 @@ def test_of_two_processes_each_tells_its_own(rig: Rig, office: Office) -> None:
     rig.now_s += 2 * DAY_S
     web.alert("request_fault", "a request failed")
     web.pass_on()
-    assert [re.search("(?<=: )[a-z_]+", letter)[0] for letter in office.letters] == [  # type: ignore[index]
-        "dead_letter", "system_fault", "request_fault",
-    ]  # fmt: skip
+    told = [re.search("(?<=: )[a-z_]+", letter)[0] for letter in office.letters]  # type: ignore[index]
+    assert told == ["system_fault", "dead_letter", "request_fault"]  # what is about the whole bridge goes first
     open_rows = {row["kind"]: row["count"] for row in record.everything(rig.db) if row["cleared_at"] is None}
     assert open_rows == {"dead_letter": 10, "system_fault": 2, "request_fault": 1}
 
@@ -686,3 +687,17 @@ def test_a_test_alert_that_does_not_arrive_is_a_failure(
 def test_the_readme_tells_of_each_kind_what_it_means_and_what_to_do() -> None:
     told = re.findall(r"^\| `([a-z_]+)` \| (.+) \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert told == [(name, kind.cause, kind.todo, kind.ends) for name, kind in KINDS.items()]
+
+
+def test_what_is_raised_while_another_is_told_is_stored_before_it_is_told(rig: Rig, office: Office, hook: Hook) -> None:
+    stored: list[set[str]] = []
+
+    def look() -> None:
+        stored.append({row["kind"] for row in record.everything(rig.db)})
+        office.alarm.alert("disk_full", "the disk is full")
+        rig.db.close_thread()
+
+    hook.then = look
+    raise_some(office)
+    office.pass_s(1)
+    assert stored == [{"dead_letter"}, {"dead_letter", "disk_full"}]

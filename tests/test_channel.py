@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from crmbridge import contract
+from crmbridge.store import inbound
 from tests import shop as shops
 from tests.rig import Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
@@ -540,3 +541,83 @@ def test_comments_and_mentions_are_told_only_where_asked_for(tmp_path: Path, swi
         assert sorted(entry.event["message_type"] for entry in shop.crm.wait(len(wanted))) == wanted
         kinds = shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'channel.noted'")
         assert kinds == [(3 - len(wanted),)]
+
+
+@pytest.mark.parametrize("kind", ["message_edit", "reaction", "postback", "referral"])
+def test_what_is_about_an_unsent_message_wedges_nothing(rig: Rig, kind: str) -> None:
+    rig.account()
+    rig.crm.answer_always(503)
+    rig.say("my secret", "mid-1")
+    about = {"mid": "mid-1", "text": "my other secret", "num_edit": 1, "title": "T", "payload": "P", "ref": "flyer"}
+    rig.hear(rig.item({kind: {**about, "action": "react"}}))
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}, at_s=rig.now_s + 1))
+    rig.say("still here", "mid-2")
+    rig.live_through(60)
+    rig.crm.answer_always(None)
+    rig.live_through(600)
+    assert rig.events().count("message.deleted") == 1
+    assert rig.taken()[-1].event["message"] == "still here"
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'") == 0
+    assert "secret" not in json.dumps([entry.event for entry in rig.taken()])
+    assert rig.alerts == []
+
+
+def test_an_edit_that_comes_after_its_unsend_is_not_told(rig: Rig) -> None:
+    rig.account()
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}))
+    rig.hear(rig.item({"message_edit": {"mid": "mid-1", "text": "a secret", "num_edit": 1}}))
+    rig.drain()
+    assert rig.events() == ["message.deleted"]
+    assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM inbound_events"))
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_an_echo_proves_a_send_even_when_it_was_taken_back_since(rig: Rig, in_flight: bool) -> None:
+    account = rig.account()
+    sent = rig.send(account, "ours")
+    rig.meta.fault("messages", after_effect=True, drop=True)
+    rig.drain()
+    mid = str(rig.meta.sent[0].mid)
+    if in_flight:
+        rig.echo("ours", mid)
+    rig.hear(rig.item({"message": {"mid": mid, "is_echo": True, "is_deleted": True}}, echo=True))
+    rig.echo("ours", mid)
+    rig.live_through(3600)
+    assert len(rig.meta.sent) == 1
+    assert rig.status(sent)["instagram_message_id"] == mid
+
+
+def test_a_whole_message_takes_the_place_of_its_announcement(rig: Rig) -> None:
+    rig.account()
+    rig.hear(rig.item({"message_edit": {"mid": "mid-1", "text": "yes", "num_edit": 0}}))
+    rig.hear(rig.item({"message": {"mid": "mid-1", "text": "yes", "quick_reply": {"payload": "CONFIRM"}}}))
+    rig.drain()
+    (told,) = (entry.event for entry in rig.taken())
+    assert (told["message"], told["quick_reply"]) == ("yes", {"payload": "CONFIRM"})
+
+
+@pytest.mark.parametrize("message", [{"text": "hello"}, {"is_unsupported": True}])
+def test_what_came_under_a_foreign_id_before_its_account_is_delivered_then_and_once(
+    rig: Rig, message: dict[str, Any]
+) -> None:
+    item = rig.item({"message": {"mid": "mid-1", **message}})
+    rig.hear(item, account="f6a1c7de")
+    account = rig.account()
+    inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+    rig.hear(item, account="f6a1c7de")
+    rig.hear(item)
+    rig.drain()
+    assert len(rig.taken()) == 1
+
+
+def test_one_webhook_does_not_take_in_all_that_waited_for_its_account(rig: Rig) -> None:
+    for number in range(inbound._ADOPT_AT_ONCE + 50):
+        rig.say(f"early {number}", f"mid-{number}", at_s=rig.now_s + number)
+    account = rig.account()
+    rig.now_s += 1000
+    (late,) = rig.say("late", "mid-late")
+    assert late.state == "queued"
+    assert rig.db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'") == 51
+    inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+    rig.drain()
+    assert [entry.event["message"] for entry in rig.taken()][-2:] == [f"early {inbound._ADOPT_AT_ONCE + 49}", "late"]

@@ -210,15 +210,22 @@ class Alerts:
 
     def pass_on(self, *, last: bool = False) -> float | None:
         """Store and tell what is due; return when something is due next, in seconds since the epoch."""
-        now_s = self._clock()
-        with self._changed:
-            self._follow_clock(now_s)
-            for key, alert in self._alerts.items():
-                self._settle(key, alert, now_s)
-        self._save(now_s)
-        for key, due in list(self._tellings.items()):
-            if now_s >= due.next_s:
-                self._tell(key, due)
+        done: list[_Telling] = []
+        while True:
+            now_s = self._clock()
+            with self._changed:
+                self._follow_clock(now_s)
+                for key, alert in self._alerts.items():
+                    self._settle(key, alert, now_s)
+                due_now = [item for item in self._tellings.items() if now_s >= item[1].next_s]
+            waiting = [item for item in due_now if not any(item[1] is one for one in done)]
+            self._save(now_s)  # each time: a command may take half a minute, and there may be hundreds to tell
+            if not waiting:
+                break
+            # What is about the whole bridge first, and what was not tried before.
+            key, due = min(waiting, key=lambda item: (item[1].tries, item[0][1] != "", item[1].next_s))
+            done.append(due)
+            self._tell(key, due)
         self._save(float("inf") if last else self._clock())
         with self._changed:
             times = [self._save_s, *(due.next_s for due in self._tellings.values())]

@@ -7,7 +7,7 @@ pages, captured payloads, and what implementers report. Where they differ, every
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, ReplyTo, epoch_s, instant, new_id
@@ -63,6 +63,11 @@ class _Item:
             contact_name=None if self.from_account else self.username,
             **facts,
         )
+
+    def unsupported(self, *, external_id: str | None = None, key: str | None = None) -> ChannelEvent:
+        account = self.account or self.party
+        event = _unsupported(account, self.contact, self.body, self.at, external_id=external_id, key=key)
+        return replace(event, party=self.party if self.party != account else "")
 
     @property
     def username(self) -> str | None:
@@ -155,7 +160,7 @@ def _item(account: str, value: Any, sent_at: str) -> ChannelEvent:
         sender=_party(value, "sender"),
         recipient=_party(value, "recipient"),
         at=_time(time, sent_at),
-        time=_id(time),
+        time=_time(time, ""),
         body=value,
     )
     if any(isinstance(about, dict) and about.get("mid") == _TEST_MID for about in value.values()):
@@ -165,8 +170,8 @@ def _item(account: str, value: Any, sent_at: str) -> ChannelEvent:
         if isinstance(about, dict) and (event := handler(item, about)) is not None:
             return event
     if not value.keys() - _ENVELOPE - {"read", "delivery"}:  # receipts that tell nothing we can use
-        return _noted(account, item.contact, value, item.at)
-    return _unsupported(account, item.contact, value, item.at)
+        return _noted(account or item.party, item.contact, value, item.at)
+    return item.unsupported()
 
 
 def _message(item: _Item, message: Mapping[str, Any]) -> ChannelEvent | None:
@@ -210,8 +215,9 @@ def _edit(item: _Item, edit: Mapping[str, Any]) -> ChannelEvent | None:
     if number == 0:
         if text and item.contact:
             kind, key = ("message.echo", "echo") if item.from_account else ("message.received", "message")
-            return item.event(kind, f"{key}:{mid}", external_id=mid, text=text, message_type="text")
-        return _unsupported(item.account, item.contact, item.body, item.at, external_id=mid, key=f"new:{mid}")
+            extra = {"announced": True}  # the whole message may follow, with what this form cannot carry
+            return item.event(kind, f"{key}:{mid}", external_id=mid, text=text, message_type="text", extra=extra)
+        return item.unsupported(external_id=mid, key=f"new:{mid}")
     # Apps that tell no number tell the edits apart by their time.
     which = str(number) if number is not None else item.time or _hash(edit)
     return item.event(

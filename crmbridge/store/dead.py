@@ -211,6 +211,7 @@ def _mark(db: Database, where: str, parameters: Sequence[Any], now: str, *, forc
 
 def _mark_these(db: Database, positions: list[int], now: str, by: str | None) -> int:
     these = f"position IN ({', '.join('?' * len(positions))}) AND state = 'dead' AND retry_asked_at IS NULL"
+    these += " AND account_id IN (SELECT id FROM accounts WHERE deleted_at IS NULL)"
     if by is not None:
         deliveries.note(db, these, positions, f"asked {by}", now)
     return db.update("deliveries", {"retry_asked_at": now}, these, positions)

@@ -414,6 +414,16 @@ def tried_send(db: Database, account_id: str, contact: str) -> Row | None:
     )
 
 
+def tried_behind(db: Database, account_id: str, contact: str) -> list[Row]:
+    """Return the sends to a contact that were tried, died, were revived and wait behind another one."""
+    return db.rows(
+        """
+        SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
+            AND ready = 0 AND attempts > 0""",
+        (account_id, contact),
+    )
+
+
 def given_up_in_doubt(db: Database, account_id: str, contact: str) -> list[Row]:
     """Return the sends to a contact that ended without our knowing whether they had gone out."""
     return db.rows(

@@ -49,7 +49,7 @@ def page(db: Database, accounts: Sequence[Row], *, after: str | None, limit: int
     end = _last(db, by_id, newest) if not has_more else rows[-1] if rows else None
     if end is None or (after is not None and end["position"] <= begin):
         return Page([], after, has_more, 0)
-    _store(db, [row for row in rows if row["body"] is None and row["rendered"]])
+    _store(db, by_id, [row for row in rows if row["body"] is None and row["rendered"]])
     events = [row["rendered"] for row in rows if row["rendered"]]
     broken = sum(not row["rendered"] and not row["gone"] for row in rows)
     expired = broken + sum(_count_gone(db, one, begin, end["position"]) for one in by_id)
@@ -145,17 +145,22 @@ def _rendered(db: Database, account: Row, row: Row) -> str | None:
         return None
 
 
-def _store(db: Database, rows: Sequence[Row]) -> None:
-    """Keep what was rendered, so that a push has the same bytes; where a push was first, take over its own."""
+def _store(db: Database, accounts: Mapping[str, Row], rows: Sequence[Row]) -> None:
+    """Keep what was rendered, so that a push has the same bytes; where a push was first, take over its own.
+
+    It is rendered anew inside the write: what was taken back meanwhile must not come back.
+    """
     if not rows:
         return
 
     def job() -> None:
         for row in rows:
-            known = "position = ? AND body IS NULL AND gone = 0"
-            if not db.update("deliveries", {"body": row["rendered"]}, known, [row["position"]]):
-                row |= (
-                    db.row("SELECT body AS rendered, gone FROM deliveries WHERE position = ?", (row["position"],)) or {}
-                )
+            now = db.row("SELECT * FROM deliveries WHERE position = ?", (row["position"],))
+            if now is None or now["gone"]:
+                row |= {"rendered": None, "gone": 1}
+                continue
+            row["rendered"] = _rendered(db, accounts[row["account_id"]], now)
+            if now["body"] is None and row["rendered"]:
+                db.update("deliveries", {"body": row["rendered"]}, "position = ?", [row["position"]])
 
     db.write_last(job)

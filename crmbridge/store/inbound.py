@@ -18,7 +18,7 @@ _OPEN_THE_WINDOW = ("message.received", "message.postback")
 # What a message is known by; the other kinds are about one.
 _MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
 _BY_A_PERSON = ("message.received", "message.postback", "message.referral")  # Instagram names who wrote or tapped
-_WITHDRAWN = json.dumps({"message_type": "deleted"})
+_SAID_NOTHING = ("text", "attachments", "reply_to", "raw")  # what goes when a message is taken back
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,25 @@ def keep(
 
     def job() -> list[Kept]:
         routes: dict[tuple[str, str], Row | None] = {}
+        queues: set[str] = set()
         for event in ordered:
             named = event.external_account_id, event.party
             if named not in routes:
                 routes[named] = account = _account_of(db, event)
-                while account is not None and _adopt_some(db, account, now, patience):
-                    pass  # what came before the account goes first
+                # What came before the account goes first; where that is too much for one write, this queues behind it.
+                if account is not None and _waits(db, account):
+                    _adopt_some(db, account, now, patience)
+                    queues |= {account["id"]} if _waits(db, account) else set()
         return [
-            _keep_one(db, event, routes[event.external_account_id, event.party], correlation_id, now, patience)
+            _keep_one(
+                db,
+                event,
+                account := routes[event.external_account_id, event.party],
+                correlation_id,
+                now,
+                patience,
+                queues=account is not None and account["id"] in queues,
+            )
             for event in ordered
         ]
 
@@ -61,7 +72,14 @@ def _account_of(db: Database, event: ChannelEvent) -> Row | None:
 
 
 def _keep_one(
-    db: Database, event: ChannelEvent, account: Row | None, correlation_id: str, now: str, patience: Patience
+    db: Database,
+    event: ChannelEvent,
+    account: Row | None,
+    correlation_id: str,
+    now: str,
+    patience: Patience,
+    *,
+    queues: bool,
 ) -> Kept:
     event_id = new_id("evt")
     external_account_id = account["instagram_account_id"] if account else event.external_account_id
@@ -69,8 +87,9 @@ def _keep_one(
         "inbound_events",
         {
             "id": event_id,
-            "account_id": account["id"] if account else None,
+            "account_id": account["id"] if account and not queues else None,
             "instagram_account_id": external_account_id,
+            "party": event.party or None,
             "contact": event.contact,
             "kind": event.kind,
             "dedupe_key": event.dedupe_key,
@@ -89,15 +108,33 @@ def _keep_one(
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
             (now, external_account_id, event.dedupe_key),
         )
+        _complete(db, external_account_id, event)
         return Kept("duplicate", event, None, account["id"] if account else None)
     if event.kind == TEST:
         return Kept("noted", event, event_id, None)
     if account is None:
         return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
+    if queues:
+        return Kept("queued", event, event_id, account["id"])
     state = _apply(db, account, _found(db, event_id), now, patience)
     if event.contact_name:
         contacts.name(db, account["id"], event.contact, event.contact_name)
     return Kept(state, event, event_id, account["id"])
+
+
+def _complete(db: Database, external_account_id: str, event: ChannelEvent) -> None:
+    """Let a whole message take the place of its mere announcement, as long as no CRM was told of that."""
+    if event.kind != "message.received" or event.extra.get("announced"):
+        return
+    known = db.row(
+        "SELECT id, payload FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?",
+        (external_account_id, event.dedupe_key),
+    )
+    if known is None or '"announced"' not in (known["payload"] or ""):
+        return
+    told = "SELECT 1 FROM deliveries WHERE event_id = ? AND target = 'crm' AND (attempts > 0 OR body IS NOT NULL)"
+    if not db.value(told, (known["id"],)):
+        db.update("inbound_events", {"payload": _payload(event)}, "id = ?", [known["id"]])
 
 
 def _payload(event: ChannelEvent) -> str:
@@ -118,7 +155,7 @@ def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -
     if not row["contact"] and row["instagram_message_id"]:
         row = _with_contact(db, account, row)
     kind = row["kind"]
-    if kind == NOTED or _is_known_otherwise(db, account, row):
+    if kind == NOTED or (kind != "message.echo" and _is_known_otherwise(db, account, row)):
         state = "noted"
     elif kind == "message.read":
         state = _apply_read(db, account, row, now, patience)
@@ -148,7 +185,7 @@ def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
     """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
     sign of a new message that is here already."""
     mid = row["instagram_message_id"]
-    if row["kind"] in ("message.received", "message.echo") and mid:
+    if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
         withdrawn = _find(db, account["id"], mid, ("message.deleted",)) is not None
         if withdrawn:
             db.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
@@ -176,9 +213,12 @@ def _is_recovered(row: Row) -> bool:
 def _withdraw(db: Database, account: Row, row: Row) -> None:
     """Erase what a customer, or the shop, took back: its text and the addresses of its attachments."""
     named = [account["id"], row["instagram_message_id"], row["id"]]
-    where = "account_id = ? AND instagram_message_id = ? AND id <> ?"
-    for event in db.rows(f"SELECT id FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
-        db.update("inbound_events", {"payload": _WITHDRAWN}, "id = ?", [event["id"]])
+    # An echo that is held may be the only proof that a send arrived; it is erased when it is looked at again.
+    where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
+    for event in db.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
+        left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
+        withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
+        db.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
         db.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
     db.update("outbound_messages", {"content": None}, sent, named[:2])
@@ -265,6 +305,7 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
         return "held"
     # An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt.
     doubtful = [send] if send else deliveries.given_up_in_doubt(db, account["id"], row["contact"])
+    doubtful += deliveries.tried_behind(db, account["id"], row["contact"])
     possible = [entry for entry in doubtful if _shows(db, row, entry)]
     if not possible:
         possible = [entry for entry in deliveries.doubtful_replies(db, account["id"]) if _shows(db, row, entry)]
@@ -278,7 +319,9 @@ def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patien
         release_held(db, account["id"], possible[0]["contact"], now, patience)
         return "noted"
     is_open = any(_is_open(entry) for entry in (send, *possible))
-    return "held" if is_open else _forward(db, account, row, now, patience)
+    if is_open:
+        return "held"
+    return "noted" if _is_known_otherwise(db, account, row) else _forward(db, account, row, now, patience)
 
 
 def _is_in_flight(send: Row | None) -> bool:
@@ -349,21 +392,34 @@ def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
 
 
 def _adopt_some(db: Database, account: Row, now: str, patience: Patience) -> int:
-    if not _waits(db, account):
-        return 0
+    named = account["instagram_account_id"]
     waiting = db.rows(
-        "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
-        " ORDER BY occurred_at, id LIMIT ?",
-        (account["instagram_account_id"], _ADOPT_AT_ONCE),
+        f"SELECT * FROM ({_UNROUTED} UNION {_UNROUTED_PARTY}) ORDER BY occurred_at, id LIMIT ?",
+        (named, named, _ADOPT_AT_ONCE),
     )
     for row in waiting:
+        is_ours = row["instagram_account_id"] == named
+        if not is_ours and _is_here(db, named, row["dedupe_key"]):  # it came again since the account is known
+            db.update("inbound_events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
+            continue
+        if not is_ours:
+            db.update("inbound_events", {"instagram_account_id": named}, "id = ?", [row["id"]])
         _apply(db, account, row, now, patience)
     return len(waiting)
 
 
+_UNROUTED = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
+_UNROUTED_PARTY = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND party = ?"
+
+
 def _waits(db: Database, account: Row) -> bool:
-    sql = "SELECT 1 FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ? LIMIT 1"
-    return db.value(sql, (account["instagram_account_id"],)) is not None
+    named = (account["instagram_account_id"],)
+    return any(db.value(f"{sql} LIMIT 1", named) is not None for sql in (_UNROUTED, _UNROUTED_PARTY))
+
+
+def _is_here(db: Database, external_account_id: str, dedupe_key: str) -> bool:
+    sql = "SELECT 1 FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?"
+    return db.value(sql, (external_account_id, dedupe_key)) is not None
 
 
 def crm_body(db: Database, account: Row, delivery: Row) -> str:

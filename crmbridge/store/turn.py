@@ -206,8 +206,11 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
     except inbound.UNRENDERABLE as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
-        problem = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
+        problem: Row = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
+        if row["target"] == "crm" and row["ready"] < 2:  # ours alone is at fault: the lane goes on, told by sequence
+            problem |= {"ready": 2, "retry_asked_at": None}
         db.update("deliveries", problem, "id = ?", [row["id"]])
+        deliveries.promote(db, row["target"], row["account_id"], row["contact"], instant(terms.now_s))
         turn.unrendered.append(row)
         return
     lease_until = instant(terms.now_s + terms.lease_s)
