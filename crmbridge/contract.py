@@ -33,7 +33,8 @@ class _Request(BaseModel):
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Built when first used: most answers are only held to by tests, and each model costs memory.
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 # --- requests ---
@@ -481,6 +482,8 @@ class DeletionAccepted(_Answer):
 
 
 class _CrmEvent(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     event_id: EventId
     sequence: int
     account_id: AccountId
