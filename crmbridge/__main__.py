@@ -14,7 +14,7 @@ from typing import Any
 
 from crmbridge import __version__, apikey, config, events, log, vault
 from crmbridge.errors import BridgeError, Misconfigured
-from crmbridge.store import accounts, database
+from crmbridge.store import accounts, database, vitals
 
 _M_ARENA_MAX = -8  # from malloc.h
 
@@ -381,10 +381,11 @@ def _serve(options: argparse.Namespace) -> None:
     _say_start(settings, "serve")
     rooms = wiring.open_rooms(settings, "web" if options.no_worker else "all")
     worker: Any = None
+    lookout: Any = None
     if options.no_worker:
         from crmbridge.worker import ring_remote
 
-        wake = functools.partial(ring_remote, settings.store.queue_path)
+        lookout, wake = wiring.make_lookout(rooms), functools.partial(ring_remote, settings.store.queue_path)
     else:
         worker = wiring.make_worker(rooms)
         wake = worker.wake
@@ -397,13 +398,16 @@ def _serve(options: argparse.Namespace) -> None:
         raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
     _stop_on_signals()
     rooms.alerts.start()
-    if worker is not None:
-        worker.start()
+    for part in (worker, lookout):
+        if part is not None:
+            part.start()
     _say_health(rooms)
     log.info("serve.ready", url=server.url, public_url=settings.web.public_url or None)
     server.run()
     log.info("serve.stopping")
     server.close()
+    if lookout is not None:
+        lookout.stop()
     _end(rooms, worker)
 
 
@@ -428,7 +432,11 @@ def _worker(options: argparse.Namespace) -> None:
 
 
 def _end(rooms: Any, worker: Any) -> None:
-    clean = worker.stop(rooms.settings.delivery.stop_grace_s) if worker is not None else True
+    clean = True
+    if worker is not None:
+        clean = worker.stop(rooms.settings.delivery.stop_grace_s)
+        with contextlib.suppress(BridgeError):
+            vitals.end(rooms.db, "worker", time.time())
     rooms.alerts.stop(5)
     log.info("stopped", calls_left=not clean)
     if not clean:
@@ -462,8 +470,8 @@ def _say_start(settings: config.Settings, mode: str) -> None:
 
     log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
     log.info("config", **config.shown(settings))
-    if not settings.instagram.app_secrets:
-        log.warning("config.incomplete", problem="[instagram] app_secrets is empty: every webhook will be refused")
+    for doubt in config.doubts(settings):
+        log.warning("config.doubtful", problem=doubt)
 
 
 def _say_health(rooms: Any) -> None:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
 _PREFIX = "CRMBRIDGE_"
+LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
 
 
 def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False) -> Any:
@@ -48,9 +49,16 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("must be a number of seconds, without a unit; a comment needs a line of its own") from None
+
+
 def _seconds(low: float, high: float) -> Callable[[str], float]:
     def read(value: str) -> float:
-        number = float(value)
+        number = _number(value)
         if not low <= number <= high:
             raise ValueError(f"must be between {low:g} and {high:g}")
         return number
@@ -59,7 +67,7 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 def _delays(value: str) -> tuple[float, ...]:
-    delays = tuple(float(word) for word in _words(value))
+    delays = tuple(_number(word) for word in _words(value))
     if not delays or not all(0.1 <= delay <= 86_400 for delay in delays):
         raise ValueError("must be one or more delays in seconds, each between 0.1 and 86400")
     return delays
@@ -270,6 +278,24 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         if own[one].resolve() == own[other].resolve():
             raise Misconfigured(f"{path}: {one} and {other} are the same file, {own[one]}")
     return settings
+
+
+def doubts(settings: Settings) -> list[str]:
+    """Say what the bridge can run with, but hardly as its operator wants."""
+    found = []
+    if not settings.instagram.app_secrets:
+        found.append("[instagram] app_secrets is empty: every webhook from Meta will be refused")
+    if not settings.instagram.verify_token:
+        found.append("[instagram] verify_token is empty: Meta cannot verify the webhook address")
+    look_up_s = sum(settings.delivery.look_up_s)
+    if look_up_s < LOOK_UP_S:
+        found.append(
+            f"[delivery] look_up_s are {look_up_s:g} s in all: with less than {LOOK_UP_S} s a send that Instagram "
+            "shows late is sent twice"
+        )
+    if not settings.alerts.command and not settings.alerts.url:
+        found.append("[alerts] command and url are both empty: nobody is told of an alert, it is only in the log")
+    return found
 
 
 def _overrides(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, str]]:

@@ -37,6 +37,7 @@ _FAULTS_IN_FRONT = 3
 _BARREN_TURNS = 20
 # The alerts of what stops an account, and what to do about them.
 _STOPS = {"crm": ("crm_gone",), "instagram": ("token_dead", "account_error")}
+_WELL = {"crm": "the CRM takes an event again", "instagram": "Instagram answers again"}
 _TODO = {
     "crm": "mend the URL (PUT /api/v1/accounts/{account}), or: crmbridge account resume {account} --deliveries",
     "instagram": "mend it, then PUT /api/v1/accounts/{account} with a new access_token or status: active",
@@ -279,7 +280,7 @@ class Engine:
         answered = outcome.kind in ("refused", "absent") or (outcome.kind == "retry" and outcome.counts)
         if outcome.kind == "done" or (claimed.target == "instagram" and answered):
             change = self._endpoints.worked(endpoint, now_s)
-            self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id)
+            self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id, message=_WELL[claimed.target])
             if claimed.target == "crm":
                 self._alarm.clear("crm_unauthorized", account=claimed.account_id)
         elif outcome.kind == "retry" and claimed.kind == "call" and not outcome.stops:
@@ -296,7 +297,10 @@ class Engine:
                 self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))
         failing_s = self._endpoints.failing_s(endpoint, now_s)
         if failing_s >= self._down_after_s:
-            problem = f"it has been failing since {instant(now_s - failing_s)}; the last try: {outcome.message}"
+            problem = (
+                f"it has been failing since {instant(now_s - failing_s)}; the last try: {outcome.message}; what was "
+                f"tried is given up at {claimed.expires_at}"
+            )
             self._alarm.alert(f"{claimed.target}_down", problem, account=claimed.account_id)
         if change in ("broken", "recovered"):
             log.warning(
@@ -432,12 +436,15 @@ class Engine:
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
             self._alarm.alert(outcome.alert, outcome.message or "", account=claimed.account_id, delivery=claimed.id)
-        elif verdict.state == "dead" and claimed.target == "crm":
+        if verdict.state == "dead" and claimed.target == "crm":
             problem = f"delivery {claimed.id} to the CRM is dead: {outcome.message}"
             self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
         elif verdict.state == "dead" and outcome.code == "in_doubt":
             problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
             self._alarm.alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
+        elif verdict.state == "dead" and outcome.kind == "retry" and not outcome.counts:
+            problem = f"send {claimed.message_id} could not go out in time: {outcome.message}"
+            self._alarm.alert("sends_expired", problem, account=claimed.account_id, delivery=claimed.id)
 
     def _report_oddities(self, found: Turn) -> None:
         for claimed in found.fenced:

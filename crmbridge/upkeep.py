@@ -52,11 +52,10 @@ class Upkeep:
         """End what could not even be tried in its time."""
         for (target, code, account), rows in turn.expire(self._db, self._clock(), self._patience).items():
             log.error("delivery.expired", target=target, account=account, code=code, deliveries=rows)
-            problem = f"{rows} could not even be tried in time: the far side was unavailable for too long"
-            if target == "crm":
-                self._alarm.alert("dead_letter", problem, account=account, causes=rows)
-            elif code == "in_doubt":
-                self._alarm.alert("in_doubt", problem, account=account, causes=rows)
+            kind = "dead_letter" if target == "crm" else "in_doubt" if code == "in_doubt" else "sends_expired"
+            what = "deliveries to the CRM" if target == "crm" else "sends"
+            problem = f"{rows} {what} could not be tried in time: the far side was unavailable for too long"
+            self._alarm.alert(kind, problem, account=account, causes=rows)
 
     def resume(self) -> bool:
         """End the pauses whose time has come; tell whether there were any."""

@@ -19,6 +19,9 @@ _HOUR_S, _DAY_S = 3600, 86_400
 _MB = 1_000_000
 _USUAL_DAYS, _TALKING_DAYS, _TIMES_LONGEST = 14, 7, 3
 _TOKEN_DAYS = (1, 7, 14)
+_LONG_HOLD_DAYS = 7
+_UNPROVEN = "nothing waits any more; it was not seen to recover"
+_ENDS = {"crm_down": _UNPROVEN, "instagram_down": _UNPROVEN}
 
 
 class Watch:
@@ -29,6 +32,16 @@ class Watch:
         self._limits = limits
         self._alarm = alarm
         self._clock = clock
+        self._started_s = clock()
+
+    def worker(self) -> None:
+        """Tell of a worker that is not alive, once it has had the time to start, and of one that is again."""
+        now_s = self._clock()
+        problem = vitals.worker_problem(self._db, now_s)
+        if problem is None:
+            self._alarm.clear("worker_dead")
+        elif now_s - self._started_s > vitals.STALE_S:
+            self._alarm.alert("worker_dead", problem)
 
     def disk(self) -> None:
         """Tell of a disk that is full or nearly, and of one that has space again."""
@@ -47,14 +60,28 @@ class Watch:
             self._alarm.clear("disk_nearly_full", message=f"{free_mb:.0f} MB are free")
 
     def look(self) -> None:
-        """Give the all-clear for alerts whose cause is gone."""
+        """Give the all-clear for alerts whose cause is gone, and see to it that whatever is dead is told of."""
+        self._alarm.clear("worker_dead")  # it is the worker that looks
+        for one in accounts.everyone(self._db):
+            self._count_dead(one["id"])
         for kind in KINDS:
             for account_id, since in self._alarm.opened(kind).items():
                 account = accounts.find(self._db, account_id) if account_id else None
                 if account_id and account is None:
                     self._alarm.clear(kind, account=account_id, message="the account was deleted")
                 elif account is not None and self._is_over(kind, account, since):
-                    self._alarm.clear(kind, account=account_id)
+                    self._alarm.clear(kind, account=account_id, message=_ENDS.get(kind))
+
+    def _count_dead(self, account_id: str) -> None:
+        number, oldest = record.dead_letters(self._db, account_id)
+        if oldest is None:
+            return
+        are, oldest_of = (
+            ("deliveries to the CRM are", ", the oldest") if number > 1 else ("delivery to the CRM is", ":")
+        )
+        since = f"{oldest['id']}, since {oldest['finished_at']}: {oldest['last_error']}"
+        causes = 0 if account_id in self._alarm.opened("dead_letter") else number
+        self._alarm.alert("dead_letter", f"{number} {are} dead{oldest_of} {since}", account=account_id, causes=causes)
 
     def _is_over(self, kind: str, account: Row, since: str) -> bool:
         if kind == "dead_letter":
@@ -70,6 +97,8 @@ class Watch:
         if kind == "crm_gone":
             held = pauses.everyone(self._db).get(("crm", account["id"]))
             return held is None or held["cause"] != "crm_gone"
+        if kind == "held_long":
+            return not self._held_long(account)
         if kind in ("account_error", "token_dead"):
             return account["status"] != "error" and self._token_left_s(account) > 0
         return False
@@ -80,6 +109,24 @@ class Watch:
             if account["status"] == "active":
                 self._listen_to(account)
             self._watch_token(account)
+            held = self._held_long(account)
+            if held:
+                self._alarm.alert("held_long", held, account=account["id"])
+
+    def _held_long(self, account: Row) -> str:
+        """Say what an operator holds back without an end in sight, if something has waited for a day; or nothing."""
+        now_s, found = self._clock(), []
+        for what, target in pauses.WHAT.items():
+            held = pauses.hold(self._db, account, target)
+            if held is None or held.get("cause", account["status"]) in ("crm_gone", "error"):
+                continue  # these have alerts of their own
+            since_s, end = epoch_s(held["since"]), held["until"]
+            has_no_end = end is None or epoch_s(end) - since_s > _LONG_HOLD_DAYS * _DAY_S
+            a_day_ago = instant(now_s - _DAY_S)
+            waits = held["since"] < a_day_ago and record.has_pending(self._db, target, account["id"], a_day_ago)
+            if has_no_end and waits:
+                found.append(f"{what} held since {held['since']}: {held['reason'] or 'no reason given'}")
+        return "; ".join(found)
 
     def _listen_to(self, account: Row) -> None:
         last, now_s = record.last_heard(self._db, account["id"]), self._clock()

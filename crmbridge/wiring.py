@@ -260,6 +260,17 @@ def make_helpers(rooms: Rooms, wake: Callable[[], None]) -> list[Any]:
     return [asking, tending]
 
 
+def make_lookout(rooms: Rooms) -> Any:
+    """Return the thread of a web server without a worker that tells when no worker is alive."""
+    from crmbridge.tending import Aside, Rounds
+    from crmbridge.watch import Watch
+
+    lookout = Aside("lookout", rooms.db, rooms.alerts)
+    watch = Watch(rooms.db, rooms.settings.alerts, rooms.alerts)
+    lookout.work = Rounds([(10, watch.worker)], time.monotonic).go
+    return lookout
+
+
 def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
     """Return the web application; `wake` rings the worker."""
     from crmbridge.web import (

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import requests
 
-from crmbridge import config, log
+from crmbridge import config, log, wiring
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.events import epoch_s, instant
 from crmbridge.ops import alerts as ops
 from crmbridge.sandbox import LoopbackServer, wire
-from crmbridge.store import accounts, database, dead, pauses, turn
+from crmbridge.store import accounts, database, dead, pauses, turn, vitals
 from crmbridge.store import alerts as record
 from crmbridge.upkeep import Upkeep
 from crmbridge.web import webhook_routes
@@ -379,15 +379,122 @@ def test_ten_thousand_dead_letters_make_a_handful_of_alerts(rig: Rig, office: Of
 
 
 def test_a_401_is_told_and_the_next_success_ends_it(rig: Rig, office: Office) -> None:
-    rig.account()
+    account = rig.account()
     rig.crm.answer(401)
     rig.say("one", "mid-1")
     rig.drain()
     office.pass_s(10)
     rig.say("two", "mid-2")
     rig.drain()
+    rig.watch().look()
     office.pass_s(10)
-    assert office.posted == [("raised", "crm_unauthorized"), ("cleared", "crm_unauthorized")]
+    raised = [("raised", "crm_unauthorized"), ("raised", "dead_letter")]
+    assert office.posted == [*raised, ("cleared", "crm_unauthorized")]
+    todo = f"crmbridge dlq retry --all --account {account['id']} --code crm_unauthorized"
+    assert todo in office.letters[-1]
+    dead.discard(rig.db, rig.dead()[0]["id"], rig.now_s, by="cli")
+    rig.watch().look()
+    office.pass_s(10)
+    assert office.posted[3:] == [("cleared", "dead_letter")]
+
+
+def test_dead_letters_are_counted_and_told_of_even_if_their_alert_was_lost(rig: Rig, office: Office) -> None:
+    account = rig.account()
+    rig.crm.answer(401, times=3)
+    for number in range(3):
+        rig.say("refused", f"mid-{number}", contact=f"80{number}")
+        rig.drain()
+        rig.now_s += 1
+    office.open_again()  # a crash before anything was stored
+    assert office.alarm.opened("dead_letter") == {}
+    rig.watch().look()
+    office.pass_s(60)
+    (row,) = record.everything(rig.db)
+    oldest = rig.dead()[0]
+    said = (
+        f"3 deliveries to the CRM are dead, the oldest {oldest['id']}, since {oldest['finished_at']}: the CRM answered"
+    )
+    assert (row["kind"], row["account_id"], row["count"]) == ("dead_letter", account["id"], 3)
+    assert row["message"].startswith(said)
+    dead.discard(rig.db, oldest["id"], rig.now_s, by="cli")
+    rig.watch().look()
+    office.pass_s(60)
+    (row,) = record.everything(rig.db)
+    assert (row["message"][:2], row["count"]) == ("2 ", 3)
+    assert len(office.letters) == 1
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_sends_that_instagram_was_not_there_for_are_told_of(rig: Rig, office: Office, tried: bool) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", times=10_000, status=503, body="")
+    message_id = rig.send(account)
+    if tried:
+        passing(rig, office, 24.5 * 3600)
+    else:
+        rig.now_s += 24.5 * 3600
+        Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=lambda: rig.now_s).expire()
+        office.pass_s(0)
+    assert rig.status(message_id)["status"] == "failed"
+    assert ("raised", "sends_expired") in office.posted
+    office.pass_s(3700)
+    assert ("cleared", "sends_expired") in office.posted
+
+
+def test_what_is_held_without_an_end_while_something_waits_is_recalled(rig: Rig, office: Office) -> None:
+    account = rig.account()
+
+    def pause(days: float | None) -> None:
+        until = None if days is None else instant(rig.now_s + days * DAY_S)
+        now = instant(rig.now_s)
+        pauses.stop(rig.db, account["id"], ["deliveries"], reason="stocktaking", until=until, now=now)
+
+    def look(days: float) -> list[tuple[str, str]]:
+        told = len(office.posted)
+        passing(rig, office, days * DAY_S)
+        rig.watch().listen()
+        rig.watch().look()
+        office.pass_s(10)
+        return office.posted[told:]
+
+    pause(7)
+    rig.say("hello", "mid-1")
+    assert look(2) == []
+    pause(None)
+    assert look(0) == [("raised", "held_long")]
+    assert "Deliveries held since 2027-01-15T08:00:00.000Z: stocktaking." in office.letters[-1]
+    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    assert look(0) == [("cleared", "held_long")]
+    pause(None)
+    assert look(2) == []  # nothing waits
+    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
+    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.say("hello", "mid-2")
+    assert look(0.9) == []
+    assert look(0.2) == [("raised", "held_long")]
+
+
+def test_a_worker_that_is_gone_is_told_of_by_the_web_server_and_its_return_too(rig: Rig, office: Office) -> None:
+    vitals.beat(rig.db, "worker", rig.now_s - 3600)
+    watch = rig.watch()
+    for _ in range(4):  # the worker may be starting, too
+        watch.worker()
+        office.pass_s(10)
+    assert office.posted == []
+    office.pass_s(10)
+    watch.worker()
+    office.pass_s(10)
+    assert office.posted == [("raised", "worker_dead")]
+    assert "No worker since 2027-01-15T07:00:00.000Z." in office.letters[0]
+    vitals.beat(rig.db, "worker", rig.now_s)
+    watch.worker()
+    office.pass_s(10)
+    assert office.posted == [("raised", "worker_dead"), ("cleared", "worker_dead")]
+    vitals.end(rig.db, "worker", rig.now_s)
+    watch.worker()
+    assert "it was stopped at" in rig.alerts[-1][1]
+    wiring.make_lookout(rig.rooms).work()  # by the real clock, 2027 lies ahead
+    assert rig.rooms.alerts.opened("worker_dead") == {}
 
 
 @pytest.mark.parametrize("target", ["crm", "instagram"])
@@ -407,8 +514,10 @@ def test_an_endpoint_that_is_down_for_long_is_told_and_its_recovery_too(rig: Rig
         rig.crm.answer_always(None)
     else:
         rig.meta.clear_faults()
+    assert "; what was tried is given up at 2027-01-16T08:00:00.000Z" in office.letters[0]
     passing(rig, office, 1200)
     assert office.posted == [("raised", f"{target}_down"), ("cleared", f"{target}_down")]
+    assert "again." in office.letters[1]
 
 
 def test_an_endpoint_that_nothing_waits_for_any_more_is_not_called_down(rig: Rig, office: Office) -> None:
@@ -422,6 +531,7 @@ def test_an_endpoint_that_nothing_waits_for_any_more_is_not_called_down(rig: Rig
     rig.watch().look()
     office.pass_s(10)
     assert office.posted == [("raised", "crm_down"), ("cleared", "crm_down")]
+    assert "Nothing waits any more; it was not seen to recover." in office.letters[1]
 
 
 def test_a_send_in_doubt_is_told_until_it_is_settled(rig: Rig, office: Office) -> None:

@@ -61,6 +61,13 @@ def test_check_says_whether_it_can_run(made: Path) -> None:
     assert "fit to run" in good.stdout
     assert re.search(r"sizes in MB: database \d+\.\d, wal \d+\.\d, free \d+\.\d, disk_free \d+", good.stdout)
     assert "dont-show-me" not in good.stdout
+    for doubt in (
+        "no worker has run yet; nothing goes out until it is started: crmbridge serve",
+        "nobody is told of an alert",
+    ):
+        assert doubt in good.stdout
+    assert "look_up_s are" not in good.stdout
+    assert "look_up_s are 29.5 s in all" in run(made, "check", CRMBRIDGE_DELIVERY_LOOK_UP_S="4.5 25").stdout
     (made / "var" / "crmbridge.key").chmod(0o644)
     bad = run(made, "check")
     assert bad.returncode == 1

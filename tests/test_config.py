@@ -50,6 +50,8 @@ def test_a_partial_file_leaves_the_rest_at_its_defaults(ini: Path) -> None:
         pytest.param("[crm]\nallow_networks = 10.0.0.1/8", ("[crm] allow_networks", "10.0.0.1/8"), id="network"),
         pytest.param("[instagram]\ngraph_url = ftp://x", ("[instagram] graph_url", "http"), id="url"),
         pytest.param("[delivery]\ncrm_quick_s =", ("[delivery] crm_quick_s", "one or more"), id="no delays"),
+        pytest.param("[delivery]\ncrm_quick_s = 1 2m", ("[delivery] crm_quick_s", "number of seconds"), id="unit"),
+        pytest.param("[delivery]\ncrm_give_up_s = 24h", ("'24h'", "must be a number of seconds"), id="hours"),
         pytest.param("[delivery]\ncrm_quick_s = 0", ("[delivery] crm_quick_s", "0.1"), id="delay out of range"),
         pytest.param("[delivery]\nsenders = 4", ("[delivery] slots_per_endpoint", "senders"), id="two keys at odds"),
         pytest.param("[log]\nlevel = loud", ("[log] level", "debug, info"), id="choice"),

@@ -186,7 +186,7 @@ def test_a_401_is_final_at_once_and_alerts(rig: Rig) -> None:
     rig.say("hello", "mid-1")
     assert rig.drain() is None
     assert rig.db.value("SELECT state FROM deliveries") == "dead"
-    assert [kind for kind, _ in rig.alerts] == ["crm_unauthorized"]
+    assert [kind for kind, _ in rig.alerts] == ["crm_unauthorized", "dead_letter"]
 
 
 @pytest.mark.parametrize("status", [301, 302, 400, 403, 404, 429, 500, 502, 503])

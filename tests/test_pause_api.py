@@ -1,5 +1,6 @@
 """Pauses by API and command line, over the real server."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_what_is_paused_waits_and_a_resume_lets_it_go(fresh_shop: Shop) -> None:
     assert (status["status"], status["next_attempt_at"]) == ("pending", None)
     assert status["held"] == {name: paused["sends"][name] for name in ("since", "until", "reason")}
     again = post(shop, "pause", {"what": ["sends"]}).json()["paused"]
-    assert again == {"deliveries": paused["deliveries"], "sends": {**paused["sends"], "until": None, "reason": None}}
+    assert again == {"deliveries": paused["deliveries"], "sends": {**paused["sends"], "until": None}}
     assert post(shop, "resume", {"what": ["sends"]}).json()["paused"] == {**paused, "sends": None}
     shop.meta.wait_sent(1)
     assert shop.crm.received == []
@@ -62,6 +63,7 @@ def test_an_end_that_comes_lets_it_go_by_itself(fresh_shop: Shop) -> None:
     [
         ({"until": "2020-01-01T00:00:00Z"}, "until"),
         ({"until": "tomorrow"}, "until"),
+        ({"until": "2099-01-01T00:00:00Z"}, "until"),
         ({"until": "2099-01-01T00:00:00"}, "until"),
         ({"what": []}, "what"),
         ({"what": ["everything"]}, "what.0"),
@@ -87,7 +89,7 @@ def test_a_pause_needs_the_right_to_change_the_account(shop: Shop) -> None:
 
 def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
     shop = fresh_shop
-    for words in (["--for", "soon"], ["--until", "2020-01-01T00:00:00Z"], ["--reason", "\n"]):
+    for words in (["--for", "soon"], ["--for", "400d"], ["--until", "2020-01-01T00:00:00Z"], ["--reason", "\n"]):
         with pytest.raises(HopFailed):
             shop.bridge.command("account", "pause", shop.account_id, *words)
     with pytest.raises(HopFailed):
@@ -98,6 +100,12 @@ def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
     assert len(listed) == 2
     assert listed[1].startswith("  deliveries held since 2")
     assert listed[1].endswith("Z: tea")
+    shop.bridge.command("account", "pause", shop.account_id, "--deliveries")
+    (since,) = shop.rows("SELECT since FROM pauses WHERE reason = 'tea' AND until IS NULL")
+    warned = (
+        f"warning: {shop.account_id} (your_shop) deliveries are paused since {since[0]}: tea; crmbridge account resume"
+    )
+    assert f"{warned} {shop.account_id} --deliveries" in shop.bridge.command("check").splitlines()
     shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
     shop.wait_rows("SELECT state FROM deliveries", [("pending",)])
     assert shop.bridge.command("account", "resume", shop.account_id).splitlines() == [
@@ -130,6 +138,12 @@ def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_sh
     shown = shop.call("GET", path).json()
     assert (shown["status"], shown["status_reason"].partition(":")[0]) == ("error", "token_expired")
     assert shop.status(message_id)["held"]["reason"] == shown["status_reason"]
+    assert re.search(
+        rf"warning: {shop.account_id} .* is error since \S+, its sends are held: token_expired: [^:]*; "
+        rf"PUT {path} with a new access_token, or status: active",
+        shop.bridge.command("check"),
+    )
+    assert "token_expired: token_expired" not in shop.bridge.command("explain", message_id)
     assert shop.bridge.command("account", "list").splitlines()[1].endswith(f"Z: {shown['status_reason']}")
     healed = shop.call("PUT", path, {"access_token": TOKEN}).json()
     assert (healed["status"], healed["status_reason"]) == ("active", None)

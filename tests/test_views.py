@@ -50,7 +50,9 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
     assert shop.call("POST", path, {"what": ["sends"], "reason": "the shop is closed"}).status_code == 200
     shop.send("this waits", "key-3")
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead' AND target = 'crm'", [(2,)])
-    shop.wait_rows("SELECT kind FROM alerts WHERE cleared_at IS NULL", [("crm_unauthorized",)])
+    shop.wait_rows(
+        "SELECT kind FROM alerts WHERE cleared_at IS NULL ORDER BY 1", [("crm_unauthorized",), ("dead_letter",)]
+    )
     checked = shop.bridge.command("check")
     stats = shop.call("GET", "/api/v1/admin/stats", key=shop.admin_key)
     thread = threading.Thread(target=load, args=(shop, end))

@@ -40,7 +40,10 @@ class Alarm(Protocol):
         causes: int = 1,
         **facts: Any,
     ) -> None:
-        """Raise an alert of a kind, or count more causes of the one that is open; `todo` is what to type."""
+        """Raise an alert of a kind, or count more causes of the one that is open; `todo` is what to type.
+
+        With no `causes` the open one only gets the new message.
+        """
 
     def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
         """Give the all-clear, if such an alert is open."""
@@ -138,8 +141,10 @@ class Alerts:
         with self._changed:
             known = self._alerts.get(key)
             if known is not None and known.cleared_s is None:
-                known.quiet_s, known.last_s, known.todo = None, now_s, todo
-                if kind_of(kind).once and known.message == message:
+                known.quiet_s, known.todo = None, todo
+                if causes:
+                    known.last_s = now_s
+                if (kind_of(kind).once or not causes) and known.message == message:
                     return
                 known.count, known.message = known.count + causes, message
                 self._note(key, now_s + _SAVE_EVERY_S)
@@ -251,6 +256,7 @@ class Alerts:
         tell_s, end_s = self._next_s(key, alert)
         if end_s is not None and now_s >= end_s:
             message = (alert.ending if alert.quiet_s is not None else None) or kind_of(kind).ends
+            message = message.replace("ACCOUNT", key[1])
             lasted_s = round((alert.quiet_s or alert.last_s) - alert.since_s)
             log.alert(
                 f"alert.{kind}", state="cleared", message=message, account=account, lasted_s=lasted_s, count=alert.count

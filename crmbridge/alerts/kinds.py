@@ -39,7 +39,8 @@ KINDS = {
         "the CRM answers 401: it does not accept our signature",
         "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT; then crmbridge dlq retry --all "
         "--webhooks --account ACCOUNT",
-        "the CRM takes an event again; what died meanwhile is still to be retried",
+        "the CRM takes an event again; what died meanwhile goes by crmbridge dlq retry --all --account ACCOUNT "
+        "--code crm_unauthorized",
     ),
     "crm_gone": Kind(
         "the CRM answered 410: it wants no more, and deliveries are paused",
@@ -48,14 +49,16 @@ KINDS = {
     ),
     "crm_down": Kind(
         "the CRM has been failing for longer than [alerts] endpoint_down_after_s",
-        "look at the CRM's server; nothing is lost, and what waits goes out by itself",
-        "the CRM takes an event, or nothing waits for it",
+        "look at the CRM's server; what waits goes out by itself when that is well within 24 h "
+        "([delivery] crm_give_up_s) of its acceptance, and is a dead letter after that: crmbridge dlq retry",
+        "the CRM takes an event; or nothing waits for it any more, whether it is well or not",
         lasting=True,
     ),
     "instagram_down": Kind(
         "Instagram has been failing for the account for longer than [alerts] endpoint_down_after_s",
-        "look at https://metastatus.com and at this server's network; what waits goes out by itself",
-        "Instagram answers, or nothing waits for it",
+        "look at https://metastatus.com and at this server's network; what waits goes out by itself when Instagram "
+        "answers within 24 h ([delivery] instagram_give_up_s) of its acceptance, and fails after that",
+        "Instagram answers; or nothing waits for it any more, whether it is well or not",
         lasting=True,
     ),
     "account_error": Kind(
@@ -67,6 +70,12 @@ KINDS = {
     "send_refused": Kind(
         "Instagram refused a send for a reason that an administrator can mend",
         "do what the message says; the CRM may then send it again",
+        "there was none for an hour",
+        quiet_s=HOUR_S,
+    ),
+    "sends_expired": Kind(
+        "sends could not go out in time, as Instagram was not to be had; the CRM was told by message.failed",
+        "crmbridge dlq list --sends; those whose window is still open: crmbridge dlq retry ID",
         "there was none for an hour",
         quiet_s=HOUR_S,
     ),
@@ -96,8 +105,8 @@ KINDS = {
         once=True,
     ),
     "wrong_signatures": Kind(
-        "many webhooks in a row carried a wrong signature: as long as it is so Instagram's messages are refused, "
-        "and Meta may end the subscription within the hour",
+        "20 webhooks in a row carried a wrong signature, or 5 over 5 minutes: as long as it is so Instagram's "
+        "messages are refused, and Meta may end the subscription within the hour",
         "set [instagram] app_secrets to the Instagram app secret (Meta's console: API setup with Instagram login; "
         "not the Meta app secret of App settings > Basic), restart, and see with crmbridge check",
         "a webhook with a right signature comes",
@@ -109,6 +118,21 @@ KINDS = {
         "and the app's state (Live) in Meta's console",
         "Instagram tells something about the account again",
         once=True,
+    ),
+    "held_long": Kind(
+        "an account's deliveries or sends are held without an end, or for more than 7 days, and something has waited "
+        "for more than a day",
+        "crmbridge account list shows why; crmbridge account resume ACCOUNT, or, of an inactive account, PUT "
+        "/api/v1/accounts/ACCOUNT with status: active",
+        "they are resumed, or nothing waits any more",
+        lasting=True,
+    ),
+    "worker_dead": Kind(
+        "no worker runs beside crmbridge serve --no-worker: what comes is stored, and nothing goes out",
+        "start it: crmbridge worker; the end of its log tells why it ended",
+        "a worker is alive again",
+        lasting=True,
+        by_web=True,
     ),
     "disk_nearly_full": Kind(
         "the database's disk has less free than [alerts] disk_free_mb",

@@ -45,7 +45,7 @@ def text(news: News) -> str:
         lines.append(f"Account: {_account(news)}")
     lines.append(_sentence(_course(news)))
     if news.state in ("raised", "repeated"):
-        lines += ["", "What to do: " + news.todo, "It is over when: " + kind.ends]
+        lines += ["", "What to do: " + news.todo, "It is over when: " + kind.ends.replace("ACCOUNT", news.account_id)]
     return log.struck("\n".join(lines) + "\n")
 
 

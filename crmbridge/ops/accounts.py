@@ -38,8 +38,6 @@ def pause(
             until = read_instant(until)
     except ValueError as error:
         raise Misconfigured(f"{'--for' if lasts is not None else '--until'} {error}") from None
-    if until is not None and until <= instant(now_s):
-        raise Misconfigured("the pause would be over already")
     if reason is not None and not (reason.isprintable() and 0 < len(reason) <= 255):
         raise Misconfigured("--reason must be printable text of at most 255 characters")
     pauses.stop(db, account_id, what or list(pauses.WHAT), reason=reason, until=until, now=instant(now_s))

@@ -1,11 +1,12 @@
 """``crmbridge check``: is this installation fit to run? Looks at files only; calls nobody and changes nothing."""
 
 import os
+import time
 from pathlib import Path
 
 from crmbridge import config, vault
 from crmbridge.errors import Misconfigured
-from crmbridge.store import accounts, alerts, database, overview, retention
+from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
 
 
 def run(settings: config.Settings, source: Path) -> int:
@@ -22,11 +23,7 @@ def run(settings: config.Settings, source: Path) -> int:
 
 
 def _findings(settings: config.Settings) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    if not settings.instagram.app_secrets:
-        found.append(("warning", "[instagram] app_secrets is empty: every webhook from Meta will be refused"))
-    if not settings.instagram.verify_token:
-        found.append(("warning", "[instagram] verify_token is empty: Meta cannot verify the webhook address"))
+    found = [("warning", doubt) for doubt in config.doubts(settings)]
     for path in (settings.store.path.parent, settings.store.queue_path.parent):
         if path.exists() and not os.access(path, os.W_OK):
             found.append(("error", f"{path} cannot be written by this user"))
@@ -53,7 +50,11 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
             found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
         everyone = accounts.everyone(db)
         found.append(("ok", f"{len(everyone)} account(s)"))
+        no_worker = vitals.worker_problem(db, time.time())
+        if no_worker:
+            found.append(("warning", f"{no_worker}; nothing goes out until it is started: crmbridge serve"))
         found += _state(db)
+        found += [("warning", text) for account in everyone for text in _stops(db, account)]
         for account in everyone if keys else []:
             if account["access_token_sealed"]:
                 keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
@@ -64,6 +65,28 @@ def _findings(settings: config.Settings) -> list[tuple[str, str]]:
     finally:
         db.close()
     return found
+
+
+def _stops(db: database.Database, account: database.Row) -> list[str]:
+    """Say what holds an account back or keeps it from hearing, each with what to type."""
+    found, put = [], f"PUT /api/v1/accounts/{account['id']}"
+    if account["status"] != "active":
+        what = "sends are" if account["status"] == "error" else "deliveries and sends are"
+        why = f": {account['status_reason']}" if account["status_reason"] else ""
+        todo = "a new access_token, or status: active" if account["status"] == "error" else "status: active"
+        found.append(f"is {account['status']} since {account['status_since']}, its {what} held{why}; {put} with {todo}")
+    for what, target in pauses.WHAT.items():
+        hold = pauses.everyone(db).get((target, account["id"]))
+        if hold is None:
+            continue
+        text = f"{what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
+        text += f": {hold['reason']}" if hold["reason"] else ""
+        mend = f"mend crm_webhook_url ({put}), or " if hold["cause"] == "crm_gone" else ""
+        found.append(f"{text}; {mend}crmbridge account resume {account['id']} --{what}")
+    if account["subscription_ok"] == 0:
+        found.append(f"is not subscribed to Instagram's webhooks: {account['subscription_error']}; {put} with a new "
+                     "access_token, or wait: it is tried again every six hours")  # fmt: skip
+    return [f"{account['id']} ({account['username'] or '-'}) {text}" for text in found]
 
 
 def _state(db: database.Database) -> list[tuple[str, str]]:

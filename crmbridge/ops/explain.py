@@ -221,7 +221,9 @@ def _how(life: Life, change: Row) -> str:
 
 
 def _problem(code: str | None, text: str | None) -> str | None:
-    return None if code is None else f"{code}: {text}" if text else code
+    if code is None or text is None:
+        return code
+    return text if text.startswith(f"{code}: ") else f"{code}: {text}"
 
 
 def _repeats(heard: Row) -> str:

@@ -37,10 +37,19 @@ def has_dead(db: Database, target: Target, account_id: str) -> bool:
     return db.value(sql, (target, account_id)) is not None
 
 
-def has_pending(db: Database, target: Target, account_id: str) -> bool:
-    """Tell whether anything is owed at an endpoint."""
-    sql = "SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? LIMIT 1"
-    return db.value(sql, (target, account_id)) is not None
+def dead_letters(db: Database, account_id: str) -> tuple[int, Row | None]:
+    """Return how many deliveries to an account's CRM are dead, and the one that died first."""
+    where = "FROM deliveries WHERE state = 'dead' AND target = 'crm' AND account_id = ?"
+    oldest = db.row(f"SELECT id, finished_at, last_error {where} ORDER BY finished_at, position LIMIT 1", (account_id,))
+    return (int(db.value(f"SELECT COUNT(*) {where}", (account_id,))), oldest) if oldest else (0, None)
+
+
+def has_pending(db: Database, target: Target, account_id: str, before: str = "~") -> bool:
+    """Tell whether anything is owed at an endpoint, accepted before then."""
+    sql = (
+        "SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND accepted_at < ? LIMIT 1"
+    )
+    return db.value(sql, (target, account_id, before)) is not None
 
 
 def last_heard(db: Database, account_id: str) -> str | None:

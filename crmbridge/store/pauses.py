@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+from crmbridge.errors import Invalid
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import deliveries, sqlite
 from crmbridge.store.contacts import Target
@@ -13,6 +14,7 @@ Cause = Literal["operator", "crm_gone"]
 TARGETS: tuple[Target, ...] = ("crm", "instagram")
 WHAT: dict[str, Target] = {"deliveries": "crm", "sends": "instagram"}  # in words for people
 _AT_ONCE = 500
+_LONGEST_DAYS = 366
 T = TypeVar("T")
 
 
@@ -45,19 +47,26 @@ def pause(
 ) -> bool:
     """Hold an endpoint back; runs inside a write. Return whether that is news.
 
-    An operator's pause takes the place of another one, which keeps its beginning; an automatic one of none.
+    An operator's pause takes the place of another one, which keeps its beginning, and its reason unless another one
+    is given; an automatic one of none.
     """
     why: Row = {"cause": cause, "reason": reason, "until": until}
     is_new = db.insert("pauses", {"account_id": account_id, "target": target, "since": now, **why}, once=True)
     if not is_new and cause == "operator":
-        db.update("pauses", why, "account_id = ? AND target = ?", [account_id, target])
+        changed = {name: value for name, value in why.items() if (name, value) != ("reason", None)}
+        db.update("pauses", changed, "account_id = ? AND target = ?", [account_id, target])
     return is_new
 
 
 def stop(
     db: Database, account_id: str, what: Sequence[str], *, reason: str | None, until: str | None, now: str
 ) -> None:
-    """Have an operator hold an account's ``deliveries`` or ``sends`` back."""
+    """Have an operator hold an account's ``deliveries`` or ``sends`` back. Raises Invalid for an end out of reach."""
+    latest = instant(epoch_s(now) + _LONGEST_DAYS * 86_400)
+    if until is not None and not now < until <= latest:
+        problem = "must lie ahead" if until <= now else f"must not be later than {latest}: a pause lasts a year at most"
+        detail = {"field": "until", "problem": problem}
+        raise Invalid(f"The end of the pause, {until}, {problem}.", details=[detail])
 
     def job() -> None:
         for name in what:

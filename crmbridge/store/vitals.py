@@ -1,8 +1,9 @@
 """Heartbeats: who was alive when."""
 
-from crmbridge.events import instant
+from crmbridge.events import epoch_s, instant
 from crmbridge.store.database import Database
 
+STALE_S = 45.0
 _BEAT = "INSERT INTO heartbeats (name, at) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET at = excluded.at"
 
 
@@ -20,3 +21,18 @@ def last_beat(db: Database, name: str) -> str | None:
     """Return when `name` was last alive, or None."""
     found = db.value("SELECT at FROM heartbeats WHERE name = ?", (name,))
     return str(found) if found else None
+
+
+def end(db: Database, name: str, now_s: float) -> None:
+    """Write that `name` was stopped on purpose now."""
+    db.write_last(lambda: db.run(_BEAT, (f"{name}_stopped", instant(now_s))))
+
+
+def worker_problem(db: Database, now_s: float) -> str | None:
+    """Say since when no worker is alive; None when one is."""
+    last, stopped = last_beat(db, "worker"), last_beat(db, "worker_stopped")
+    if last is None:
+        return "no worker has run yet"
+    if stopped is not None and stopped >= last:
+        return f"no worker is running: it was stopped at {stopped}"
+    return f"no worker since {last}" if now_s - epoch_s(last) > STALE_S else None

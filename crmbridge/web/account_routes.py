@@ -125,8 +125,10 @@ class AccountRoutes:
                 values["status"], values["status_reason"] = "active", None
         was_stopped, now = row["status"] == "error", instant(call.now_s)
         row = accounts.update(call.db, row["id"], values, now, self._patience)
-        if values.get("crm_webhook_url"):
-            pauses.resume(call.db, row["id"], "crm", now=now, patience=self._patience, when=_is_gone)
+        if values.get("crm_webhook_url") and pauses.resume(
+            call.db, row["id"], "crm", now=now, patience=self._patience, when=_is_gone
+        ):
+            log.info("account.resumed", account=row["id"], what="deliveries", by=call.key_id())
         if was_stopped and row["status"] == "active":
             for kind in ("token_dead", "account_error"):
                 self._alarm.clear(kind, account=row["id"], message="the account is active again")
@@ -141,9 +143,6 @@ class AccountRoutes:
         row = call.account(call.path["account_id"])
         request = call.read(contract.PauseRequest)
         now = instant(call.now_s)
-        if request.until is not None and request.until <= now:
-            detail = {"field": "until", "problem": "must lie ahead"}
-            raise Invalid("The pause would be over already.", details=[detail])
         pauses.stop(call.db, row["id"], request.what, reason=request.reason, until=request.until, now=now)
         facts = {"what": ",".join(request.what), "until": request.until, "reason": request.reason}
         log.info("account.paused", account=row["id"], **facts, by=call.key_id())

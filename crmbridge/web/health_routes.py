@@ -8,7 +8,6 @@ from crmbridge.events import epoch_s, instant
 from crmbridge.store import vitals
 from crmbridge.web.app import Call, Reply, Route
 
-STALE_S = 45.0
 _REMEMBER_S = 1.0
 
 
@@ -51,6 +50,6 @@ def _reasons(call: Call) -> list[str]:
     last = vitals.last_beat(call.db, "worker")
     if last is None:
         reasons.append("no worker has run yet")
-    elif call.now_s - epoch_s(last) > STALE_S:
+    elif call.now_s - epoch_s(last) > vitals.STALE_S:
         reasons.append(f"the worker's last heartbeat was at {last}")
     return reasons
