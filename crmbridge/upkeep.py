@@ -15,6 +15,7 @@ from crmbridge.store.deliveries import Patience
 _DAY_S = 86_400
 _MB = 2**20
 _KEY_DAYS = 7  # the channel repeats events for days, and CRMs their sends
+_YOUNG_DAYS = 1  # a CRM that pulls, or a person, may still want the text
 _LARGE_LOG_BYTES = 32 * _MB
 
 
@@ -93,6 +94,7 @@ class Upkeep:
             rows_before=before(kept.metadata_days),
             unrouted_before=before(kept.unrouted_days),
             keys_before=before(_KEY_DAYS),
+            young_from=before(_YOUNG_DAYS),
             unrouted_most=kept.unrouted_max,
             bytes_most=kept.max_mb * _MB,
         )
@@ -109,9 +111,13 @@ class Upkeep:
                 **self._db.sizes(),
             )
         if swept.is_large:
-            problem = f"the database is larger than [retention] max_mb = {kept.max_mb}, and nothing more may go"
+            used = self._db.used_bytes()
+            problem = (
+                f"the database uses {used / _MB:.1f} MB, more than [retention] max_mb = {kept.max_mb}: what is left is "
+                f"owed, or younger than {_KEY_DAYS} days"
+            )
             self._alarm.alert("database_large", problem)
-            log.warning("storage.database_large", max_mb=kept.max_mb, used_bytes=self._db.used_bytes())
+            log.warning("storage.database_large", max_mb=kept.max_mb, used_bytes=used)
         elif swept.is_large is False:
             self._alarm.clear("database_large")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from crmbridge.config import Retention
+from crmbridge.events import instant
 from crmbridge.ops import check
 from crmbridge.store import dead as dlq
 from crmbridge.store import deliveries, feed, messages, retention, turn
@@ -85,6 +86,7 @@ def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tri
         rig.db, str(rig.db.value("SELECT id FROM deliveries WHERE target = 'instagram'")), rig.now_s, rig.patience
     )
     prune(rig, 20)
+    rig.say("still there?", "mid-2")  # opens the window for the answer
     rig.crm.answer_always(None)
     rig.meta.clear_faults()
     rig.live_through(60)
@@ -92,7 +94,7 @@ def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tri
     assert rig.meta.sent[-1].text == "dead, too"
     prune(rig, 7.1)
     assert column(rig, "SELECT DISTINCT payload FROM inbound_events") == [None]
-    assert messages.content(rig.db, message_id) is None
+    assert messages.content(rig.db, message_id) == {}
 
 
 def test_what_an_account_without_url_has_not_read_yet_lives_as_long(rig: Rig) -> None:
@@ -185,44 +187,95 @@ def _fill(db: Database, account_id: str, number: int, finished_at: str, *, size:
     db.write_last(job)
 
 
-def test_over_its_size_the_oldest_texts_go_first_then_metadata_then_it_is_an_alert(
+def test_over_its_size_what_frees_pages_goes_oldest_first_and_no_more_of_it(rig: Rig) -> None:
+    account, long, short = rig.account(), 6000, 900
+    rig.now_s = 1_800_000_000.0  # 2027-01-15
+    ages = {"old long": (20, long), "old short": (9, short), "long": (3, long), "short": (2, short), "young": (0, long)}
+    for days, size in ages.values():
+        _fill(rig.db, account["id"], 400, instant(rig.now_s - (days + 0.5) * DAY_S), size=size)
+    kept = {"text_days": 30, "metadata_days": 90}
+
+    def left() -> dict[str, list[int]]:
+        """Return how many rows of each age there are, and how many of these have their texts."""
+        counts = "SELECT COUNT(*) AS number, COALESCE(SUM(gone = 0), 0) AS texts FROM deliveries WHERE finished_at = ?"
+        at = {name: instant(rig.now_s - (days + 0.5) * DAY_S) for name, (days, _) in ages.items()}
+        return {name: list(rig.db.rows(counts, (at[name],))[0].values()) for name in ages}
+
+    def bound(max_mb: int) -> None:
+        prune(rig, **kept, max_mb=max_mb)
+        assert rig.db.used_bytes() <= max_mb * MB
+        assert not rig.alerts
+
+    whole = {name: [400, 400] for name in ages}
+    used_mb = rig.db.used_bytes() // MB
+    bound(used_mb - 2)
+    rows, texts = left()["old long"]
+    assert left() == whole | {"old long": [rows, texts]}
+    assert rows == 400
+    assert 0 < texts < 400
+    bound(used_mb - 9)
+    rows, texts = left()["long"]
+    assert left() == whole | {"old long": [0, 0], "old short": [0, 0], "long": [rows, texts]}
+    assert rows == 400
+    assert 0 < texts < 400
+
+
+def test_over_its_size_no_text_goes_that_is_young_or_would_free_nothing(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     account = rig.account()
-    for day in (1, 2, 9):
-        _fill(rig.db, account["id"], 400, f"2027-01-{15 - day:02}T00:00:00.000Z")
-    rig.crm.answer_always(500)
-    rig.say("owed", "mid-owed")
-    rig.now_s = 1_800_000_000.0  # 2027-01-15
-    before = rig.db.used_bytes()
-    assert before > 4 * MB
-    kept = {"text_days": 30, "metadata_days": 90}
-    prune(rig, **kept, max_mb=before // MB)
-    gone = column(rig, "SELECT gone FROM deliveries WHERE state = 'done' ORDER BY finished_at")
-    assert 0 < sum(gone) < 1200
-    assert gone == sorted(gone, reverse=True)
-    assert rig.db.used_bytes() <= before // MB * MB
-    assert not rig.alerts
-    prune(rig, **kept, max_mb=1)
-    assert count(rig, "deliveries WHERE state = 'done'") == 800, "what is older than a week has lost its rows"
-    assert count(rig, "deliveries WHERE gone = 0") == 1
-    assert ("database_large" in [kind for kind, _ in rig.alerts]) == (rig.db.used_bytes() > MB)
-    for number in range(8):
-        rig.say("x" * 9000, f"mid-{number}", contact="802")
-    _fill(rig.db, account["id"], 600, "2027-01-14T00:00:00.000Z")
-    rig.db.write_last(lambda: rig.db.run("UPDATE deliveries SET state = 'pending', finished_at = NULL"))
-    prune(rig, **kept, max_mb=1)
-    assert rig.alerts[-1][0] == "database_large"
+    rig.now_s = 1_800_000_000.0
+    for age_s, size in ((14, 900), (20 * 3600, 6000), (6 * DAY_S, 900)):
+        _fill(rig.db, account["id"], 750, instant(rig.now_s - age_s), size=size)
+    used = rig.db.used_bytes()
+    assert used > 6 * MB
+    for _ in range(2):
+        prune(rig, max_mb=6)
+        assert column(rig, "SELECT DISTINCT gone FROM deliveries") == [0]
+        assert rig.db.used_bytes() == used
+    assert rig.alerts[-1] == (
+        "database_large",
+        f"the database uses {used / MB:.1f} MB, more than [retention] max_mb = 6: "
+        "what is left is owed, or younger than 7 days",
+    )
     assert warned(caplog, "storage.database_large")
     assert not rig.cleared
-    prune(rig, **kept, max_mb=100)
+    prune(rig, max_mb=100)
     assert rig.cleared == ["database_large"]
+    prune(rig, 1.1, max_mb=6)
+    assert column(rig, "SELECT gone FROM deliveries ORDER BY finished_at") == [1] * 750 + [0] * 750, (
+        "the rows that are a week old went, and the long texts; the short ones of yesterday stay"
+    )
+
+
+def test_what_is_owed_goes_for_no_size(rig: Rig) -> None:
+    account = rig.account()
+    _fill(rig.db, account["id"], 400, "2026-01-01T00:00:00.000Z", size=6000)
+    rig.db.write_last(lambda: rig.db.run("UPDATE deliveries SET state = 'pending', finished_at = NULL"))
+    prune(rig, max_mb=1)
+    assert rig.alerts[-1][0] == "database_large"
+    assert count(rig, "deliveries WHERE gone = 0 AND body IS NOT NULL") == 400
+
+
+def test_a_vacuum_closes_the_gaps_that_short_texts_left(rig: Rig) -> None:
+    """As the alert says."""
+    account = rig.account()
+    _fill(rig.db, account["id"], 3000, instant(rig.now_s - 2 * DAY_S), size=900)
+    used = rig.db.used_bytes()
+    prune(rig, text_days=1)
+    assert count(rig, "deliveries WHERE gone = 1") == 3000
+    assert rig.db.used_bytes() > used * 0.9
+    rig.db.close_thread()
+    with contextlib.closing(sqlite3.connect(rig.db.path)) as connection:
+        connection.execute("VACUUM")
+    assert rig.db.can_shrink()
+    assert rig.db.used_bytes() < used * 0.7
 
 
 def test_a_run_ends_with_its_time_and_the_next_goes_on(rig: Rig) -> None:
     account = rig.account()
     _fill(rig.db, account["id"], 3000, "2026-01-01T00:00:00.000Z", size=100)
-    terms = retention.Terms("2026-06", "2025", "2026", "2026", 0, 0)
+    terms = retention.Terms("2026-06", "2025", "2026", "2026", "2026", 0, 0)
     pauses: list[float] = []
     total = 0
     while swept := retention.sweep(rig.db, terms, budget_s=0.02, pause=pauses.append).texts:
@@ -237,7 +290,7 @@ def test_writers_need_not_wait_for_a_run(rig: Rig) -> None:
     account = rig.account()
     _fill(rig.db, account["id"], 5000, "2026-01-01T00:00:00.000Z", size=100)
     swept: list[retention.Swept] = []
-    terms = retention.Terms("2026-06", "2026-06", "2026", "2026", 0, 0)
+    terms = retention.Terms("2026-06", "2026-06", "2026", "2026", "2026", 0, 0)
     thread = threading.Thread(
         target=lambda: swept.append(retention.sweep(rig.db, terms, budget_s=60, pause=lambda seconds: None))
     )
@@ -257,6 +310,7 @@ def test_writers_need_not_wait_for_a_run(rig: Rig) -> None:
     ("kind", "index"),
     [
         (retention._texts("done", "2"), "deliveries_texts"),
+        (retention._long_texts("2"), "deliveries_long"),
         (retention._deliveries("2"), "deliveries_age"),
         (retention._events("noted", "2"), "inbound_age"),
         (retention._unrouted("2"), "inbound_age"),
@@ -402,7 +456,7 @@ def test_a_follower_misses_nothing_through_a_restart_and_a_retention_run(fresh_s
         connection.execute("UPDATE deliveries SET accepted_at = ?, finished_at = ?", (old, old))
     say(30, 40)
     db = Database(shop.database)
-    swept = retention.sweep(db, retention.Terms("2021", "2021", "2021", "2021", 0, 0))
+    swept = retention.sweep(db, retention.Terms("2021", "2021", "2021", "2021", "2021", 0, 0))
     db.close()
     assert (swept.texts, swept.rows) == (30, 30)
     say(40, 50)

@@ -57,6 +57,7 @@ def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
     assert row is not None
     assert row["state"] == "dead"
     dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
+    rig.say("still there?", "mid-3")  # opens the window for the answer
     rig.send(account)
     rig.meta.fault("messages", status=403, body=wire.error_body(10, "outside of allowed window.", subcode=2534022))
     rig.drain()
@@ -67,7 +68,7 @@ def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
         ["revived"],
     ]
     assert notes[1]["notes"] is None
-    assert notes[2]["notes"].endswith("dead window_closed\n")
+    assert notes[3]["notes"].endswith("dead window_closed\n")
 
 
 def test_what_meta_repeats_is_counted(rig: Rig) -> None:

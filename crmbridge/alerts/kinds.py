@@ -148,7 +148,8 @@ KINDS = {
     ),
     "database_large": Kind(
         "the database is larger than [retention] max_mb, though nothing more of it may go",
-        "look for what is owed: crmbridge dlq list, and accounts whose CRM is down; or raise max_mb",
+        "raise max_mb; crmbridge check shows what is owed; while the service is stopped, sqlite3 bridge.db VACUUM "
+        "closes the gaps that short texts left",
         "it is smaller than that",
         lasting=True,
     ),

@@ -17,16 +17,23 @@ _FEWEST, _MOST = 5, 50
 SPARE_BYTES = 16 * 2**20  # of the file stays free, to be used again
 _PAGES = 16
 _EVER = "9999"
+# More than this does not fit in a page beside its row: taking it frees pages. What less leaves behind is a gap that
+# stays until the row goes.
+_LONG_BYTES = 4000
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Up to when what is kept: times as text; `bytes_most` of pages in use, 0 for no bound."""
+    """Up to when what is kept: times as text; `bytes_most` of pages in use, 0 for no bound.
+
+    For that bound's sake goes what is older than `keys_before`, and long texts before `young_from`; nothing younger.
+    """
 
     texts_before: str
     rows_before: str
     unrouted_before: str
     keys_before: str  # nothing that tells a repetition goes before this
+    young_from: str
     unrouted_most: int
     bytes_most: int
 
@@ -59,9 +66,10 @@ def sweep(db: Database, terms: Terms, *, budget_s: float = 10, pause: Callable[[
     swept.rows += run.work_off(_deliveries(terms.rows_before))
     swept.rows += run.work_off(_events("noted", terms.rows_before))
     swept.rows += run.work_off(_events("dropped", min(terms.unrouted_before, terms.keys_before)))
-    swept.texts += run.work_off(_texts("done", _EVER), go_on=is_large)
+    swept.texts += run.work_off(_long_texts(terms.keys_before), go_on=is_large)
     swept.rows += run.work_off(_deliveries(terms.keys_before), go_on=is_large)
     swept.rows += run.work_off(_events("noted", terms.keys_before), go_on=is_large)
+    swept.texts += run.work_off(_long_texts(terms.young_from), go_on=is_large)
     swept.is_large = None if run.is_over() else is_large()
     while db.can_shrink() and db.free_bytes() > SPARE_BYTES and not run.is_over():
         swept.pages += run.step(lambda: db.shrink(_PAGES))
@@ -137,7 +145,7 @@ def _still(db: Database, sql: str, keys: Sequence[Any], fits: Callable[[Row], bo
     return [row for row in db.rows(f"{sql} IN ({_marks(keys)})", keys) if fits(row)]
 
 
-def _texts(state: str, before: str) -> _Kind:
+def _texts(state: str, before: str, which: str = "") -> _Kind:
     """What finished deliveries said, and what they were made of."""
 
     def fits(row: Row) -> bool:
@@ -152,8 +160,13 @@ def _texts(state: str, before: str) -> _Kind:
         taken = [row["position"] for row in rows]
         return db.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
 
-    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND state = ? AND {_FINISHED} ORDER BY finished_at"
+    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND state = ?{which} AND {_FINISHED} ORDER BY finished_at"
     return _Kind(sql, (state, before), take)
+
+
+def _long_texts(before: str) -> _Kind:
+    """Of what was delivered, the texts that have pages of their own."""
+    return _texts("done", before, f" AND length(CAST(body AS BLOB)) > {_LONG_BYTES}")
 
 
 def _is_old(row: Row, before: str) -> bool:
