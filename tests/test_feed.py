@@ -5,11 +5,14 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import requests
 
 from crmbridge import config
 from crmbridge.errors import Conflict, Invalid, Unavailable
@@ -28,7 +31,7 @@ class Stopped(Exception):
 def follower() -> Callable[..., None]:
     """Return the README's."""
     (block,) = re.findall(r"```python\n([^`]*def follow\([^`]*)```", README)
-    assert len(block.strip().splitlines()) <= 14
+    assert len(block.strip().splitlines()) <= 20
     room: dict[str, Any] = {}
     exec(block, room)
     found: Callable[..., None] = room["follow"]
@@ -260,6 +263,73 @@ def test_a_follower_misses_nothing_and_sees_nothing_twice_while_many_write(fresh
     assert not reader.is_alive()
     assert len(seen) == wanted
     assert set(seen) == {f"text {turn}" for turn in range(wanted)}
+
+
+def test_a_follower_outlives_a_restart_of_the_bridge(fresh_shop: Shop) -> None:
+    shop, seen, cursors = fresh_shop, list[str](), list[str | None]()
+    shop.bridge.environ["CRMBRIDGE_WEB_PORT"] = shop.url.rpartition(":")[2]  # also the next time
+    shop.call("PUT", f"/api/v1/accounts/{shop.account_id}", {"crm_webhook_url": None})
+
+    def keep(events: list[dict], cursor: str | None) -> None:
+        seen.extend(event["message"] for event in events)
+        cursors.append(cursor)
+        if len(seen) >= 20 and not events:
+            raise Stopped
+
+    def follow() -> None:
+        with pytest.raises(Stopped):
+            follower()(shop.url, shop.key, keep, every_s=0.01)
+
+    def say(first: int) -> None:
+        for number in range(first, first + 10):
+            assert shop.meta.customer_says(SHOP_ID, "801", f"text {number}").status == 200
+
+    say(0)
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    while len(seen) < 10:
+        time.sleep(0.01)
+    shop.kill()
+    read = len(cursors)
+    time.sleep(0.2)  # it asks again and again
+    assert len(cursors) <= read + 1
+    assert reader.is_alive()
+    shop.start()
+    say(10)
+    reader.join(30)
+    assert not reader.is_alive()
+    assert seen == [f"text {number}" for number in range(20)]
+
+
+def test_a_follower_waits_where_it_is_told_to_and_stops_where_it_may_not_read() -> None:
+    """Told by a server that answers as the bridge does when it is overloaded, behind a proxy, or knows another key."""
+    page = {"events": [{"event_id": "evt_1"}], "next_cursor": "1-a", "has_more": True, "expired": 0}
+    answers, asked = [503, 429, 200, 502, 200, 401], list[str]()
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = json.dumps(page).encode()
+            self.send_response(answers[len(asked) - 1])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: Any) -> None:
+            """Say nothing."""
+
+    kept = list[str | None]()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            with pytest.raises(requests.HTTPError, match="401"):
+                follower()(
+                    f"http://127.0.0.1:{server.server_port}", "key", lambda _, cursor: kept.append(cursor), every_s=0
+                )
+        finally:
+            server.shutdown()
+    assert kept == ["1-a", "1-a"]
+    assert asked == ["/api/v1/events"] * 3 + ["/api/v1/events?after=1-a"] * 3
 
 
 def test_the_route_asks_for_its_permission_and_its_account(shop: Shop) -> None:
