@@ -166,7 +166,8 @@ def test_a_call_in_flight_a_doubt_and_a_death_in_doubt_are_told(rig: Rig) -> Non
 
 def test_what_came_for_nobody_or_changed_something_else_is_told(rig: Rig) -> None:
     account = rig.account()
-    (stray,) = rig.hear_body(wire.webhook_body(wire.envelope(OTHER_ID, 1, rig.item({"message": {"mid": "stray"}}))))
+    item = rig.item({"message": {"mid": "stray"}}) | {"recipient": {"id": OTHER_ID}}
+    (stray,) = rig.hear(item, account=OTHER_ID)
     assert stray.event_id is not None
     assert "no account here has the Instagram account id" in story(rig, stray.event_id)["next"][0]
     message_id = rig.send(account, "hello")
@@ -211,6 +212,10 @@ def test_the_command_and_the_api_tell_the_same(shop: Shop) -> None:
     (found,) = answer.json()["stories"]
     assert shop.bridge.command("explain", "explained-1") == explain._lines(found)
     assert shop.call("GET", f"/api/v1/admin/explain/{message_id}").status_code == 403
+    sloping = shop.send("hello", "ticket/4711/reply").json()["message_id"]
+    for written in ("ticket/4711/reply", "ticket%2F4711%2Freply"):
+        (found,) = shop.call("GET", f"/api/v1/admin/explain/{written}", key=shop.admin_key).json()["stories"]
+        assert found["id"] == sloping
     unknown = shop.call("GET", "/api/v1/admin/explain/msg_nothing", key=shop.admin_key)
     assert (unknown.status_code, unknown.json()["error"]) == (404, "id_not_found")
     done = run(shop.database.parent.parent, "explain", "msg_nothing")

@@ -39,7 +39,7 @@ def routes(timings: Timings) -> list[Route]:
 
     return [
         Route("GET", "/api/v1/admin/stats", stats, "admin"),
-        Route("GET", "/api/v1/admin/explain/<id>", tell, "admin"),
+        Route("GET", "/api/v1/admin/explain/<id:path>", tell, "admin"),
     ]
 
 
