@@ -35,12 +35,12 @@ class Watch:
         self._started_s = clock()
 
     def worker(self) -> None:
-        """Tell of a worker that is not alive, once it has had the time to start, and of one that is again."""
-        now_s = self._clock()
+        """Tell of a worker that is not alive, once it has had the time to start again, and of one that is."""
+        now_s, last = self._clock(), vitals.last_beat(self._db, "worker")
         problem = vitals.worker_problem(self._db, now_s)
         if problem is None:
             self._alarm.clear("worker_dead")
-        elif now_s - self._started_s > vitals.STALE_S:
+        elif now_s - max(self._started_s, epoch_s(last) if last else 0) > vitals.STALE_S:
             self._alarm.alert("worker_dead", problem)
 
     def disk(self) -> None:

@@ -47,6 +47,11 @@ def test_what_is_paused_waits_and_a_resume_lets_it_go(fresh_shop: Shop) -> None:
     assert shop.status(answer.json()["message_id"])["held"] is None
     listed = shop.call("GET", "/api/v1/accounts").json()["accounts"][0]
     assert listed["paused"] == NOTHING
+    key_id = "key_" + shop.key.split("_")[1]
+    assert re.search(
+        rf"info account.paused account=\S+ what=deliveries,sends .*reason=stocktaking by={key_id}", shop.log()
+    )
+    assert re.search(rf"info account.resumed account=\S+ what=sends by={key_id}", shop.log())
 
 
 @pytest.mark.slow
