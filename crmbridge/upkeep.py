@@ -16,6 +16,7 @@ _DAY_S = 86_400
 _MB = 2**20
 _KEY_DAYS = 7  # the channel repeats events for days, and CRMs their sends
 _YOUNG_DAYS = 1  # a CRM that pulls, or a person, may still want the text
+_LEFTOVERS_S = 10.0
 _LARGE_LOG_BYTES = 32 * _MB
 
 
@@ -40,10 +41,13 @@ class Upkeep:
         self._pause = pause
 
     def sweep(self) -> None:
-        """Give headless lanes a head, and route events whose account came after them."""
+        """Give headless lanes a head, end what is owed where nothing goes, and route what came before its account."""
         repaired = turn.repair(self._db, self._clock())
         if repaired:
             log.warning("sweep.repaired", lanes=repaired)
+        ended = turn.end_leftovers(self._db, self._clock(), budget_s=_LEFTOVERS_S, pause=self._pause)
+        if ended:
+            log.info("sweep.ended", deliveries=ended)
         for account in accounts.everyone(self._db):
             adopted = inbound.adopt(self._db, account, self._clock(), self._patience)
             if adopted:

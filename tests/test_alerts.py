@@ -535,6 +535,7 @@ def test_an_endpoint_that_nothing_waits_for_any_more_is_not_called_down(rig: Rig
     rig.watch().look()
     assert rig.cleared == []
     accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
+    turn.end_leftovers(rig.db, rig.now_s)
     rig.watch().look()
     office.pass_s(10)
     assert office.posted == [("raised", "crm_down"), ("cleared", "crm_down")]

@@ -410,6 +410,7 @@ def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -
     rig.say("two", "mid-2")
     rig.drain()
     accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
+    turn.end_leftovers(rig.db, rig.now_s)
     assert rig.db.rows("SELECT DISTINCT state, last_code FROM deliveries") == [
         {"state": "done", "last_code": "not_pushed"}
     ]

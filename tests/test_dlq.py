@@ -183,6 +183,7 @@ def test_what_cannot_be_tried_again_is_left_out_with_its_reason(rig: Rig) -> Non
     rig.db.run("UPDATE deliveries SET body = '{}' WHERE id = ?", (second,))
     assert ask(rig).left_out == NOBODY | {"content_gone": 1}
     accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
+    turn.end_leftovers(rig.db, rig.now_s)
     assert ask(rig) == Asked(2, 0, 0, NOBODY | {"content_gone": 1, "not_pushed": 1})
     turn.delete_account(rig.db, account["id"], rig.now_s)
     assert ask(rig) == Asked(2, 0, 0, NOBODY | {"account_deleted": 2})

@@ -4,7 +4,7 @@ from typing import Any
 
 from crmbridge.errors import Conflict, NotFound
 from crmbridge.events import new_id
-from crmbridge.store import deliveries, pauses
+from crmbridge.store import pauses
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
@@ -66,15 +66,16 @@ def create(db: Database, values: dict[str, Any], now: str) -> Row:
 
 
 def update(db: Database, account_id: str, values: dict[str, Any], now: str, patience: Patience) -> Row:
-    """Change columns of an account and return it; what its status held back gets that time back."""
+    """Change columns of an account and return it; what its status held back gets that time back.
+
+    Without a URL for the CRM what it was still to get waits for `turn.end_leftovers`.
+    """
 
     def job() -> Row:
         before, changed = found(db, account_id), {**values, "updated_at": now}
         if values.get("status", before["status"]) != before["status"]:
             changed["status_since"] = now
         db.update("accounts", changed, "id = ?", [account_id])
-        if "crm_webhook_url" in values and values["crm_webhook_url"] is None:
-            deliveries.stop_pushing(db, account_id, now)
         return found(db, account_id)
 
     if "status" in values:

@@ -471,6 +471,7 @@ def expired(db: Database, before: str, limit: int) -> list[str]:
         f"""
         SELECT deliveries.id FROM deliveries JOIN accounts ON accounts.id = account_id WHERE {_EXPIRED}
             AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
+            AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
             AND NOT EXISTS (
                 SELECT 1 FROM pauses
                 WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)
@@ -498,9 +499,9 @@ def ending_before(db: Database, before: tuple[str, int], limit: int) -> list[Row
 
 def postpone(db: Database, seconds: float, at_most: str, positions: Sequence[int]) -> None:
     """Move the end of pending rows, for time that does not count, to no later than `at_most`."""
-    later, marks = sqlite.shifted_at_most("expires_at"), ", ".join("?" * len(positions))
+    later = sqlite.shifted_at_most("expires_at")
     db.run(
-        f"UPDATE deliveries SET expires_at = {later} WHERE state = 'pending' AND position IN ({marks})",
+        f"UPDATE deliveries SET expires_at = {later} WHERE state = 'pending' AND position IN ({_marks(positions)})",
         (f"{seconds:+.3f}", at_most, *positions),
     )
 
@@ -532,27 +533,52 @@ def revive(
     promote(db, target, account_id, contact, now)
 
 
-def stop_pushing(db: Database, account_id: str, now: str) -> None:
-    """Leave what an account's CRM was still to get to be read when it asks."""
-    ended = {"state": "done", "claim_id": None, "last_code": "not_pushed", "finished_at": now}
-    where = "state = 'pending' AND target = 'crm' AND account_id = ?"
-    note(db, where, [account_id], "done not_pushed", now)
-    db.update("deliveries", ended, where, [account_id])
-    _unask(db, "target = 'crm' AND account_id = ?", account_id)
+# Where nothing goes any more: an account that is deleted, a CRM without a URL.
+_UNSERVED = "(accounts.deleted_at IS NOT NULL OR (target = 'crm' AND crm_webhook_url IS NULL))"
+_ASKED = "retry_asked_at IS NOT NULL AND state = 'dead'"
 
 
-def _unask(db: Database, where: str, account_id: str) -> None:
-    db.update("deliveries", {"retry_asked_at": None}, f"retry_asked_at IS NOT NULL AND {where}", [account_id])
-
-
-def end_account(db: Database, account_id: str, now: str) -> None:
-    """End everything that is owed to or for an account that is being deleted."""
-    note(db, "state = 'pending' AND account_id = ?", [account_id], "dead account_deleted", now)
-    db.run(
-        """
-        UPDATE deliveries SET state = 'dead', claim_id = NULL, in_doubt = 0, last_code = 'account_deleted',
-            last_error = 'the account was deleted', finished_at = ?
-        WHERE state = 'pending' AND account_id = ?""",
-        (now, account_id),
+def unserved(db: Database) -> list[Row]:
+    """Return the endpoints where something is owed though nothing goes there any more; `deleted_at` tells why."""
+    return db.rows(
+        f"""
+        SELECT target, accounts.id AS account_id, accounts.deleted_at
+        FROM accounts CROSS JOIN (SELECT 'crm' AS target UNION ALL SELECT 'instagram') AS targets
+        WHERE {_UNSERVED} AND (
+            EXISTS (SELECT 1 FROM deliveries WHERE state = 'pending' AND {_OF_ENDPOINT})
+            OR EXISTS (SELECT 1 FROM deliveries WHERE {_ASKED} AND {_OF_ENDPOINT}))"""
     )
-    _unask(db, "account_id = ?", account_id)
+
+
+_OF_ENDPOINT = "deliveries.target = targets.target AND deliveries.account_id = accounts.id"
+
+
+def left_over(db: Database, endpoint: Row, limit: int) -> list[Row]:
+    """Return rows of an unserved endpoint that are owed or asked for; none when it is served again."""
+    these = "target = ? AND account_id = ?"
+    key = [endpoint["target"], endpoint["account_id"]]
+    if not db.value(f"SELECT 1 FROM accounts, (SELECT ? AS target) AS wanted WHERE id = ? AND {_UNSERVED}", key):
+        return []
+    found: list[Row] = []
+    for owed in ("state = 'pending'", _ASKED):
+        sql = f"SELECT position, state, message_id FROM deliveries WHERE {owed} AND {these} LIMIT ?"
+        found += db.rows(sql, (*key, limit - len(found)))
+    return found
+
+
+def end_all(
+    db: Database, rows: Sequence[Row], state: Literal["done", "dead"], code: str, message: str | None, now: str
+) -> None:
+    """End pending deliveries whose lanes go no further, without a call, and ask no more for dead ones."""
+    owed, asked = ([row["position"] for row in rows if row["state"] == kind] for kind in ("pending", "dead"))
+    db.run(
+        f"""
+        UPDATE deliveries SET state = ?, claim_id = NULL, in_doubt = 0, last_code = ?, last_error = ?, finished_at = ?,
+            retry_asked_at = NULL, notes = COALESCE(notes, '') || ? WHERE position IN ({_marks(owed)})""",
+        (state, code, message, now, f"{now} {state} {code}\n", *owed),
+    )
+    db.update("deliveries", {"retry_asked_at": None}, f"position IN ({_marks(asked)})", asked)
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))

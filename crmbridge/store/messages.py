@@ -447,16 +447,17 @@ def find_external(db: Database, account_id: str, external_id: str) -> Row | None
     )
 
 
-def end_account(db: Database, account_id: str, now: str) -> None:
-    """End every message of an account that is being deleted; no CRM is left to be told."""
+def end_all(db: Database, message_ids: Sequence[str], now: str) -> None:
+    """End messages of an account that is being deleted, where they still wait; no CRM is left to be told."""
     ended = {
         "status": "failed",
         "error_code": "account_deleted",
         "error_message": "the account was deleted",
         "error_retryable": 0,
     }
+    marks = ", ".join("?" * len(message_ids))
     for message in db.rows(
-        "SELECT id FROM outbound_messages WHERE account_id = ? AND status = 'pending'", (account_id,)
+        f"SELECT id FROM outbound_messages WHERE status = 'pending' AND id IN ({marks})", message_ids
     ):
         db.update("outbound_messages", ended, "id = ?", [message["id"]])
         _transition(db, message["id"], "failed", "account_deleted", now)

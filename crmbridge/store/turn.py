@@ -1,5 +1,6 @@
 """One turn of the engine in one transaction: record what came back, claim what is free."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
 
 HASTEN_AT_ONCE = 500
 _EXPIRE_AT_ONCE = 200
+_END_AT_ONCE = 200
 _EXPIRY_GRACE_S = 120.0  # the last try falls on the end itself
 _LOOK_FURTHER = 16
 _UNRENDERED_S = 300.0
@@ -33,8 +35,8 @@ class Finished:
 class Turn:
     """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know.
 
-    `held` are the endpoints that get nothing now, by their account's status or a pause. `replays` says when rows
-    that were dead are due, and how many of these must be free to go.
+    `held` are the endpoints that get nothing now, by their account's status, a pause, or for want of a URL. `replays`
+    says when rows that were dead are due, and how many of these must be free to go.
     """
 
     claimed: list[Claimed] = field(default_factory=list)
@@ -140,7 +142,8 @@ def _served(db: Database) -> tuple[list[tuple[Target, Row]], frozenset[Endpoint]
     paused, served, held = pauses.everyone(db), [], set()
     for account in accounts.everyone(db):
         for target in pauses.TARGETS:
-            if (target, account["id"]) in paused or pauses.blocks(account["status"], target):
+            is_nowhere = target == "crm" and account["crm_webhook_url"] is None
+            if is_nowhere or (target, account["id"]) in paused or pauses.blocks(account["status"], target):
                 held.add((target, account["id"]))
             else:
                 served.append((target, account))
@@ -301,18 +304,47 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
 
 
 def delete_account(db: Database, account_id: str, now_s: float) -> None:
-    """End what an account is owed and owes, and erase its secrets, in one commit."""
+    """Erase an account's secrets and serve it no more, in one commit; then begin to end what it is owed and owes."""
     now = instant(now_s)
 
     def job() -> None:
-        deliveries.end_account(db, account_id, now)
-        messages.end_account(db, account_id, now)
         inbound.drop_held(db, account_id)
         pauses.forget(db, account_id)
         questions.forget_account(db, account_id)
         accounts.erase(db, account_id, now)
 
     db.write(job)
+    end_leftovers(db, now_s)
+
+
+def end_leftovers(
+    db: Database, now_s: float, *, budget_s: float = 2, pause: Callable[[float], None] = time.sleep
+) -> int:
+    """End what is owed where nothing goes any more: for a deleted account, and to a CRM without a URL.
+
+    In small steps, with as much time between them for the others; what the budget leaves is for the next call.
+    Returns how many rows there were.
+    """
+    total, until_s = 0, time.monotonic() + budget_s
+    for endpoint in deliveries.unserved(db):
+        found = _END_AT_ONCE
+        while found == _END_AT_ONCE and time.monotonic() < until_s:
+            began_s = time.monotonic()
+            found = db.write_last(lambda endpoint=endpoint: _end_some(db, endpoint, instant(now_s)))  # type: ignore[misc]
+            total += found
+            if found == _END_AT_ONCE:
+                pause(time.monotonic() - began_s)
+    return total
+
+
+def _end_some(db: Database, endpoint: Row, now: str) -> int:
+    rows = deliveries.left_over(db, endpoint, _END_AT_ONCE)
+    if rows and endpoint["deleted_at"] is None:
+        deliveries.end_all(db, rows, "done", "not_pushed", None, now)
+    elif rows:
+        deliveries.end_all(db, rows, "dead", "account_deleted", "the account was deleted", now)
+        messages.end_all(db, [row["message_id"] for row in rows if endpoint["target"] == "instagram"], now)
+    return len(rows)
 
 
 def counts(db: Database) -> Mapping[str, int]:

@@ -125,6 +125,8 @@ class AccountRoutes:
                 values["status"], values["status_reason"] = "active", None
         was_stopped, now = row["status"] == "error", instant(call.now_s)
         row = accounts.update(call.db, row["id"], values, now, self._patience)
+        if row["crm_webhook_url"] is None:  # the CRM reads the rest when it asks
+            turn.end_leftovers(call.db, call.now_s)
         if values.get("crm_webhook_url") and pauses.resume(
             call.db, row["id"], "crm", now=now, patience=self._patience, when=_is_gone
         ):
