@@ -35,6 +35,7 @@ CLOCK_SET_S = 30.0
 _LOOK_AGAIN_S = 1.0
 _FAULTS_IN_FRONT = 3
 _BARREN_TURNS = 20
+_UNWANTED = "crm_error"  # what a 410 comes to when others get through
 # The alerts of what stops an account, and what to do about them.
 _STOPS = {"crm": ("crm_gone",), "instagram": ("token_dead", "account_error")}
 _WELL = {"crm": "the CRM takes an event again", "instagram": "Instagram answers again"}
@@ -275,6 +276,9 @@ class Engine:
     def _judge(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Finished:
         """Note what a call says about its endpoint, and decide what becomes of its delivery."""
         endpoint, change = _endpoint(claimed), None
+        previous_s = epoch_s(claimed.previous_at) if claimed.previous_at else None
+        if claimed.target == "crm" and outcome.stops and self._is_unwanted_alone(claimed, outcome):
+            outcome = replace(outcome, code=_UNWANTED, counts=True, stops=None)
         if outcome.rest_s:
             self._endpoints.rest(endpoint, now_s + min(outcome.rest_s, HINT_MAX_S))
         answered = outcome.kind in ("refused", "absent") or (outcome.kind == "retry" and outcome.counts)
@@ -289,7 +293,7 @@ class Engine:
                 now_s,
                 http_status=outcome.http_status,
                 is_worn=is_worn(claimed, self._schedule),
-                previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
+                previous_s=previous_s,
                 contact=claimed.contact,
                 was_head=claimed.ready == 1,
             )
@@ -321,6 +325,13 @@ class Engine:
         if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault"):
             outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
         return Finished(claimed, outcome, verdict)
+
+    def _is_unwanted_alone(self, claimed: Claimed, outcome: Outcome) -> bool:
+        """Tell whether a far side that says it is gone takes others: then it is this message that it does not want."""
+        if (claimed.last_code, claimed.last_http_status) == (_UNWANTED, outcome.http_status):
+            return True  # found so before
+        previous_at = claimed.previous_at
+        return previous_at is not None and self._endpoints.worked_since(_endpoint(claimed), epoch_s(previous_at))
 
     def _next_s(self, found: Turn, now_s: float) -> float | None:
         """Return when there may be something to do: a row is due and its endpoint may be called."""

@@ -119,6 +119,10 @@ class Endpoints:
         """Tell whether an endpoint is believed to be down."""
         return self._state(endpoint).broken
 
+    def worked_since(self, endpoint: Endpoint, since_s: float) -> bool:
+        """Tell whether the far side did what was asked after a time."""
+        return self._state(endpoint).worked_s > since_s
+
     def failing_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return for how long an endpoint has done nothing but fail, in seconds; 0 after a success."""
         state = self._state(endpoint)
@@ -168,7 +172,7 @@ class Endpoints:
             state.failing_since_s = now_s
         state.failures += 1
         was_broken = state.broken
-        others_pass = previous_s is not None and state.worked_s > previous_s
+        others_pass = previous_s is not None and self.worked_since(endpoint, previous_s)
         state.broken = was_broken or (is_worn and not others_pass) or state.failures >= _BREAK_AFTER
         if not state.broken:
             return None

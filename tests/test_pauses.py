@@ -196,6 +196,24 @@ def test_a_pause_follows_a_clock_that_is_set(rig: Rig, hours: int) -> None:
     assert rig.events() == ["message.received"]
 
 
+def test_what_is_paused_while_it_is_about_to_be_given_up_lives(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = rig.account()
+    rig.crm.answer_always(503)
+    rig.say("hello", "mid-1")
+    rig.drain()
+    rig.now_s += 25 * HOUR_S
+    look = deliveries.expired
+
+    def look_then_pause(*given: Any) -> list[str]:
+        found = look(*given)
+        pause(rig, account)
+        return found
+
+    monkeypatch.setattr(deliveries, "expired", look_then_pause)
+    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.db.value("SELECT state FROM deliveries") == "pending"
+
+
 def test_a_new_pause_keeps_the_beginning_and_an_automatic_one_yields_to_an_operators(rig: Rig) -> None:
     account, began = rig.account(), instant(rig.now_s)
 
@@ -297,6 +315,32 @@ def test_a_crm_that_is_gone_pauses_the_deliveries_and_loses_nothing(rig: Rig) ->
     assert sorted(heard) == ["0", "1", "2", "3", "4"]
     assert [text for text in heard if int(text) % 2] == ["1", "3"]
     assert rig.cleared == ["crm_gone"]
+
+
+def test_a_410_to_one_message_alone_pauses_once_and_then_is_an_ordinary_refusal(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer(410, event="message.reaction")
+    rig.crm.answer(410, event="message.reaction", delay_s=0.5)  # the other message's answer is there first
+    rig.crm.answer(410, times=1000, event="message.reaction")
+    rig.hear(rig.item({"reaction": {"mid": "mid-0", "action": "react", "emoji": "❤"}}))
+    rig.drain()
+    assert len(pauses.everyone(rig.db)) == 1
+    for number in range(5):
+        rig.now_s += HOUR_S
+        rig.say(f"{number}", f"mid-{number}", contact="900000000000002")
+        if number == 0:
+            resume(rig, account, "crm")
+        rig.live_through(60)
+        assert pauses.everyone(rig.db) == {}
+    rig.say("behind it", "mid-9")
+    rig.live_through(60)
+    heard = [entry.event["message"] for entry in rig.taken()]
+    assert heard == ["0", "1", "2", "3", "4", "behind it"]
+    assert [kind for kind, _ in rig.alerts if kind == "crm_gone"] == ["crm_gone"]
+    row = rig.db.row("SELECT retries, last_code, last_http_status, ready FROM deliveries WHERE state = 'pending'")
+    assert row
+    assert (row["last_code"], row["last_http_status"], row["ready"]) == ("crm_error", 410, 2)
+    assert row["retries"] > 5
 
 
 def test_a_410_of_a_url_that_was_changed_meanwhile_pauses_nothing(rig: Rig) -> None:

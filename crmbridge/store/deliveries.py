@@ -60,6 +60,8 @@ class Claimed:
     correlation_id: str
     account: Row
     retry_asked_at: str | None = None  # set: it was dead, and goes behind live traffic
+    last_code: str | None = None  # of the call before this one
+    last_http_status: int | None = None
 
     @property
     def is_repeatable(self) -> bool:
@@ -462,28 +464,24 @@ def headless(db: Database) -> list[Row]:
     )
 
 
-_EXPIRED = "state = 'pending' AND expires_at < ? AND claim_id IS NULL"
+_EXPIRED = """
+    FROM deliveries JOIN accounts ON accounts.id = account_id
+    WHERE state = 'pending' AND expires_at < ? AND claim_id IS NULL
+        AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
+        AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
+        AND NOT EXISTS (
+            SELECT 1 FROM pauses WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)"""
 
 
 def expired(db: Database, before: str, limit: int) -> list[str]:
     """Return the ids of rows that nothing holds, whose time ended before then without a call in flight."""
-    rows = db.rows(
-        f"""
-        SELECT deliveries.id FROM deliveries JOIN accounts ON accounts.id = account_id WHERE {_EXPIRED}
-            AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
-            AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
-            AND NOT EXISTS (
-                SELECT 1 FROM pauses
-                WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)
-        ORDER BY expires_at LIMIT ?""",
-        (before, limit),
-    )
+    rows = db.rows(f"SELECT deliveries.id {_EXPIRED} ORDER BY expires_at LIMIT ?", (before, limit))
     return [row["id"] for row in rows]
 
 
 def still_expired(db: Database, delivery_id: str, before: str) -> Row | None:
-    """Return a row if its time ended before then without a call in flight."""
-    return db.row(f"SELECT * FROM deliveries WHERE id = ? AND {_EXPIRED}", (delivery_id, before))
+    """Return a row if nothing holds it and its time ended before then without a call in flight."""
+    return db.row(f"SELECT deliveries.* {_EXPIRED} AND deliveries.id = ?", (before, delivery_id))
 
 
 def ending_before(db: Database, before: tuple[str, int], limit: int) -> list[Row]:
