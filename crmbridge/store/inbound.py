@@ -89,7 +89,7 @@ def _keep_one(
             "id": event_id,
             "account_id": account["id"] if account and not queues else None,
             "instagram_account_id": external_account_id,
-            "party": event.party or None,
+            "party": (event.party or None) if account is None else None,
             "contact": event.contact,
             "kind": event.kind,
             "dedupe_key": event.dedupe_key,

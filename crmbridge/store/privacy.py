@@ -119,7 +119,7 @@ def _blank_messages(db: Database, ids: Sequence[str], alias: str, now: str, pati
 def _blank_events(db: Database, ids: Sequence[str], contact: str, alias: str) -> None:
     db.run(
         f"""
-        UPDATE inbound_events SET contact = ?, payload = NULL, dedupe_key = REPLACE(dedupe_key, ?, ?),
+        UPDATE inbound_events SET contact = ?, party = NULL, payload = NULL, dedupe_key = REPLACE(dedupe_key, ?, ?),
             state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
         (alias, contact, alias, *ids),
     )
@@ -193,7 +193,7 @@ def _erase_account(db: Database, account_id: str) -> Erased:
     db.overwrite_what_is_deleted()
     of_account = (account_id,)
     external_id = db.value("SELECT instagram_account_id FROM accounts WHERE id = ?", of_account)
-    unrouted = "SELECT id FROM inbound_events WHERE account_id IS NULL AND instagram_account_id = ?"
+    unrouted = "SELECT id FROM inbound_events WHERE account_id IS NULL AND ? IN (instagram_account_id, party)"
     erased = Erased(
         deliveries=_in_steps(
             db, "SELECT id FROM deliveries WHERE account_id = ?", of_account,
