@@ -8,7 +8,7 @@ from crmbridge import config
 from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.sandbox import wire
-from crmbridge.store import dead, deliveries, pauses
+from crmbridge.store import accounts, dead, deliveries, pauses
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.test_cli import run
@@ -148,6 +148,32 @@ def test_what_waits_says_for_whom_and_until_when(rig: Rig) -> None:
     assert story(rig, account["id"])["to_type"][0] == f"crmbridge account resume {account['id']} --deliveries"
 
 
+def test_what_was_held_says_so_ever_after(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("one", "mid-1")
+    pauses.stop(rig.db, account["id"], ["deliveries"], reason="moving", until=None, now=instant(rig.now_s + 5))
+    message_id = rig.send(account, "two")
+    rig.meta.fault("messages", status=400, body=wire.error_body(190, "expired", subcode=463))
+    rig.drain()
+    rig.now_s += 3600
+    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.now_s += 3600
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
+    rig.drain()
+    rig.say("later", "mid-2")
+    rig.drain()
+    assert "held" not in [step["step"] for step in story(rig, "mid-2")["steps"]]
+    (held,) = [step for step in story(rig, "mid-1")["steps"] if step["step"] == "held"]
+    assert held["at"] == instant(START_S + 5)
+    assert held["text"] == f"message.received to the CRM held until {instant(START_S + 3600)}: moving"
+    (held,) = [step for step in story(rig, message_id)["steps"] if step["step"] == "held"]
+    assert held["text"].startswith(f"send to Instagram held until {instant(START_S + 7200)}: token_expired: ")
+    told = [step["text"] for step in story(rig, account["id"])["steps"] if step["step"] == "held"]
+    assert [text.partition(" held")[0] for text in told] == ["sends", "deliveries"]
+    prune(rig, days=91)
+    assert rig.db.rows("SELECT * FROM past_holds") == []
+
+
 def test_a_call_in_flight_a_doubt_and_a_death_in_doubt_are_told(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
@@ -220,3 +246,9 @@ def test_the_command_and_the_api_tell_the_same(shop: Shop) -> None:
     assert (unknown.status_code, unknown.json()["error"]) == (404, "id_not_found")
     done = run(shop.database.parent.parent, "explain", "msg_nothing")
     assert (done.returncode, "nothing here has the id" in done.stdout) == (1, True)
+    refused = shop.call("POST", "/api/v1/messages/send", {}).headers["X-Correlation-Id"]
+    done = run(shop.database.parent.parent, "explain", refused)
+    assert (done.returncode, f"grep {refused} LOG" in done.stdout) == (1, True)
+    assert "code=invalid_request" in shop.wait_log(refused)
+    answer = shop.call("GET", f"/api/v1/admin/explain/{refused}", key=shop.admin_key).json()
+    assert "is in the log alone" in answer["message"]

@@ -3,20 +3,28 @@
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from crmbridge import config, contract
+from crmbridge.events import instant
 from crmbridge.ops import explain
-from crmbridge.store import overview
+from crmbridge.sandbox import wire
+from crmbridge.store import accounts, dead, overview, pauses
 from crmbridge.store.database import Row
-from tests.rig import Rig
+from crmbridge.store.sqlite import shifted
+from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 
 QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
-MAY_BE_EMPTY = {"What was slow?", "Which alerts are open?"}
+MAY_BE_EMPTY = {
+    "What was slow?",
+    "Which alerts are open?",
+    "What was held back of late, by a pause or an account's status, and why?",
+}
 VIEWS = ("stuck", "dead", "recent", "slow", "account_overview", "latency_last_hour", "webhook_deliveries")
 
 
@@ -65,9 +73,12 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
         thread.join()
     assert len(QUERIES) > 15
     assert {question for question, rows in found.items() if not rows} <= MAY_BE_EMPTY
-    assert f"crmbridge account resume {shop.account_id}" in found["What is stuck, since when, and why?"]
+    assert f"crmbridge account resume {shop.account_id} --sends" in found["What is stuck, since when, and why?"]
     assert "no account here has the Instagram account id" in found["What is stuck, since when, and why?"]
-    assert f"crmbridge explain {shop.account_id}" in found["How late are we?"]
+    assert (
+        f"crmbridge explain {shop.account_id}"
+        in found["How late are we, but for what was held or tried again by a person?"]
+    )
     assert "crmbridge dlq retry dlv_" in found["What died today?"]
     assert re.search(
         rf"warning: {shop.account_id} \(your_shop\) webhooks: \d+ pending.*, 2 dead; .* p99 \d+ ms", checked
@@ -119,9 +130,43 @@ def test_stuck_shows_what_is_not_on_its_normal_way_alone(rig: Rig) -> None:
     rig.say("behind it", "mid-3")
     rig.pass_s(1)
     ill, behind = rig.db.rows("SELECT * FROM stuck ORDER BY id")
-    assert (ill["why"], ill["last_http_status"]) == ("failed 1 time(s)", 503)
+    assert (ill["why"], ill["last_http_status"]) == ("failed once: the CRM answered 503", 503)
     assert behind["why"] == f"waits behind {ill['id']}"
     assert behind["to_type"] == f"crmbridge explain {ill['id']}"
+
+
+def test_what_is_held_says_how_it_is_let_go_and_has_no_end(rig: Rig) -> None:
+    gone, paused, failed = rig.account(), rig.account(OTHER_ID), rig.account("17841400000000003")
+    rig.crm.answer_always(410)
+    rig.say("one", "mid-1")
+    rig.drain()
+    for what in ("sends", "deliveries"):
+        pauses.stop(rig.db, paused["id"], [what], reason="new CRM", until=None, now=instant(rig.now_s))
+    rig.send(paused)
+    rig.meta.fault("messages", status=400, body=wire.error_body(190, "expired", subcode=463))
+    rig.send(failed)
+    rig.drain()
+    rig.now_s += 3600
+    found = {row["account_id"]: row for row in rig.db.rows("SELECT * FROM stuck")}
+    assert set(found) == {gone["id"], paused["id"], failed["id"]}
+    assert {row[end] for row in found.values() for end in ("next_try", "gives_up_at")} == {None}
+    assert found[paused["id"]]["to_type"] == f"crmbridge account resume {paused['id']} --sends"
+    put, resume = f"PUT /api/v1/accounts/{gone['id']}", f"crmbridge account resume {gone['id']} --deliveries"
+    mend = f"mend crm_webhook_url ({put}), or {resume}"
+    assert found[gone["id"]]["to_type"] == mend
+    (told,) = explain.explain(rig.db, found[gone["id"]]["id"], rig.now_s)["stories"]
+    assert told["to_type"] == [mend]
+    assert found[failed["id"]]["why"].startswith("the account is in error: token_expired: ")
+
+
+def test_what_may_have_arrived_is_not_to_be_sent_again_without_a_look(rig: Rig) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", drop=True, after_effect=True)
+    rig.meta.fault("conversations", times=10_000, status=503, body="")
+    rig.send(account)
+    rig.live_through(25 * 3600)
+    (row,) = rig.db.rows("SELECT * FROM dead WHERE target = 'instagram'")
+    assert (row["last_code"], row["to_type"]) == ("in_doubt", f"crmbridge explain {row['id']}")
 
 
 @pytest.mark.parametrize(
@@ -186,3 +231,41 @@ def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
         "webhooks": {"count": 50, "p50_ms": 25, "p95_ms": 48, "p99_ms": 50, "max_ms": 50},
         "sends": None,
     }
+
+
+def test_what_was_held_or_revived_lifts_no_percentile(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer(401)
+    rig.say("dead for hours", "mid-1")
+    rig.drain()
+    rig.now_s += 2 * 3600
+    dead.revive(rig.db, rig.dead()[0]["id"], rig.now_s, rig.patience)
+    rig.drain()
+    pauses.stop(rig.db, account["id"], ["deliveries"], reason="new CRM", until=None, now=instant(rig.now_s))
+    rig.say("held by a pause", "mid-2", contact="802")
+    rig.send(account, "held by the account's status")
+    accounts.update(rig.db, account["id"], {"status": "error"}, instant(rig.now_s), rig.patience)
+    rig.now_s += 2 * 3600
+    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
+    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.drain()
+    rig.now_s += 1
+    rig.say("at once", "mid-3", contact="803")
+    rig.send(account, "at once")
+    rig.drain()
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE latency_ms >= 7200000") == 3
+    (held,) = rig.db.rows("SELECT held FROM slow WHERE contact = '802'")
+    assert held["held"] == f"{instant(START_S + 7200)} to {instant(START_S + 14_400)}: new CRM"
+
+    def to_the_last_hour() -> None:
+        by = f"{time.time() - 60 - rig.now_s:+.3f}"
+        for table, columns in (("deliveries", ("accepted_at", "finished_at")), ("past_holds", ("since", "ended_at"))):
+            moved = ", ".join(f"{column} = {shifted(column)}" for column in columns)
+            rig.db.run(f"UPDATE {table} SET {moved}", [by] * len(columns))
+
+    rig.db.write(to_the_last_hour)
+    counted = rig.db.rows("SELECT target, count, max_ms FROM latency_last_hour ORDER BY target")
+    assert counted == [
+        {"target": "crm", "count": 3, "max_ms": 0},
+        {"target": "instagram", "count": 1, "max_ms": 0},
+    ]

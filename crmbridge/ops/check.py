@@ -81,8 +81,7 @@ def _stops(db: database.Database, account: database.Row) -> list[str]:
             continue
         text = f"{what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
         text += f": {hold['reason']}" if hold["reason"] else ""
-        mend = f"mend crm_webhook_url ({put}), or " if hold["cause"] == "crm_gone" else ""
-        found.append(f"{text}; {mend}crmbridge account resume {account['id']} --{what}")
+        found.append(f"{text}; {pauses.to_type(account['id'], target, hold['cause'])}")
     if account["subscription_ok"] == 0:
         found.append(f"is not subscribed to Instagram's webhooks: {account['subscription_error']}; {put} with a new "
                      "access_token, or wait: it is tried again every six hours")  # fmt: skip

@@ -7,10 +7,13 @@ from typing import Any
 
 from crmbridge.events import instant
 from crmbridge.store import alerts, overview, pauses, story
+from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.story import Kind, Life, Owed
 
 _SHOWN_AT_ONCE = 3
+_PAST_HOLDS = 10
+UNKNOWN = "Nothing here has this id. What was refused, or only read, is in the log alone, by its correlation id."
 _WIDTH = 110
 _FAR_SIDE = {"crm": "the CRM", "instagram": "Instagram"}
 _WHAT = {"crm": "deliveries", "instagram": "sends"}
@@ -63,6 +66,7 @@ def run(db: Database, given: str) -> int:
     found = explain(db, given, time.time())
     if not found["stories"] and not found["others"]:
         print(f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention")
+        print(f"what was refused, or only read, is in the log alone, by its correlation id: grep {given} LOG")
         return 1
     if found["others"]:
         print(f"{given} means several things; choose one:")
@@ -253,6 +257,8 @@ def _deliver(found: Story, owed: Owed, now: str) -> None:
         if word in _BY_A_PERSON:
             who = f", by {by[0]}" if by else ""
             found.tell(at, word, f"{name} to {to}: {_BY_A_PERSON[word].format(who=who)}")
+    for hold in owed.held:
+        _tell_held(found, hold, f"{name} to {to}", row["accepted_at"])
     for attempt in owed.attempts:
         found.tell(attempt["started_at"], attempt["kind"], f"{name} to {to}, {_attempt(attempt, row['target'])}")
     for at, word, *code in notes:
@@ -310,13 +316,19 @@ def _foresee(found: Story, owed: Owed, name: str, now: str) -> None:
             found.advise("crmbridge check")
 
 
-def _say_held(found: Story, hold: Row, what: str, account_id: str, target: str) -> None:
+def _tell_held(found: Story, hold: Row, what: str, begin: str) -> None:
+    since = f", since {hold['since']}" if hold["since"] < begin else ""
+    text = f"{what} held until {hold['ended_at']}{since}: {hold['reason'] or 'no reason given'}"
+    found.tell(max(hold["since"], begin), "held", text)
+
+
+def _say_held(found: Story, hold: Row, what: str, account_id: str, target: Target) -> None:
     until = f" until {hold['until']}" if hold["until"] else ""
     found.next.append(
         f"{what} held since {hold['since']}{until}, without ageing: {hold['reason'] or 'no reason given'}"
     )
     if "cause" in hold:  # a pause; what the account's status holds goes on when that is mended
-        found.advise(f"crmbridge account resume {account_id} --{_WHAT[target]}")
+        found.advise(pauses.to_type(account_id, target, hold["cause"]))
     else:
         found.next.append(f"PUT /api/v1/accounts/{account_id} with a new access_token, or status active, lets it go on")
 
@@ -358,6 +370,8 @@ def _account(db: Database, account_id: str, now: str) -> Story:
         for target, name in overview.NAMES.items():
             facts[f"pending_{name}"], facts[f"dead_{name}"] = seen[f"pending_{name}"], seen[f"dead_{name}"]
             facts[f"{name}_last_hour"] = overview.said(seen["latency"][name])
+            for past in pauses.past(db, account_id, target, begin="", end="9999")[-_PAST_HOLDS:]:
+                _tell_held(found, past, _WHAT[target], "")
             hold = pauses.hold(db, row, target)
             if hold is not None:
                 _say_held(found, hold, f"{_WHAT[target]} are", account_id, target)

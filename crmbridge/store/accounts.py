@@ -75,6 +75,7 @@ def update(db: Database, account_id: str, values: dict[str, Any], now: str, pati
         before, changed = found(db, account_id), {**values, "updated_at": now}
         if values.get("status", before["status"]) != before["status"]:
             changed["status_since"] = now
+            pauses.note_end_of_status(db, before, now)
         db.update("accounts", changed, "id = ?", [account_id])
         return found(db, account_id)
 

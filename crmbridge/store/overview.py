@@ -25,7 +25,7 @@ def accounts(db: Database, account_id: str | None = None) -> list[Row]:
 def said(latency: Row | None) -> str:
     """Say the latencies of an hour in words."""
     if latency is None:
-        return "nothing done"
+        return "nothing to measure"
     percentiles = ", ".join(f"{name} {latency[f'{name}_ms']} ms" for name in ("p50", "p95", "p99"))
     return f"{latency['count']} done, {percentiles}, at most {latency['max_ms']} ms"
 

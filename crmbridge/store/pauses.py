@@ -90,6 +90,7 @@ def resume(
         found = _find(db, account_id, target)
         if found is None or not when(found):
             return False
+        _remember(db, account_id, target, found["cause"], found["reason"], found["since"], now)
         return bool(db.run("DELETE FROM pauses WHERE account_id = ? AND target = ?", (account_id, target)))
 
     found = _find(db, account_id, target)
@@ -169,6 +170,43 @@ def follow_clock(db: Database, seconds: float) -> None:
     db.run(f"UPDATE accounts SET status_since = {status_since} WHERE status <> 'active'", (by,))
 
 
-def forget(db: Database, account_id: str) -> None:
-    """Drop the pauses of an account that is being deleted; runs inside a write."""
+def forget(db: Database, account_id: str, now: str) -> None:
+    """End the pauses of an account that is being deleted; runs inside a write."""
+    for row in db.rows("SELECT * FROM pauses WHERE account_id = ?", (account_id,)):
+        _remember(db, account_id, row["target"], row["cause"], row["reason"], row["since"], now)
     db.run("DELETE FROM pauses WHERE account_id = ?", (account_id,))
+
+
+# --- what was held, for those who ask afterwards ---
+
+
+def note_end_of_status(db: Database, account: Row, now: str) -> None:
+    """Note what an account's status held back until now; runs inside a write."""
+    for target in TARGETS:
+        if blocks(account["status"], target):
+            reason = account["status_reason"] or f"the account was {account['status']}"
+            _remember(db, account["id"], target, account["status"], reason, account["status_since"], now)
+
+
+def past(db: Database, account_id: str, target: str, *, begin: str, end: str) -> list[Row]:
+    """Return `cause`, `reason`, `since` and `ended_at` of the holds of an endpoint that met a time and are over."""
+    return db.rows(
+        """
+        SELECT * FROM past_holds WHERE account_id = ? AND target = ? AND ended_at > ? AND since < ?
+        ORDER BY ended_at""",
+        (account_id, target, begin, end),
+    )
+
+
+def _remember(
+    db: Database, account_id: str, target: str, cause: str, reason: str | None, since: str, ended_at: str
+) -> None:
+    where: Row = {"account_id": account_id, "target": target}
+    db.insert("past_holds", {**where, "cause": cause, "reason": reason, "since": since, "ended_at": ended_at})
+
+
+def to_type(account_id: str, target: Target, cause: str) -> str:
+    """Return what ends a pause."""
+    name = next(name for name, place in WHAT.items() if place == target)
+    command = f"crmbridge account resume {account_id} --{name}"
+    return f"mend crm_webhook_url (PUT /api/v1/accounts/{account_id}), or {command}" if cause == "crm_gone" else command

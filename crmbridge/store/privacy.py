@@ -216,7 +216,12 @@ def _erase_account(db: Database, account_id: str) -> Erased:
         ),
     )  # fmt: skip
     blank = {"instagram_account_id": "erased", "app_scoped_id": None, "username": None}
-    db.write_last(lambda: db.update("accounts", blank, "id = ?", of_account))
+
+    def finish() -> None:
+        db.run("DELETE FROM past_holds WHERE account_id = ?", of_account)
+        db.update("accounts", blank, "id = ?", of_account)
+
+    db.write_last(finish)
     return erased
 
 

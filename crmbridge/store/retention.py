@@ -65,6 +65,7 @@ def sweep(db: Database, terms: Terms, *, budget_s: float = 10, pause: Callable[[
     swept.unrouted += run.work_off(_unrouted(_EVER), most=_count_unrouted(db) - terms.unrouted_most)
     swept.rows += run.work_off(_deliveries(terms.rows_before))
     swept.rows += run.work_off(_events("noted", terms.rows_before))
+    swept.rows += run.work_off(_past_holds(terms.rows_before))
     swept.rows += run.work_off(_events("dropped", min(terms.unrouted_before, terms.keys_before)))
     swept.texts += run.work_off(_long_texts(terms.keys_before), go_on=is_large)
     swept.rows += run.work_off(_deliveries(terms.keys_before), go_on=is_large)
@@ -213,6 +214,15 @@ def _events(state: str, before: str) -> _Kind:
         return db.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, (state, before), take)
+
+
+def _past_holds(before: str) -> _Kind:
+    """What was held back so long ago that no row tells of it any more."""
+
+    def take(db: Database, positions: Sequence[Any]) -> int:
+        return db.run(f"DELETE FROM past_holds WHERE position IN ({_marks(positions)})", positions)
+
+    return _Kind("SELECT position FROM past_holds WHERE ended_at < ? ORDER BY ended_at", (before,), take)
 
 
 def _unrouted(before: str) -> _Kind:

@@ -13,10 +13,14 @@ _ITEMS = 20
 
 @dataclass(frozen=True)
 class Owed:
-    """A delivery with its attempts, and what it waits for: its account's hold, or the head of its lane."""
+    """A delivery with its attempts, the holds that it outlived (`held`), and what it waits for.
+
+    That is its account's hold, or the head of its lane.
+    """
 
     row: Row
     attempts: list[Row]
+    held: list[Row]
     hold: Row | None
     head: Row | None
 
@@ -123,7 +127,9 @@ def _owed(db: Database, row: Row, account: Row | None) -> Owed:
             " AND ready = 1",
             (row["target"], row["account_id"], row["contact"]),
         )
-    return Owed(row, attempts, pauses.hold(db, account, row["target"]) if account else None, head)
+    lived = {"begin": row["accepted_at"], "end": row["finished_at"] or "9999"}
+    held = pauses.past(db, row["account_id"], row["target"], **lived)
+    return Owed(row, attempts, held, pauses.hold(db, account, row["target"]) if account else None, head)
 
 
 def account(db: Database, account_id: str) -> Row:

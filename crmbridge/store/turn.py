@@ -309,7 +309,7 @@ def delete_account(db: Database, account_id: str, now_s: float) -> None:
 
     def job() -> None:
         inbound.drop_held(db, account_id)
-        pauses.forget(db, account_id)
+        pauses.forget(db, account_id, now)
         questions.forget_account(db, account_id)
         accounts.erase(db, account_id, now)
 

@@ -34,7 +34,7 @@ def routes(timings: Timings) -> list[Route]:
     def tell(call: Call) -> Reply:
         found = explain.explain(call.db, call.path["id"], call.now_s)
         if not found["stories"] and not found["others"]:
-            raise NotFound("Nothing here has this id.", code="id_not_found")
+            raise NotFound(explain.UNKNOWN, code="id_not_found")
         return Reply(found)
 
     return [

@@ -3,8 +3,12 @@
 from peewee import Database
 from playhouse.migrate import SchemaMigrator
 
+# By a pause, or by the account's status.
+_HELD = """(pauses.since IS NOT NULL OR accounts.status = 'inactive'
+                OR (accounts.status = 'error' AND waiting.target = 'instagram'))"""
+
 VIEWS = (
-    """
+    f"""
     CREATE VIEW stuck AS  -- what is owed and not on its normal way: failing, held, or waiting for over a minute
         SELECT waiting.id, waiting.account_id, waiting.contact, waiting.target, waiting.event,
             CASE
@@ -14,14 +18,21 @@ VIEWS = (
                     THEN 'the account is in error: ' || COALESCE(accounts.status_reason, 'no reason given')
                 WHEN waiting.in_doubt THEN 'Instagram may have taken it; it is looked for'
                 WHEN waiting.ready = 0 THEN 'waits behind ' || COALESCE(head.id, 'nobody: the next sweep mends it')
-                WHEN waiting.attempts > 0 THEN 'failed ' || waiting.attempts || ' time(s)'
+                WHEN waiting.attempts > 0 THEN 'failed '
+                    || CASE waiting.attempts WHEN 1 THEN 'once' ELSE waiting.attempts || ' times' END
+                    || ': ' || COALESCE(waiting.last_error, waiting.last_code, 'no answer yet')
                 ELSE 'not tried yet: its endpoint rests or is busy, or no worker runs'
             END AS why,
             waiting.accepted_at AS since,
-            CASE WHEN pauses.since IS NULL AND waiting.ready > 0 THEN waiting.due END AS next_try,
-            waiting.expires_at AS gives_up_at,
+            CASE WHEN NOT {_HELD} AND waiting.ready > 0 THEN waiting.due END AS next_try,
+            CASE WHEN NOT {_HELD} THEN waiting.expires_at END AS gives_up_at,  -- what is held does not age
             waiting.attempts, waiting.last_code, waiting.last_http_status, waiting.last_error,
-            CASE WHEN pauses.since IS NOT NULL THEN 'crmbridge account resume ' || waiting.account_id
+            CASE
+                WHEN pauses.cause = 'crm_gone'
+                    THEN 'mend crm_webhook_url (PUT /api/v1/accounts/' || waiting.account_id
+                        || '), or crmbridge account resume ' || waiting.account_id || ' --deliveries'
+                WHEN pauses.since IS NOT NULL THEN 'crmbridge account resume ' || waiting.account_id
+                    || CASE waiting.target WHEN 'crm' THEN ' --deliveries' ELSE ' --sends' END
                 ELSE 'crmbridge explain ' || COALESCE(head.id, waiting.id) END AS to_type
         FROM deliveries AS waiting
         JOIN accounts ON accounts.id = waiting.account_id
@@ -29,8 +40,7 @@ VIEWS = (
         LEFT JOIN deliveries AS head ON waiting.ready = 0 AND head.state = 'pending' AND head.ready = 1
             AND head.target = waiting.target AND head.account_id = waiting.account_id AND head.contact = waiting.contact
         WHERE waiting.state = 'pending' AND (
-            pauses.since IS NOT NULL OR accounts.status = 'inactive' OR waiting.in_doubt = 1
-            OR (accounts.status = 'error' AND waiting.target = 'instagram')
+            {_HELD} OR waiting.in_doubt = 1
             OR (waiting.attempts > 0 AND waiting.claim_id IS NULL) OR (head.attempts > 0 AND head.claim_id IS NULL)
             OR waiting.accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 minute'))
         UNION ALL
@@ -42,8 +52,7 @@ VIEWS = (
     CREATE VIEW dead AS  -- what was given up, until a person has it tried again
         SELECT id, account_id, contact, target, event, COALESCE(message_id, event_id) AS about, finished_at AS died_at,
             attempts, last_code, last_http_status, last_error, accepted_at, gone AS content_gone, retry_asked_at,
-            CASE WHEN gone THEN 'crmbridge explain ' || id
-                WHEN target = 'instagram' AND last_code = 'in_doubt' THEN 'crmbridge dlq retry ' || id || ' --force'
+            CASE WHEN gone OR (target = 'instagram' AND last_code = 'in_doubt') THEN 'crmbridge explain ' || id
                 ELSE 'crmbridge dlq retry ' || id END AS to_type
         FROM deliveries WHERE state = 'dead'""",
     """
@@ -56,14 +65,22 @@ VIEWS = (
     """
     CREATE VIEW slow AS  -- what took longer than five seconds to get there, the newest first
         SELECT finished_at, latency_ms, account_id, contact, target, event, attempts, accepted_at, id,
+            (SELECT group_concat(since || ' to ' || ended_at || ': ' || COALESCE(reason, cause), '; ') FROM past_holds
+                WHERE past_holds.account_id = deliveries.account_id AND past_holds.target = deliveries.target
+                    AND ended_at > accepted_at AND since < finished_at) AS held,  -- when, and why, it had to wait
             'crmbridge explain ' || id AS to_type
         FROM deliveries WHERE latency_ms > 5000 ORDER BY finished_at DESC""",
     """
-    CREATE VIEW latency_last_hour AS  -- accepted to done, in milliseconds, of what a call did in the last hour
+    CREATE VIEW latency_last_hour AS  -- accepted to done, in milliseconds, of what a call did in the last hour;
+        -- without what was held meanwhile, by a pause or the account's status, and what a person had tried again
         WITH counted AS (
             SELECT account_id, target, latency_ms, COUNT(*) AS number FROM deliveries
             WHERE state <> 'pending' AND latency_ms IS NOT NULL
                 AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour')
+                AND instr(COALESCE(notes, ''), ' revived') = 0 AND NOT EXISTS (
+                    SELECT 1 FROM past_holds
+                    WHERE past_holds.account_id = deliveries.account_id AND past_holds.target = deliveries.target
+                        AND ended_at > accepted_at AND since < finished_at)
             GROUP BY account_id, target, latency_ms),
         placed AS (
             SELECT account_id, target, latency_ms,
