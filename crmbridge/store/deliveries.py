@@ -470,7 +470,8 @@ _EXPIRED = """
         AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
         AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
         AND NOT EXISTS (
-            SELECT 1 FROM pauses WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)"""
+            SELECT 1 FROM pauses
+            WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)"""
 
 
 def expired(db: Database, before: str, limit: int) -> list[str]:
