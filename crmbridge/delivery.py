@@ -18,7 +18,7 @@ from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import deliveries, turn, vitals
 from crmbridge.store.database import Database
-from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
+from crmbridge.store.deliveries import ACTION, Claimed, Outcome, Patience, Verdict
 from crmbridge.store.turn import Finished, Terms, Turn
 
 Sender = Callable[[Claimed], Outcome]
@@ -103,7 +103,9 @@ def decide(
         delays, tried = schedule.crm_quick_s + schedule.crm_slow_s, claimed.retries
         steps_aside = endpoint_works and is_worn(claimed, schedule)
     elif outcome.counts:
-        delays, tried = schedule.instagram_retry_s[: outcome.at_most], claimed.retries
+        # What only shows that somebody is there must not hold up what they say.
+        at_most = 1 if claimed.event == ACTION else outcome.at_most
+        delays, tried = schedule.instagram_retry_s[:at_most], claimed.retries
         if tried >= len(delays):
             return Verdict("dead", now)
     else:

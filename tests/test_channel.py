@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from crmbridge import contract
+from crmbridge.events import ChannelEvent, instant
 from crmbridge.store import inbound
 from tests import shop as shops
 from tests.rig import Rig
@@ -621,3 +622,45 @@ def test_one_webhook_does_not_take_in_all_that_waited_for_its_account(rig: Rig) 
     inbound.adopt(rig.db, account, rig.now_s, rig.patience)
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()][-2:] == [f"early {inbound._ADOPT_AT_ONCE + 49}", "late"]
+
+
+@pytest.mark.parametrize("field", [[], {}, 7, None, True])
+def test_a_change_whose_field_is_no_text_sinks_no_message_beside_it(rig: Rig, field: Any) -> None:
+    rig.account()
+    entry = {"id": SHOP_ID, "time": 1_800_000_000_000, "changes": [{"field": field, "value": {"id": "1"}}]}
+    message = {**entry, "messaging": [rig.item({"message": {"mid": "mid-1", "text": "hello"}})]}
+    rig.hear_body(json.dumps({"object": "instagram", "entry": [message]}).encode())
+    rig.drain()
+    assert sorted(rig.events()) == ["message.received", "message.unsupported"]
+
+
+def test_a_message_that_cannot_be_shown_opens_the_window_too(rig: Rig) -> None:
+    account = rig.account()
+    rig.say("long ago", "mid-1")
+    rig.now_s += 48 * 3600
+    rig.hear(rig.item({"message": {"mid": "mid-2", "is_unsupported": True}}))
+    rig.drain()
+    assert rig.taken()[-1].event["window_expires_at"] == instant(rig.now_s + 24 * 3600)
+    rig.send(account, "we may answer")
+    rig.drain()
+    assert rig.meta.sent[-1].text == "we may answer"
+
+
+def test_what_was_recovered_is_not_told_again_as_another_kind(rig: Rig) -> None:
+    account = rig.account()
+    found = ChannelEvent(
+        "message.received", SHOP_ID, CUSTOMER, instant(rig.now_s), "message:mid-1", external_id="mid-1", text="Start",
+        message_type="text", extra={"recovered": True},
+    )  # fmt: skip
+    tap = rig.item({"postback": {"mid": "mid-1", "title": "Start", "payload": "START"}})
+    for pushed in (False, True):
+        inbound.keep(rig.db, [found], correlation_id="t", now_s=rig.now_s, patience=rig.patience)
+        if pushed:
+            rig.drain()
+        rig.hear(tap)
+        rig.drain()
+        assert rig.events() == (["message.received"] if pushed else ["message.postback"])
+        for table in ("inbound_events", "deliveries"):
+            rig.db.write(lambda table=table: rig.db.run(f"DELETE FROM {table}"))
+        rig.crm.reset()
+    assert account["status"] == "active"

@@ -298,3 +298,22 @@ def test_a_message_of_an_erased_customer_tells_its_end_only(rig: Rig) -> None:
     status = messages.status(rig.db, message_id)
     assert status is not None
     assert (status["status"], status["metadata"]) == ("sent", None)
+
+
+def test_meta_repeating_what_was_erased_brings_nothing_back(rig: Rig) -> None:
+    account = rig.account()
+    items = [
+        rig.item({"message": {"mid": "mid-1", "text": WORDS}}),
+        rig.item({"reaction": {"mid": "mid-1", "action": "react", "reaction": "love"}}),
+        rig.item({"postback": {"title": "Start", "payload": "START"}}),
+        rig.item({"referral": {"ref": "flyer", "source": "IGME-SOURCE-LINK", "type": "OPEN_THREAD"}}),
+        rig.item({"read": {"mid": "mid-1"}}),
+    ]
+    rig.hear(*items)
+    rig.drain()
+    told = len(rig.taken())
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    assert [kept.state for kept in rig.hear(*items)] == ["duplicate"] * len(items)
+    rig.drain()
+    assert len(rig.taken()) == told
+    assert rig.db.rows("SELECT * FROM contacts") == []

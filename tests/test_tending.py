@@ -381,7 +381,7 @@ def test_a_dead_token_is_an_alert_and_a_fresh_one_its_end(tended: Tended) -> Non
     assert TOKEN not in rig.alerts[0][1]
     assert accounts.found(rig.db, account["id"])["status"] == "error"
     rig.meta.accounts[SHOP_ID].tokens["IGAAnew"] = rig.now_s - DAY_S
-    new = {"access_token_sealed": rig.rooms.vault.seal("IGAAnew"), "token_refresh_at": None}
+    new = {"access_token_sealed": rig.rooms.vault.seal("IGAAnew"), "token_refresh_at": None, "status": "active"}
     accounts.update(rig.db, account["id"], new, instant(rig.now_s), rig.patience)
     tended.tokens.refresh()
     assert rig.cleared == ["token_dead"]

@@ -265,6 +265,9 @@ def _headers(token: str) -> dict[str, str]:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
+        if b"\\ud" in body.lower():
+            # An escaped half of a surrogate pair is no text: SQLite could not take it.
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

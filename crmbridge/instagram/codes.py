@@ -135,7 +135,7 @@ _BY_SLUG = {meaning.slug: meaning for meaning in MEANINGS}
 
 def classify(http_status: int, error: dict[str, Any]) -> Meaning:
     """Return what an error object means; codes that are not in the table go by transience and HTTP status."""
-    code, subcode = _number(error.get("code")), _number(error.get("error_subcode"))
+    code, subcode = _number(error.get("code")), _number(error.get("error_subcode")) or None  # 0 says: none
     for meaning in _SAID:
         if (code, subcode) in codes_of(meaning) and meaning.says in str(error.get("message")):
             return meaning

@@ -41,7 +41,7 @@ def read(text: str, app_secrets: Sequence[str]) -> Request:
     except (ValueError, RecursionError):
         found = None
     user_id = found.get("user_id") if isinstance(found, dict) else None
-    if not isinstance(user_id, str | int) or not str(user_id):
+    if not isinstance(user_id, str | int) or not str(user_id).isascii() or not str(user_id):
         raise Invalid("signed_request names no user_id.")
     code = base64.b32encode(hashlib.sha256(signature).digest()).decode().lower()[:_CODE_LETTERS]
     return Request(str(user_id), code)

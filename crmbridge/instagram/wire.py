@@ -46,6 +46,11 @@ class _Item:
         return self.recipient if self.from_account else self.sender
 
     @property
+    def side(self) -> str:
+        """Who acts, for keys: these outlive an erasure of the customer, so they name nobody."""
+        return "us" if self.from_account else "them"
+
+    @property
     def party(self) -> str:
         """The business, as the item itself names it."""
         return self.sender if self.from_account else self.recipient
@@ -120,7 +125,7 @@ def _holds_item(change: Any) -> bool:
 
 def _change(account: str, change: Any, sent_at: str) -> Iterator[ChannelEvent]:
     """Read ``{field, value}``: comments and mentions, or messaging items in another wrapping."""
-    field = change.get("field") if isinstance(change, dict) else None
+    field = _text(change.get("field")) if isinstance(change, dict) else None
     values = _many(change.get("value")) if isinstance(change, dict) else []
     for value in values:
         event = None
@@ -238,7 +243,7 @@ def _reaction(item: _Item, reaction: Mapping[str, Any]) -> ChannelEvent | None:
     action = _text(reaction.get("action")) or ("react" if name or emoji else "unreact")
     return item.event(
         "message.reaction",
-        f"reaction:{mid}:{item.sender}:{action}:{emoji or name or ''}:{item.time}",
+        f"reaction:{mid}:{item.side}:{action}:{emoji or name or ''}:{item.time}",
         external_id=mid,
         message_type="reaction",
         extra={"reaction": {"action": action, "name": name, "emoji": emoji}},
@@ -254,7 +259,7 @@ def _postback(item: _Item, postback: Mapping[str, Any]) -> ChannelEvent | None:
         extra["is_self"] = True
     if referral := _referral_of(postback, item.body):
         extra["referral"] = referral
-    key = mid or f"{item.sender}:{item.time}:{_hash([payload, title])}"
+    key = mid or _hash([item.sender, item.time, payload, title])
     return item.event(
         "message.postback",
         f"postback:{key}",
@@ -271,11 +276,11 @@ def _read(item: _Item, receipt: Mapping[str, Any]) -> ChannelEvent | None:
     if not item.sender or item.from_account:
         return None
     if mid:
-        return item.event("message.read", f"read:{mid}:{item.sender}", external_id=mid)
+        return item.event("message.read", f"read:{mid}", external_id=mid)
     seen_at = _time(until, "")
     if not seen_at:
         return None
-    return item.event("message.read", f"read:{seen_at}:{item.sender}", extra={"read_until": seen_at})
+    return item.event("message.read", f"read:{_hash([seen_at, item.sender])}", extra={"read_until": seen_at})
 
 
 def _referral(item: _Item, _: Mapping[str, Any]) -> ChannelEvent | None:
@@ -284,7 +289,7 @@ def _referral(item: _Item, _: Mapping[str, Any]) -> ChannelEvent | None:
         return None
     return item.event(
         "message.referral",
-        f"referral:{item.sender}:{item.time}:{_hash(referral)}",
+        f"referral:{_hash([item.sender, item.time, referral])}",
         message_type="referral",
         extra={"referral": referral},
     )

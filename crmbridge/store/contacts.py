@@ -6,6 +6,7 @@ from typing import Literal
 from crmbridge.events import new_id
 from crmbridge.store.database import Database, Row
 
+ERASED = "erased_"  # how a contact begins who was erased
 Target = Literal["crm", "instagram"]
 _NEXT = {
     target: f"""

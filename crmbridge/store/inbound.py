@@ -185,6 +185,8 @@ def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
     """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
     sign of a new message that is here already."""
     mid = row["instagram_message_id"]
+    if mid and row["kind"] in _MESSAGES and not _is_recovered(row) and _was_recovered(db, account, row):
+        return True
     if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
         withdrawn = _find(db, account["id"], mid, ("message.deleted",)) is not None
         if withdrawn:
@@ -193,10 +195,32 @@ def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
             return withdrawn
     if row["dedupe_key"] != f"new:{mid}" and not _is_recovered(row):
         return False
-    others = [known for known in _all_about(db, account["id"], mid, but=row["id"]) if not _is_announcement(known)]
+    others = [
+        known
+        for known in _all_about(db, account["id"], mid, but=row["id"])
+        if not _is_announcement(known) or known["contact"].startswith(contacts.ERASED)
+    ]
     if row["kind"] == "message.unsupported" and messages.find_external(db, account["id"], mid) is not None:
         return True
     return bool(others)
+
+
+def _was_recovered(db: Database, account: Row, row: Row) -> bool:
+    """Tell whether the CRM has a message already that was found when the channel was asked, maybe as another kind.
+
+    What it has not been told of yet gives way to what the channel tells by itself.
+    """
+    found = """
+        SELECT id, kind, payload FROM inbound_events
+        WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND payload IS NOT NULL AND state = 'forwarded'"""
+    for known in db.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
+        if known["kind"] not in _MESSAGES or not _is_recovered(known):
+            continue
+        if deliveries.take_back(db, known["id"]):
+            db.update("inbound_events", {"state": "noted", "payload": None}, "id = ?", [known["id"]])
+        elif known["kind"] != "message.unsupported" or row["kind"] == "message.unsupported":
+            return True
+    return False
 
 
 def _is_announcement(row: Row) -> bool:
@@ -249,7 +273,7 @@ def _all_about(
 
 def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
-    if row["kind"] in _OPEN_THE_WINDOW:
+    if row["kind"] in _OPEN_THE_WINDOW or _is_unshown(row, account):
         contacts.wrote(db, account["id"], row["contact"], row["occurred_at"])
     wait_s = patience.ask_s if _ask(db, account, row, now) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
@@ -257,6 +281,14 @@ def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience)
     expires = instant(epoch_s(now) + patience.crm_s)
     deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push, wait_s=wait_s)
     return "forwarded"
+
+
+def _is_unshown(row: Row, account: Row) -> bool:
+    """Tell whether an event is a customer's message whose content the channel does not show, or only announced."""
+    if row["kind"] != "message.unsupported" or not row["contact"] or not row["instagram_message_id"]:
+        return False
+    content = json.loads(row["payload"] or "{}")
+    return not content.get("from_account") and row["contact"] != account["instagram_account_id"]
 
 
 def _ask(db: Database, account: Row, row: Row, now: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crmbridge.events import instant, new_id
-from crmbridge.store import accounts, messages, questions, turn
+from crmbridge.store import accounts, contacts, messages, questions, turn
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
@@ -49,6 +49,8 @@ def erase_contact(db: Database, account_id: str, contact: str, now_s: float, pat
         WHERE outbound_messages.account_id = ? AND recipient_id = ? AND contact LIKE 'comment:%'"""
     heard = "SELECT id FROM inbound_events WHERE account_id = ? AND contact = ?"
     named = r"SELECT id FROM inbound_events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
+    # First, while it is known which messages are theirs.
+    db.write_last(lambda: questions.forget_contact(db, account_id, contact))
     while True:  # somebody may be writing meanwhile
         step = Erased(
             deliveries=_in_steps(db, owed, lane, lambda ids: _end_deliveries(db, ids, alias, now))
@@ -83,7 +85,7 @@ def log_contact(db: Database, erased: Erased, account_id: str | None, now: str) 
 
 
 def _alias() -> str:
-    return "erased_" + secrets.token_hex(8)
+    return contacts.ERASED + secrets.token_hex(8)
 
 
 def _within(contact: str) -> str:

@@ -42,14 +42,21 @@ def drop(db: Database, question: Row) -> None:
     db.write(lambda: db.run(f"DELETE FROM questions WHERE {_only(question)[0]}", _only(question)[1]))
 
 
-def forget(db: Database, before: str) -> int:
-    """Drop what could not be asked since then, as its account is held: the next message asks again."""
-    return db.write_last(lambda: db.run("DELETE FROM questions WHERE asked_at < ?", (before,)))
+def forget(db: Database, before: str, messages_before: str) -> int:
+    """Drop what could not be asked since then: the next message asks again for a name, but for no message."""
+    old = "DELETE FROM questions WHERE asked_at < ? AND (kind = 'profile' OR asked_at < ?)"
+    return db.write_last(lambda: db.run(old, (before, messages_before)))
 
 
 def forget_contact(db: Database, account_id: str, contact: str) -> None:
     """Ask no more about a customer who is being erased; runs inside a write."""
-    db.run("DELETE FROM questions WHERE account_id = ? AND subject = ?", (account_id, contact))
+    announced = "SELECT instagram_message_id FROM inbound_events WHERE account_id = ? AND contact = ?"
+    db.run(
+        f"""
+        DELETE FROM questions
+        WHERE account_id = ? AND (subject = ? OR (kind = 'message' AND subject IN ({announced})))""",
+        (account_id, contact, account_id, contact),
+    )
 
 
 def forget_account(db: Database, account_id: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from crmbridge import log
-from crmbridge.errors import Unavailable
+from crmbridge.errors import BridgeError
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
@@ -15,6 +15,7 @@ from crmbridge.vault import Vault
 OUTAGE_S = 300.0  # shorter ones are covered by Meta's own repetitions
 UNSUBSCRIBED_S = 3600.0  # after such an outage Meta may have ended the subscription
 _LISTENING = "listening"
+_BEAT_S = 60.0
 _PACE_S = 0.5  # Instagram's limit: two calls a second for an account
 _EARLIER_S = 300.0  # what was told just before may not have been stored
 _PAGES = 40
@@ -45,7 +46,7 @@ class Backfill:
         self._clock = clock
         self._pause = pause
         self._is_stopping = is_stopping
-        self._next_s = 0.0
+        self._next_s = self._beaten_s = 0.0
 
     def notice(self) -> float:
         """Note that webhooks are taken now; return for how long none were, 0 for no gap, and ask for what was missed.
@@ -60,8 +61,12 @@ class Backfill:
             log.warning("backfill.gap", since=last, seconds=round(gap_s))
             for account in accounts.everyone(self._db):
                 questions.ask_backfill(self._db, account["id"], last, instant(now_s))
-        vitals.beat(self._db, _LISTENING, now_s)
+        self._beat()
         return gap_s if gap_s > OUTAGE_S else 0.0
+
+    def _beat(self) -> None:
+        self._beaten_s = self._clock()
+        vitals.beat(self._db, _LISTENING, self._beaten_s)
 
     def fill(self) -> None:
         """Work off the backfills that are due."""
@@ -80,7 +85,7 @@ class Backfill:
             found = [
                 self._read(account, conversation, backfill) for conversation in self._conversations(account, backfill)
             ]
-        except (Refusal, Unavailable) as problem:
+        except BridgeError as problem:  # also a token that does not open: it is not to stop the other accounts
             is_over = now_s - epoch_s(backfill["asked_at"]) > _GIVE_UP_S
             write = log.error if is_over else log.warning
             write("backfill.failed", account=account["id"], since=backfill["since"], error=problem.message)
@@ -123,7 +128,14 @@ class Backfill:
             return 0, False
         self._take_turn()
         token, now_s = self._vault.open(account["access_token_sealed"]), self._clock()
-        told = reading.messages(self._client, token, conversation)
+        try:
+            told = reading.messages(self._client, token, conversation)
+        except Refusal as problem:
+            if problem.of_account:
+                raise
+            # One that Instagram does not tell, such as one that was deleted meanwhile, sinks no other.
+            log.warning("backfill.untold", account=account["id"], code=problem.code)
+            return 0, True
         since_s = epoch_s(backfill["since"]) - _EARLIER_S
         missed = [entry for entry in told if reading.told_s(entry) >= since_s]
         events = reading.events(missed, account, instant(now_s))
@@ -136,3 +148,5 @@ class Backfill:
     def _take_turn(self) -> None:
         self._pause(self._next_s - self._clock())
         self._next_s = self._clock() + _PACE_S
+        if self._clock() - self._beaten_s > _BEAT_S and not self._db.is_full:  # a long backfill is no gap
+            self._beat()

@@ -164,8 +164,9 @@ class Names:
             accounts.ask_no_more(self._db, account, instant(until_s))
 
     def forget(self) -> None:
-        """Drop what has not been asked within an hour: the next message asks again."""
-        questions.forget(self._db, instant(self._clock() - 3600))
+        """Drop what has not been asked within an hour, or for an announced message within a day."""
+        now_s = self._clock()
+        questions.forget(self._db, instant(now_s - 3600), instant(now_s - 86_400))
 
 
 def _key(question: Row) -> tuple[str, str, str]:

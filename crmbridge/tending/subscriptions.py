@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
-from crmbridge.errors import Unavailable
+from crmbridge.errors import BridgeError, Unavailable
 from crmbridge.events import instant
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
@@ -38,7 +38,10 @@ class Subscriptions:
         """Subscribe again what is not subscribed; with `renew`, everything."""
         for account in accounts.everyone(self._db):
             if account["status"] != "inactive" and account["access_token_sealed"]:
-                self._check(account, renew=renew)
+                try:
+                    self._check(account, renew=renew)
+                except BridgeError as problem:  # a token that does not open, an account deleted meanwhile
+                    log.warning("subscription.unknown", account=account["id"], error=problem.message)
 
     def _check(self, account: Row, *, renew: bool) -> None:
         token = self._vault.open(account["access_token_sealed"])

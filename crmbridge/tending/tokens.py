@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
-from crmbridge.errors import Invalid, Unavailable
+from crmbridge.errors import BridgeError, Invalid, Unavailable
 from crmbridge.events import instant
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
@@ -31,7 +31,10 @@ class Tokens:
     def refresh(self) -> None:
         """Refresh every token whose time has come; one that Instagram calls dead stops its account."""
         for account in accounts.to_refresh(self._db, instant(self._clock())):
-            self._refresh(account)
+            try:
+                self._refresh(account)
+            except BridgeError as problem:  # a token that does not open, an account deleted meanwhile
+                log.error("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
 
     def _refresh(self, account: Row) -> None:
         now_s, sealed = self._clock(), account["access_token_sealed"]
@@ -52,8 +55,10 @@ class Tokens:
             fresh_sealed = self._vault.seal(fresh.token)
             if accounts.renew_token(self._db, account["id"], sealed, fresh_sealed, expires_at, due, instant(now_s)):
                 log.info("token.refreshed", account=account["id"], expires_at=expires_at)
-            for kind in ("token_dead", "token_expiring"):
-                self._alarm.clear(kind, account=account["id"])
+                for kind in ("token_expiring",) if account["status"] == "error" else ("token_dead", "token_expiring"):
+                    self._alarm.clear(
+                        kind, account=account["id"]
+                    )  # an account that was stopped still waits for a person
 
     def _is_dead(self, account: Row) -> bool:
         """Tell whether the token is refused for other calls, too: why a refreshing is refused is not documented."""
