@@ -9,6 +9,7 @@ from typing import Any
 from bench.load import customer
 from bench.stage import SHOP, Arrivals
 from crmbridge import config, log, wiring
+from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
 from crmbridge.events import instant
 from crmbridge.instagram import webhook
@@ -44,17 +45,17 @@ def die(folder: Path, number: int) -> Counter[str]:
     rooms = wiring.open_rooms(config.load(folder / "crmbridge.ini", {}))
     end_s = time.time()
     now_s = end_s - 25.1 * _HOUR_S
+    clock = Clock(lambda: now_s, lambda: now_s)
     engine = Engine(
         rooms.db,
         wiring.make_senders(rooms),
         Schedule(**SCHEDULE, patience=rooms.patience),  # type: ignore[arg-type]
         LIMITS,
         _Silent(),
-        clock=lambda: now_s,
-        monotonic=lambda: now_s,
+        clock=clock,
         linger_s=0,
     )
-    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, _Silent(), clock=lambda: now_s)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, _Silent(), clock=clock)
     began_s = expire_s = now_s
     written = 0
     while now_s < end_s:

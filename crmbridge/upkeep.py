@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
+from crmbridge.clock import Clock
 from crmbridge.config import Retention
 from crmbridge.errors import Unavailable
 from crmbridge.events import instant
@@ -30,32 +31,34 @@ class Upkeep:
         patience: Patience,
         alarm: Alarm,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Clock | None = None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._db = db
         self._retention = retain
         self._patience = patience
         self._alarm = alarm
-        self._clock = clock
+        self._clock = clock or Clock()
         self._pause = pause
 
     def sweep(self) -> None:
         """Give headless lanes a head, end what is owed where nothing goes, and route what came before its account."""
-        repaired = turn.repair(self._db, self._clock())
+        repaired = turn.repair(self._db, self._clock.now_s())
         if repaired:
             log.warning("sweep.repaired", lanes=repaired)
-        ended = turn.end_leftovers(self._db, self._clock(), budget_s=_LEFTOVERS_S, pause=self._pause)
+        ended = turn.end_leftovers(self._db, self._clock.now_s(), budget_s=_LEFTOVERS_S, pause=self._pause)
         if ended:
             log.info("sweep.ended", deliveries=ended)
         for account in accounts.everyone(self._db):
-            adopted = inbound.adopt(self._db, account, self._clock(), self._patience)
+            adopted = inbound.adopt(self._db, account, self._clock.now_s(), self._patience)
             if adopted:
                 log.info("account.adopted", account=account["id"], events=adopted)
 
     def expire(self) -> None:
         """End what could not even be tried in its time."""
-        for (target, code, account), rows in turn.expire(self._db, self._clock(), self._patience).items():
+        is_steady = self._clock.steady()
+        ended = turn.expire(self._db, self._clock.now_s(), self._patience, go_on=is_steady)
+        for (target, code, account), rows in ended.items():
             log.error("delivery.expired", target=target, account=account, code=code, deliveries=rows)
             kind = "dead_letter" if target == "crm" else "in_doubt" if code == "in_doubt" else "sends_expired"
             what = "deliveries to the CRM" if target == "crm" else "sends"
@@ -64,10 +67,11 @@ class Upkeep:
 
     def resume(self) -> bool:
         """End the pauses whose time has come; tell whether there were any."""
-        now, ended = instant(self._clock()), False
+        is_steady = self._clock.steady()
+        now, ended = instant(self._clock.now_s()), False
 
         def is_over(pause: Row) -> bool:
-            return pause["until"] is not None and pause["until"] <= now
+            return is_steady() and pause["until"] is not None and pause["until"] <= now
 
         for pause in pauses.over(self._db, now):
             account, target = pause["account_id"], pause["target"]
@@ -78,17 +82,19 @@ class Upkeep:
 
     def beat(self) -> None:
         """Write the worker's heartbeat."""
-        vitals.beat(self._db, "worker", self._clock())
+        vitals.beat(self._db, "worker", self._clock.now_s())
 
     def erase(self) -> None:
         """Erase the accounts whose owners asked Meta for it."""
-        for done in privacy.erase_accounts(self._db, self._clock()):
+        for done in privacy.erase_accounts(self._db, self._clock.now_s()):
             rows = {name: done[name] for name in ("deliveries", "messages", "events")}
             log.info("account.erased", account=done["account_id"], request=done["id"], **rows)
 
     def prune(self) -> None:
-        """Take the texts and rows that are older, or more, than retention says."""
-        now_s, kept, began = self._clock(), self._retention, time.monotonic()
+        """Take the texts and rows that are older, or more, than retention says; no clock that was just set tells."""
+        if not self._clock.is_trusted():
+            return
+        now_s, kept, began = self._clock.now_s(), self._retention, time.monotonic()
 
         def before(days: int) -> str:
             return instant(now_s - days * _DAY_S)

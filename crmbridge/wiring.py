@@ -128,6 +128,7 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
 
 def make_worker(rooms: Rooms) -> Any:
     """Return the one worker of this database, with what an earlier one left taken back."""
+    from crmbridge.clock import Clock
     from crmbridge.delivery import Engine, Schedule
     from crmbridge.endpoints import Limits
     from crmbridge.upkeep import Upkeep
@@ -155,23 +156,29 @@ def make_worker(rooms: Rooms) -> Any:
         per_s={"instagram": delivery.instagram_sends_per_s},
         replay_per_s=delivery.replay_per_s,
     )
+    clock = Clock()
     engine = Engine(
         rooms.db,
         make_senders(rooms),
         schedule,
         limits,
         rooms.alerts,
+        clock=clock,
         down_after_s=rooms.settings.alerts.endpoint_down_after_s,
     )
     recovered = engine.recover()
     if recovered:
         log.warning("worker.recovered", deliveries=recovered)
-    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts)
+    upkeep = Upkeep(rooms.db, rooms.settings.retention, rooms.patience, rooms.alerts, clock=clock)
     watch = Watch(rooms.db, rooms.settings.alerts, rooms.alerts)
     worker: Worker
 
     def ring() -> None:
         worker.ring()
+
+    def listen() -> None:
+        if clock.is_trusted():
+            watch.listen()
 
     def resume() -> None:
         if upkeep.resume():
@@ -185,7 +192,7 @@ def make_worker(rooms: Rooms) -> Any:
         Job("sweep", 60, upkeep.sweep),
         Job("expire", 60, upkeep.expire),
         Job("look", 60, watch.look),
-        Job("listen", 3600, watch.listen),
+        Job("listen", 3600, listen),
         Job("prune", 60, upkeep.prune),
         Job("checkpoint", 60, upkeep.checkpoint),
         Job("erase", 60, upkeep.erase),

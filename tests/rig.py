@@ -12,6 +12,7 @@ from wsgiref.util import setup_testing_defaults
 
 from crmbridge import apikey, config, net, vault, wiring
 from crmbridge.alerts import Alerts
+from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
 from crmbridge.endpoints import Limits
 from crmbridge.events import instant
@@ -99,6 +100,7 @@ class Rig:
 
     def make_engine(self, limits: Limits = LIMITS, **changes: Any) -> Engine:
         """Return an engine on the rig's clock, with real senders; a second one stands for a second worker."""
+        self.clock = Clock(lambda: self.now_s + self.clock_is_wrong_by_s, lambda: self.now_s)
         schedule: dict[str, Any] = {**SCHEDULE, "patience": self.patience, **changes}
         return Engine(
             self.db,
@@ -106,8 +108,7 @@ class Rig:
             Schedule(**schedule),
             limits,
             self.alarm,
-            clock=lambda: self.now_s + self.clock_is_wrong_by_s,
-            monotonic=lambda: self.now_s,
+            clock=self.clock,
             jitter=lambda: 1.0,
             linger_s=0,
         )

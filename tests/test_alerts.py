@@ -370,7 +370,7 @@ def test_ten_thousand_dead_letters_make_a_handful_of_alerts(rig: Rig, office: Of
 
     rig.db.write(owe_many)
     rig.now_s += 25 * 3600
-    upkeep = Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=lambda: rig.now_s)
+    upkeep = Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=rig.clock)
     upkeep.expire()
     office.pass_s(2 * DAY_S)
     assert office.posted == [("raised", "dead_letter")]
@@ -433,7 +433,7 @@ def test_sends_that_instagram_was_not_there_for_are_told_of(rig: Rig, office: Of
         passing(rig, office, 24.5 * 3600)
     else:
         rig.now_s += 24.5 * 3600
-        Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=lambda: rig.now_s).expire()
+        Upkeep(rig.db, rig.settings.retention, rig.patience, office.alarm, clock=rig.clock).expire()
         office.pass_s(0)
     assert rig.status(message_id)["status"] == "failed"
     assert ("raised", "sends_expired") in office.posted

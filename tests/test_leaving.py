@@ -69,9 +69,7 @@ def states(rig: Rig, account: dict[str, Any]) -> list[tuple[str, str, str | None
 
 
 def sweep(rig: Rig) -> None:
-    Upkeep(
-        rig.db, rig.settings.retention, rig.patience, rig.alarm, clock=lambda: rig.now_s, pause=lambda seconds: None
-    ).sweep()
+    Upkeep(rig.db, rig.settings.retention, rig.patience, rig.alarm, clock=rig.clock, pause=lambda seconds: None).sweep()
 
 
 ENDED = [

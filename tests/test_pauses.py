@@ -49,7 +49,7 @@ def upkeep(rig: Rig) -> Upkeep:
         rig.settings.retention,
         rig.patience,
         rig.alarm,
-        clock=lambda: rig.now_s + rig.clock_is_wrong_by_s,
+        clock=rig.clock,
     )
 
 

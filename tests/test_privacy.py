@@ -145,7 +145,7 @@ def test_erase_at_the_command_line(fresh_shop: Shop) -> None:
 
 
 def upkeep(rig: Rig) -> Upkeep:
-    return Upkeep(rig.db, rig.settings.retention, rig.patience, rig.alarm, clock=lambda: rig.now_s)
+    return Upkeep(rig.db, rig.settings.retention, rig.patience, rig.alarm, clock=rig.clock)
 
 
 def test_a_signed_request_is_read_with_any_of_the_secrets() -> None:

@@ -26,9 +26,7 @@ MB = 2**20
 
 
 def upkeep(rig: Rig, **settings: int) -> Upkeep:
-    return Upkeep(
-        rig.db, Retention(**settings), rig.patience, rig.alarm, clock=lambda: rig.now_s, pause=lambda seconds: None
-    )
+    return Upkeep(rig.db, Retention(**settings), rig.patience, rig.alarm, clock=rig.clock, pause=lambda seconds: None)
 
 
 def prune(rig: Rig, days: float = 0, **settings: int) -> None:
@@ -149,7 +147,7 @@ def test_unrouted_events_are_bounded_in_number_the_oldest_go(rig: Rig, caplog: p
     assert warned(caplog, "unrouted.dropped") == [{"events": 20}]
     rig.account(OTHER_ID)
     rig.say("first", "mid-x")
-    Upkeep(rig.db, Retention(), rig.patience, rig.alarm, clock=lambda: rig.now_s).sweep()
+    Upkeep(rig.db, Retention(), rig.patience, rig.alarm, clock=rig.clock).sweep()
     rig.live_through(1)
     heard = [entry.event["message"] for entry in rig.taken()]
     assert heard == [str(number) for number in range(20, 30)]

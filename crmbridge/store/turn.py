@@ -251,14 +251,19 @@ def recover(db: Database, terms: Terms) -> int:
     return db.write_last(job)
 
 
-def expire(db: Database, now_s: float, patience: Patience) -> dict[tuple[str, str, str], int]:
-    """End what waited past its time without being tried; return how many rows by target, code and account."""
+def expire(
+    db: Database, now_s: float, patience: Patience, *, go_on: Callable[[], bool] = lambda: True
+) -> dict[tuple[str, str, str], int]:
+    """End what waited past its time without being tried; return how many rows by target, code and account.
+
+    Nothing ends once `go_on` says that `now_s` is not the time to go by.
+    """
     ended = Counter[tuple[str, str, str]]()
     now, before = instant(now_s), instant(now_s - _EXPIRY_GRACE_S)
     problem = "not delivered in time: the far side was unavailable"
 
     def job(found: Sequence[str]) -> None:
-        for delivery_id in found:
+        for delivery_id in found if go_on() else ():
             row = deliveries.still_expired(db, delivery_id, before)
             if row is None:
                 continue
@@ -270,7 +275,7 @@ def expire(db: Database, now_s: float, patience: Patience) -> dict[tuple[str, st
             ended[row["target"], code, row["account_id"]] += 1
 
     # What is held is passed over, too: outside the write lock.
-    while found := deliveries.expired(db, before, _EXPIRE_AT_ONCE):
+    while go_on() and (found := deliveries.expired(db, before, _EXPIRE_AT_ONCE)):
         db.write_last(lambda found=found: job(found))  # type: ignore[misc]
     return ended
 
