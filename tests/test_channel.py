@@ -661,6 +661,6 @@ def test_what_was_recovered_is_not_told_again_as_another_kind(rig: Rig) -> None:
         rig.drain()
         assert rig.events() == (["message.received"] if pushed else ["message.postback"])
         for table in ("inbound_events", "deliveries"):
-            rig.db.write(lambda table=table: rig.db.run(f"DELETE FROM {table}"))
+            rig.db.write(lambda table=table: rig.db.run(f"DELETE FROM {table}"))  # type: ignore[misc]
         rig.crm.reset()
     assert account["status"] == "active"

@@ -13,7 +13,7 @@ from crmbridge.config import Retention
 from crmbridge.events import instant
 from crmbridge.ops import check
 from crmbridge.store import dead as dlq
-from crmbridge.store import deliveries, feed, messages, retention, turn
+from crmbridge.store import deliveries, feed, inbound, messages, retention, story, turn
 from crmbridge.store.accounts import everyone
 from crmbridge.store.database import Database
 from crmbridge.upkeep import Upkeep
@@ -339,17 +339,30 @@ def test_a_step_costs_the_same_however_much_is_old(rig: Rig, kind: retention._Ki
 
 
 def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
-    """From its webhook to its delivery, an echo and a receipt beside it."""
+    """From its webhook to its delivery, with all that may follow it, and the stories of it."""
     account = rig.account()
 
     def work(name: str) -> None:
         rig.say(name, f"mid-{name}")
-        rig.send(account, name)
+        message_id = rig.send(account, name)
         rig.drain()
         rig.echo(name, str(rig.meta.sent[-1].mid))
         rig.echo("typed elsewhere", f"mid-echo-{name}")
         rig.hear(rig.item({"read": {"mid": f"mid-echo-{name}"}}))
+        for mid in (f"mid-{name}", f"mid-new-{name}"):
+            rig.hear(rig.item({"message_edit": {"mid": mid, "text": "better", "num_edit": 1}}))
+            rig.hear(rig.item({"reaction": {"mid": mid, "action": "react", "emoji": "x"}}))
+        rig.hear(rig.item({"message_edit": {"mid": f"mid-new-{name}", "text": "", "num_edit": 0}}))
+        reply = {"mid": f"mid-new-{name}", "text": "told late", "reply_to": {"mid": f"mid-{name}"}}
+        rig.hear(rig.item({"message": reply}))
+        rig.hear(rig.item({"message": {"mid": f"mid-{name}", "is_deleted": True}}))
         rig.drain()
+        inbound.replace_announcement(rig.db, account["id"], f"mid-new-{name}")
+        inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+        story.of_message(rig.db, message_id)
+        for kind, found in story.meanings(rig.db, f"mid-{name}"):
+            assert kind == "event"
+            story.of_event(rig.db, found)
 
     work("before")
     few = hundreds_of_steps(rig.db, lambda: work("few"))

@@ -85,9 +85,11 @@ def of_message(db: Database, message_id: str) -> Life:
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
     heard = db.rows(
         "SELECT id, kind, state, occurred_at, received_at, repeats, repeated_at FROM inbound_events"
-        " WHERE account_id = ? AND instagram_message_id = ? ORDER BY received_at",
+        " WHERE account_id = ? AND instagram_message_id = ?",
         (message["account_id"], message["instagram_message_id"]),
     )
+    # Sorted here: with ORDER BY SQLite reads all of the account's events by their age.
+    heard.sort(key=lambda row: str(row["received_at"]))
     transitions = db.rows("SELECT * FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,))
     owed = db.rows("SELECT * FROM deliveries WHERE message_id = ? ORDER BY position", (message_id,))
     return _life(db, message, None, message["account_id"], message["recipient_id"], transitions, heard, owed)
