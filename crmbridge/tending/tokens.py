@@ -55,10 +55,9 @@ class Tokens:
             fresh_sealed = self._vault.seal(fresh.token)
             if accounts.renew_token(self._db, account["id"], sealed, fresh_sealed, expires_at, due, instant(now_s)):
                 log.info("token.refreshed", account=account["id"], expires_at=expires_at)
-                for kind in ("token_expiring",) if account["status"] == "error" else ("token_dead", "token_expiring"):
-                    self._alarm.clear(
-                        kind, account=account["id"]
-                    )  # an account that was stopped still waits for a person
+                self._alarm.clear("token_expiring", account=account["id"])
+                if account["status"] != "error":  # one that was stopped still waits for a person
+                    self._alarm.clear("token_dead", account=account["id"])
 
     def _is_dead(self, account: Row) -> bool:
         """Tell whether the token is refused for other calls, too: why a refreshing is refused is not documented."""

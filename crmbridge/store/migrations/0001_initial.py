@@ -95,7 +95,7 @@ TABLES = (
         kind                 TEXT NOT NULL,          -- message.received, message.read, …
         dedupe_key           TEXT NOT NULL,          -- the same for every repetition of the same fact
         instagram_message_id TEXT,
-        state                TEXT NOT NULL,          -- forwarded | noted | held | unrouted
+        state                TEXT NOT NULL,          -- forwarded | noted | held | unrouted | dropped
         payload              TEXT,                   -- JSON; NULL once retention or an erasure took it
         occurred_at          TEXT NOT NULL,
         received_at          TEXT NOT NULL,
