@@ -367,5 +367,9 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
             events = shop.crm.wait(1 + (wanted is not None))
             assert [entry.event["event"] for entry in events][1:] == [wanted] * (wanted is not None), name
             shop.crm.reset()
+        requests.post(f"{base}/customers/2/shapes/referral", json={}, timeout=10)
+        assert "2" not in shop.meta.customers
+        requests.post(f"{base}/customers/2/shapes/postback", json={}, timeout=10)
+        assert "2" in shop.meta.customers  # who has written lets their names be read
         assert requests.post(f"{base}/customers/1/shapes/unsend", json={}, timeout=10).status_code == 400
         assert requests.post(f"{base}/customers/1/shapes/nonsense", json={}, timeout=10).status_code == 400

@@ -10,6 +10,7 @@ import requests
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
 from crmbridge.ops import backfill
+from crmbridge.sandbox import wire
 from crmbridge.store import accounts, contacts, database, pauses, privacy, questions, turn, vitals
 from crmbridge.store.deliveries import Patience
 from crmbridge.tending.backfill import OUTAGE_S, Backfill
@@ -110,13 +111,11 @@ def test_it_waits_no_longer_than_the_bound_and_holds_up_no_other_lane(tended: Te
     assert contacts.find(rig.db, account["id"], CUSTOMER)["username"] is None
 
 
-@pytest.mark.parametrize(
-    ("profile", "later_s"), [("no_consent", 7 * DAY_S), ("fails", HOUR_S)], ids=["refused", "failed"]
-)
-def test_a_failure_lets_the_message_go_and_is_remembered(tended: Tended, profile: str, later_s: float) -> None:
+@pytest.mark.parametrize(("error", "later_s"), [("551", 7 * DAY_S), ("2", HOUR_S)], ids=["refused", "failed"])
+def test_a_failure_lets_the_message_go_and_is_remembered(tended: Tended, error: str, later_s: float) -> None:
     rig = tended.rig
     rig.account()
-    rig.meta.configure(profile=profile)
+    rig.meta.fault(CUSTOMER, times=9, status=400, body=wire.error_body(int(error)))
     rig.say("hello", "m1")
     tended.ask()
     rig.drain()
@@ -128,6 +127,30 @@ def test_a_failure_lets_the_message_go_and_is_remembered(tended: Tended, profile
         tended.ask()
         assert tended.asked(f"/{CUSTOMER}") == asked
     assert len(rig.taken()) == 4
+
+
+@pytest.mark.parametrize("next_one", ["message", "postback"])
+def test_who_had_not_consented_is_asked_for_when_they_write_again(tended: Tended, next_one: str) -> None:
+    rig = tended.rig
+    rig.account()
+    rig.meta.configure(profile="no_consent")
+    rig.say("hello", "m1")
+    tended.ask()
+    rig.drain()
+    assert tended.last()["sender_username"] is None
+    rig.hear(rig.item({"reaction": {"mid": "m1", "action": "react", "reaction": "love"}}))
+    tended.ask()
+    assert tended.asked(f"/{CUSTOMER}") == 1
+    rig.meta.configure(profile="told")
+    rig.meta.add_customer(CUSTOMER, username="lamp_lover")
+    rig.hear(rig.item({next_one: {"mid": "m2", "text": "again", "title": "again", "payload": "AGAIN"}}))
+    tended.ask()
+    assert tended.asked(f"/{CUSTOMER}") == 2
+    rig.say("and again", "m3")
+    tended.ask()
+    rig.drain()
+    assert tended.last()["sender_username"] == "lamp_lover"
+    assert tended.asked(f"/{CUSTOMER}") == 2
 
 
 def test_while_names_are_not_told_nobody_waits_for_them(tended: Tended) -> None:

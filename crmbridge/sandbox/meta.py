@@ -279,14 +279,18 @@ class Meta:
             message["attachments"] = attachments
         if reply_to:
             message["reply_to"] = {"mid": reply_to, "is_self_reply": False} if isinstance(reply_to, str) else reply_to
-        self.add_customer(igsid)
         self._log(user_id, igsid, "customer", mid, message, at_ms)
-        self._heard[user_id, igsid] = max(at_ms / 1000, self._heard.get((user_id, igsid), 0))
+        self.customer_wrote(user_id, igsid, at_ms)
         if told == "never":
             return Posted(mid, 0, "not told", 0)
         if told == "edit":
             return self._post_item(user_id, {"timestamp": at_ms, "message_edit": {"mid": mid, "num_edit": 0}})
         return self._post_item(user_id, _item(igsid, user_id, at_ms, "message", message))
+
+    def customer_wrote(self, user_id: str, igsid: str, at_ms: int) -> None:
+        """Open the window, and let the customer's profile be read: who has written has consented."""
+        self.add_customer(igsid)
+        self._heard[user_id, igsid] = max(at_ms / 1000, self._heard.get((user_id, igsid), 0))
 
     def shop_says(self, user_id: str, igsid: str, text: str, *, told: bool = True) -> Posted:
         """Have the shop write in Instagram's own app, with or without the echo that tells it."""

@@ -85,6 +85,13 @@ def payload(
     return wire.envelope(user_id, at_ms, item)
 
 
+def is_writing(name: str) -> bool:
+    """Tell whether a customer writes, or taps, with that shape; it opens the window and lets their names be read."""
+    shape = (_NEW | _ABOUT).get(name)
+    body = shape("", "") if shape else {}
+    return "postback" in body or ("message" in body and not body["message"].get("is_deleted"))
+
+
 def _whole(name: str, user_id: str, igsid: str, at_ms: int, text: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": user_id, "time": at_ms // 1000}
     if name == "comment":

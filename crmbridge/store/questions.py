@@ -9,7 +9,7 @@ from crmbridge.store.database import Database, Row
 
 Kind = Literal["profile", "message"]
 FRESH_S = 86_400.0
-REFUSED_S = 7 * 86_400.0  # the person blocked us, or did not consent
+REFUSED_S = 7 * 86_400.0  # the person blocked us, for instance
 _FAILED_S = 3600.0  # doubled with each failure in a row
 
 
@@ -76,6 +76,11 @@ def keep_silence(db: Database, question: Row, now_s: float, *, refused: bool) ->
     failures = contacts.profile(db, question["account_id"], question["subject"])["profile_failures"] or 0
     wait_s = REFUSED_S if refused else min(_FAILED_S * 2 ** min(failures, 5), FRESH_S)
     _settle(db, question, {"profile_failures": failures + 1, "profile_due": instant(now_s + wait_s)}, now_s)
+
+
+def keep_reticence(db: Database, question: Row, now_s: float) -> None:
+    """Store that a contact has not consented yet to tell their names: what they write next asks again."""
+    _settle(db, question, {"profile_failures": 0, "profile_due": None}, now_s)
 
 
 def _settle(db: Database, question: Row, values: Row, now_s: float) -> None:

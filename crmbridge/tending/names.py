@@ -128,7 +128,10 @@ class Names:
         except (Refusal, Unavailable) as problem:
             refused = isinstance(problem, Refusal) and not problem.of_account
             self._note(question, problem)
-            questions.keep_silence(self._db, question, self._clock(), refused=refused)
+            if problem.code == "consent_missing":
+                questions.keep_reticence(self._db, question, self._clock())
+            else:
+                questions.keep_silence(self._db, question, self._clock(), refused=refused)
         else:
             questions.keep_profile(self._db, question, found.username, found.name, self._clock())
         self._wake()
