@@ -29,7 +29,7 @@ AccountStatusName = Literal["active", "inactive", "error"]
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()  # of each of these exactly one field is given
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()  # of each of these exactly one field is given, and not null
 
 
 class _Answer(BaseModel):
@@ -48,20 +48,30 @@ def _finite(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
+def _said(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be blank")
+    return value
+
+
 _LEFT_OUT: Any = None  # for a field that may be left out but not be null; model_fields_set tells which were given
-Words = Annotated[str, Field(min_length=1, max_length=1000)]
+Words = Annotated[
+    str,
+    Field(min_length=1, max_length=1000, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_said),
+]
 Reference = Annotated[str, Field(pattern=r"^(msg|evt)_[0-9a-z]{26}$")]
 
 
 class SendAttachment(_Request):
     type: Literal["image", "video", "audio", "file", "like_heart"]
-    url: Url = _LEFT_OUT
+    url: Url | None = None
 
 
 class SendReaction(_Request):
     message_id: Reference
-    action: Literal["react", "unreact"] = "react"
-    emoji: Annotated[str, Field(min_length=1, max_length=32)] = _LEFT_OUT
+    action: Annotated[Literal["react", "unreact"] | None, AfterValidator(lambda given: given or "react")] = "react"
+    emoji: Annotated[str, Field(min_length=1, max_length=32)] | None = None
 
 
 class QuickReply(_Request):
@@ -71,23 +81,23 @@ class QuickReply(_Request):
 
 class TemplateButton(_Request):
     type: Literal["web_url", "postback"]
-    url: Url = _LEFT_OUT
+    url: Url | None = None
     title: Words
-    payload: Words = _LEFT_OUT
+    payload: Words | None = None
 
 
 class TemplateElement(_Request):
     title: Words
-    subtitle: Words = _LEFT_OUT
-    image_url: Url = _LEFT_OUT
-    buttons: Annotated[list[TemplateButton], Field(min_length=1)] = _LEFT_OUT
+    subtitle: Words | None = None
+    image_url: Url | None = None
+    buttons: Annotated[list[TemplateButton], Field(min_length=1)] | None = None
 
 
 class Template(_Request):
     template_type: Literal["generic", "button"]
-    text: Words = _LEFT_OUT
-    elements: Annotated[list[TemplateElement], Field(min_length=1)] = _LEFT_OUT
-    buttons: Annotated[list[TemplateButton], Field(min_length=1)] = _LEFT_OUT
+    text: Words | None = None
+    elements: Annotated[list[TemplateElement], Field(min_length=1)] | None = None
+    buttons: Annotated[list[TemplateButton], Field(min_length=1)] | None = None
 
 
 class Author(_Request):
@@ -101,23 +111,20 @@ _Moment = Annotated[str, AfterValidator(read_instant), Field(max_length=40, json
 
 class SendRequest(_Request):
     one_of = (_RECIPIENTS, _FORMS)
-    model_config = ConfigDict(
-        json_schema_extra={"allOf": [{"oneOf": [{"required": [name]} for name in names]} for names in one_of]}
-    )
 
     account_id: Annotated[str, Field(min_length=1, max_length=64)]
-    recipient_id: ExternalId = _LEFT_OUT
-    comment_id: ExternalId = _LEFT_OUT
-    message: Words = _LEFT_OUT
-    attachments: Annotated[list[SendAttachment], Field(min_length=1)] = _LEFT_OUT
-    reaction: SendReaction = _LEFT_OUT
-    action: Literal["typing_on", "typing_off", "mark_seen"] = _LEFT_OUT
-    template: Template = _LEFT_OUT
-    quick_replies: Annotated[list[QuickReply], Field(min_length=1)] = _LEFT_OUT
-    reply_to: Reference = _LEFT_OUT
-    author: Author = _LEFT_OUT
-    send_before: _Moment = _LEFT_OUT
-    dry_run: bool = False
+    recipient_id: ExternalId | None = None
+    comment_id: ExternalId | None = None
+    message: Words | None = None
+    attachments: Annotated[list[SendAttachment], Field(min_length=1)] | None = None
+    reaction: SendReaction | None = None
+    action: Literal["typing_on", "typing_off", "mark_seen"] | None = None
+    template: Template | None = None
+    quick_replies: Annotated[list[QuickReply], Field(min_length=1)] | None = None
+    reply_to: Reference | None = None
+    author: Author | None = None
+    send_before: _Moment | None = None
+    dry_run: bool | None = False
     idempotency_key: Printable
     metadata: Annotated[dict[str, Any] | None, AfterValidator(_finite)] = None
 
@@ -194,7 +201,7 @@ class SendAccepted(_Answer):
 
 
 class SendChecked(_Answer):
-    dry_run: Literal[True]
+    dry_run: bool
     window_expires_at: Timestamp | None
     warnings: list[SendWarning]
 
@@ -284,7 +291,7 @@ class AccountList(_Answer):
 
 class AccountDeleted(_Answer):
     account_id: AccountId
-    deleted: Literal[True]
+    deleted: bool
 
 
 class Storage(_Answer):
@@ -699,7 +706,7 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
     given: set[str] | None
     try:
         made = model.model_validate_json(body)
-        given = made.model_fields_set
+        given = {name for name in made.model_fields_set if getattr(made, name) is not None}
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         if problems[0]["type"] == "json_invalid":
@@ -732,9 +739,9 @@ def _unmet(model: type[_Request], given: Collection[str]) -> Iterator[dict[str, 
 
 
 def _names(body: bytes) -> set[str] | None:
-    """Return the names in a body that is no good, or None where they cannot be told."""
+    """Return the names in a body that is no good, but those of null, or None where they cannot be told."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return set(found) if isinstance(found, dict) else None
+    return {name for name, value in found.items() if value is not None} if isinstance(found, dict) else None

@@ -123,7 +123,7 @@ def plain(schema: Any) -> Any:
     if found.get("default", ...) is None:
         del found["default"]
     if "$ref" in found:
-        found["$ref"] = found["$ref"].rsplit("/", 1)[1]
+        found["$ref"] = found["$ref"].rsplit("/", 1)[-1]
     options = found.get("anyOf", [])
     if len(options) == 2 and options[1] == {"type": "null"} and "$ref" not in options[0]:
         merged = {**plain(options[0]), **{key: value for key, value in found.items() if key != "anyOf"}}

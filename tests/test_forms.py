@@ -46,7 +46,7 @@ class Desk:
     def ask(self, **body: Any) -> tuple[int, dict[str, Any]]:
         self.number += 1
         known = {"account_id": self.account["id"], "idempotency_key": f"key-{self.number}"}
-        if "comment_id" not in body:
+        if not body.get("comment_id"):
             known["recipient_id"] = CUSTOMER
         return self.rig.call("POST", "/api/v1/messages/send", {**known, **body})
 
@@ -245,6 +245,43 @@ def test_what_instagram_would_refuse_is_refused_here(desk: Desk, form: dict[str,
     desk.rig.drain()
     assert desk.rig.meta.calls == []
     assert desk.rig.db.value("SELECT COUNT(*) FROM outbound_messages") == 0
+
+
+def test_null_is_as_good_as_left_out(desk: Desk) -> None:
+    unused = ("comment_id", "attachments", "reaction", "action", "template", "quick_replies", "reply_to", "author")
+    nothing = dict.fromkeys((*unused, "send_before", "dry_run", "metadata"))
+    first = desk.ask(message="hello", idempotency_key="the-same")[1]
+    again = desk.ask(message="hello", idempotency_key="the-same", **nothing)
+    assert again[0] == 202, again
+    assert again[1]["message_id"] == first["message_id"]
+    forms: list[dict[str, Any]] = [
+        {"attachments": [{"type": "like_heart", "url": None}]},
+        {"template": {**CHOICE, "elements": None}},
+        {"template": {"template_type": "generic", "elements": [{"title": "Lamp", "buttons": None, "subtitle": None}]}},
+        {"reaction": {"message_id": first["message_id"], "action": "unreact", "emoji": None}},
+        {"reaction": {"message_id": first["message_id"], "action": None, "emoji": "love"}},
+    ]
+    desk.rig.drain()
+    for form in forms:
+        status, answer = desk.ask(**{**nothing, "message": None, "comment_id": None, **form}, recipient_id=CUSTOMER)
+        assert status == 202, answer
+    status, answer = desk.ask(**nothing, message=None)
+    assert (status, answer["details"][0]["field"]) == (400, "message")
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        ({"message": " \n"}, "message"),
+        ({"template": {**CHOICE, "text": "\t"}}, "template.text"),
+        ({"template": {"template_type": "generic", "elements": [{"title": " "}]}}, "template.elements.0.title"),
+        ({"message": "?", "quick_replies": [{"title": " ", "payload": "x"}]}, "quick_replies.0.title"),
+    ],
+    ids=["message", "template", "card", "choice"],
+)
+def test_a_blank_text_is_refused(desk: Desk, form: dict[str, Any], field: str) -> None:
+    status, answer = desk.ask(**form)
+    assert (status, answer["details"]) == (400, [{"field": field, "problem": "must not be blank"}])
 
 
 def test_what_meta_does_of_itself_is_a_warning(desk: Desk) -> None:
