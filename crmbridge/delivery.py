@@ -394,7 +394,7 @@ class Engine:
                 try:
                     outcome = self._senders[claimed.target if claimed.kind == "call" else claimed.kind](claimed)
                 except AttemptFailed as failure:
-                    outcome = _outcome(failure)
+                    outcome = _outcome(failure, claimed.account_id)
                 except BridgeError as failure:
                     outcome = Outcome("fault", failure.code, failure.message, counts=False)
                 except Exception as error:
@@ -491,8 +491,9 @@ def _endpoint(claimed: Claimed) -> Endpoint:
     return claimed.target, claimed.account_id
 
 
-def _outcome(failure: AttemptFailed) -> Outcome:
-    known = {"code": failure.code, "message": failure.message, "http_status": failure.http_status}
+def _outcome(failure: AttemptFailed, account_id: str) -> Outcome:
+    message = failure.message.replace("ACCOUNT", account_id)  # what to do may name the account
+    known = {"code": failure.code, "message": message, "http_status": failure.http_status}
     if isinstance(failure, Retry):
         hints = {name: getattr(failure, name) for name in ("after_s", "counts", "at_most", "stops")}
         return Outcome("retry", **known, **hints)  # type: ignore[arg-type]

@@ -61,8 +61,9 @@ def test_every_row_does_what_it_says(one_rig: Rig, meaning: Meaning, code: int, 
     if meaning.kind in ("final", "alert", "retry", "once"):
         assert (status_after, status["error"]["code"]) == ("failed", meaning.slug)
         assert len(calls) == {"retry": 4, "once": 2}.get(meaning.kind, 1)
-        hint = "" if meaning.kind == "retry" else f"{meaning.slug}: {meaning.hint} ("
-        assert status["error"]["message"].startswith(f"{hint}Instagram answered code {code}")
+        assert status["error"]["message"].startswith(f"Instagram answered code {code}")
+        assert status["error"]["message"].count(meaning.slug) == 1
+        assert status["error"]["message"].endswith(f": {meaning.hint}") == (meaning.kind != "retry")
         assert alerts == (["send_refused"] if meaning.kind == "alert" else [])
         assert status["error"]["retryable"] == meaning.retryable
         return
@@ -73,7 +74,10 @@ def test_every_row_does_what_it_says(one_rig: Rig, meaning: Meaning, code: int, 
     shown = accounts.found(rig.db, account["id"])
     if meaning.kind == "account":
         assert (len(calls), shown["status"]) == (1, "error")
-        assert shown["status_reason"].startswith(f"{meaning.slug}: {meaning.hint}")
+        assert shown["status_reason"].startswith(f"Instagram answered code {code}")
+        assert shown["status_reason"].count(meaning.slug) == 1
+        assert shown["status_reason"].endswith(": " + meaning.hint.replace("ACCOUNT", account["id"]))
+        assert rig.alerts[0][1] == shown["status_reason"]
         assert alerts == ["token_dead" if code == 190 and subcode not in (459, 464) else "account_error"]
         assert status["held"]["reason"] == shown["status_reason"]
     else:

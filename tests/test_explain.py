@@ -167,7 +167,9 @@ def test_what_was_held_says_so_ever_after(rig: Rig) -> None:
     assert held["at"] == instant(START_S + 5)
     assert held["text"] == f"message.received to the CRM held until {instant(START_S + 3600)}: moving"
     (held,) = [step for step in story(rig, message_id)["steps"] if step["step"] == "held"]
-    assert held["text"].startswith(f"send to Instagram held until {instant(START_S + 7200)}: token_expired: ")
+    assert held["text"].startswith(
+        f"send to Instagram held until {instant(START_S + 7200)}: Instagram answered code 190/463, "
+    )
     told = [step["text"] for step in story(rig, account["id"])["steps"] if step["step"] == "held"]
     assert [text.partition(" held")[0] for text in told] == ["sends", "deliveries"]
     prune(rig, days=91)

@@ -401,6 +401,9 @@ def test_a_dead_token_is_an_alert_and_a_fresh_one_its_end(tended: Tended) -> Non
     account = with_token(rig, age_s=60 * DAY_S + 1, refresh_in_s=0)
     tended.tokens.refresh()
     assert [kind for kind, _ in rig.alerts] == ["token_dead"]
+    [(_, said)] = rig.alerts
+    assert said.startswith("Instagram does not renew the access token, token_")
+    assert said.endswith(f"set it by PUT /api/v1/accounts/{account['id']}")
     assert TOKEN not in rig.alerts[0][1]
     assert accounts.found(rig.db, account["id"])["status"] == "error"
     rig.meta.accounts[SHOP_ID].tokens["IGAAnew"] = rig.now_s - DAY_S

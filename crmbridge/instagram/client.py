@@ -238,7 +238,7 @@ def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
     meaning = codes.classify(answer.status, error)
     said = f"Instagram answered {_named(error, meaning)}"
     if meaning.kind not in ("retry", "limit", "unknown"):  # those are over by themselves
-        said = f"{meaning.slug}: {meaning.hint} ({said})"
+        said = f"{said}: {meaning.hint}"
     if meaning.kind == "unknown" or answer.status < 300:
         return InDoubt(said, code=meaning.slug, http_status=answer.status)
     if meaning.kind in ("final", "alert"):

@@ -23,7 +23,7 @@ HAPPENS: dict[Class, str] = {
 
 @dataclass(frozen=True)
 class Meaning:
-    """`hint` is what the operator, or who writes the CRM, should do.
+    """`hint` is what the operator, or who writes the CRM, should do; ACCOUNT in it stands for the account's id.
 
     `codes` are written as code/subcode. A code alone comes without a subcode, ``/*`` stands for any subcode or none,
     ``*/`` for a number that comes as the one or the other. `says` is a part of the sentence that tells it from others

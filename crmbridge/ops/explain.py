@@ -227,7 +227,7 @@ def _how(life: Life, change: Row) -> str:
 def _problem(code: str | None, text: str | None) -> str | None:
     if code is None or text is None:
         return code
-    return text if text.startswith(f"{code}: ") else f"{code}: {text}"
+    return text if f", {code}" in text else f"{code}: {text}"
 
 
 def _repeats(heard: Row) -> str:

@@ -47,7 +47,8 @@ class Tokens:
             log.warning("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
             self._ask_again(account, now_s + DAY_S)
             if problem.code.startswith("token_") and self._is_dead(account):
-                self._stop(account, f"{problem.code}: {problem.hint}")
+                todo = problem.hint.replace("ACCOUNT", account["id"])
+                self._stop(account, f"Instagram does not renew the access token, {problem.code}: {todo}")
         else:
             expires_at = instant(now_s + fresh.lasts_s)
             # The next one well before this one ends, however short-lived it is.
