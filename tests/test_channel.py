@@ -563,6 +563,20 @@ def test_what_is_about_an_unsent_message_wedges_nothing(rig: Rig, kind: str) -> 
     assert rig.alerts == []
 
 
+@pytest.mark.parametrize("is_echo", [False, True])
+def test_an_edit_that_overtakes_its_message_is_the_text_of_both(rig: Rig, is_echo: bool) -> None:
+    rig.account()
+    for number, text in ((2, "newest"), (1, "newer")):
+        edit = {"message_edit": {"mid": "mid-1", "text": text, "num_edit": number}}
+        rig.hear(rig.item(edit, at_s=rig.now_s + 5, echo=is_echo))
+    message = {"mid": "mid-1", "text": "old", **({"is_echo": True} if is_echo else {})}
+    rig.hear(rig.item({"message": message}, echo=is_echo))
+    rig.drain()
+    told = [(entry.event["event"], entry.event["message"]) for entry in rig.taken()]
+    kind = "message.echo" if is_echo else "message.received"
+    assert told == [("message.edited", "newest"), ("message.edited", "newer"), (kind, "newest")]
+
+
 def test_an_edit_that_comes_after_its_unsend_is_not_told(rig: Rig) -> None:
     rig.account()
     rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}))

@@ -248,6 +248,23 @@ def _withdraw(db: Database, account: Row, row: Row) -> None:
     db.update("outbound_messages", {"content": None}, sent, named[:2])
 
 
+def _take_over_edits(db: Database, account: Row, row: Row) -> None:
+    """Give a message that its own edit overtook the newest text: a CRM shows what has the later sequence."""
+    edits = db.rows(
+        """
+        SELECT payload, occurred_at FROM inbound_events
+        WHERE account_id = ? AND instagram_message_id = ? AND kind = 'message.edited' AND payload IS NOT NULL""",
+        (account["id"], row["instagram_message_id"]),
+    )
+    if not edits or row["payload"] is None or _is_recovered(row):
+        return
+    told = [(edit["occurred_at"], json.loads(edit["payload"])) for edit in edits]
+    _, newest = max(told, key=lambda edit: (edit[1].get("extra", {}).get("edit", {}).get("number") or 0, edit[0]))
+    if "text" in newest:
+        changed = json.dumps({**json.loads(row["payload"]), "text": newest["text"]}, ensure_ascii=False)
+        db.update("inbound_events", {"payload": changed}, "id = ?", [row["id"]])
+
+
 def _about(db: Database, account_id: str, external_id: str, *, but: str = "") -> Row | None:
     """Return the event that brought a message, or None."""
     return _find(db, account_id, external_id, _MESSAGES, but=but)
@@ -273,6 +290,8 @@ def _all_about(
 
 def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
     sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
+    if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
+        _take_over_edits(db, account, row)
     if row["kind"] in _OPEN_THE_WINDOW or _is_unshown(row, account):
         contacts.wrote(db, account["id"], row["contact"], row["occurred_at"])
     wait_s = patience.ask_s if _ask(db, account, row, now) else 0.0
