@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 import crmbridge
 from crmbridge import apikey, config, contract, errors, wiring
+from crmbridge.delivery import FLOORS_S
 from crmbridge.instagram import codes
 from crmbridge.store.deliveries import Patience
 from crmbridge.web import app as web_app
@@ -273,6 +274,11 @@ def test_the_documented_schedules_are_the_defaults() -> None:
     assert slow[-1] == "60"
     assert f"after {', '.join(counted[:-1])} and {counted[-1]} s" in ABOUT
     assert f"after {', '.join(waits[:-1])} s and then every {waits[-1]} s" in ABOUT
+    floors = FLOORS_S["rate_limited"], FLOORS_S["rate_uneven"]
+    assert (
+        "`rate_limited` waits at least {:g} s, and `rate_uneven` (Meta's 613/1996) at least {:g} s".format(*floors)
+        in ABOUT
+    )
     assert delivery.crm_give_up_s == delivery.instagram_give_up_s == 24 * 3600
 
 

@@ -336,6 +336,9 @@ def test_everything_can_be_done_over_http(sandbox, bridge):
     control("PUT", "/crm/sandbox/settings", {"bridge_url": bridge.server.url, "api_key": "k", "account_id": "acc_1"})
     reply = control("POST", "/crm/sandbox/replies", {"recipient_id": IGSID, "text": "yes"})
     assert (reply["http"], reply["answer"]["got"]["message"]) == (202, "yes")
+    control("POST", "/sandbox/faults", {"path": "me", "status": 400, "times": 9})
+    assert control("DELETE", "/sandbox/faults") == {"scripted": False}
+    assert sandbox.meta._faults == []
     control("POST", "/sandbox/reset")
     control("POST", "/crm/sandbox/reset")
     assert control("GET", "/sandbox/state")["messages"] == control("GET", "/crm/sandbox/received")["received"] == []

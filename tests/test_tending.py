@@ -532,6 +532,26 @@ def test_a_backfill_keeps_to_two_calls_a_second_and_reads_all_pages(tended: Tend
     assert len(rig.taken()) == 10
 
 
+def test_a_conversation_with_more_than_instagram_shows_is_named(
+    tended: Tended, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = tended.rig
+    account = rig.account()
+    began_s = rig.now_s
+    for number in range(21):
+        rig.now_s += 1
+        rig.meta.customer_says(SHOP_ID, CUSTOMER, f"hello {number}", told="never")
+    rig.meta.customer_says(SHOP_ID, "900000000000002", "only this", told="never")
+    questions.ask_backfill(rig.db, account["id"], instant(began_s), instant(rig.now_s))
+    tended.backfill.fill()
+    named = [
+        record.facts  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.getMessage() == "backfill.incomplete"
+    ]
+    assert named == [{"account": account["id"], "contact": CUSTOMER, "since": instant(began_s)}]
+
+
 def test_it_stops_at_conversations_that_are_older_than_the_gap(tended: Tended) -> None:
     rig = tended.rig
     account = rig.account()

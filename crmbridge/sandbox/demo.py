@@ -126,7 +126,11 @@ Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
   {{"path": "messages", "delay_s": 40, "after_effect": true, "status": 200}}       delivers, then answers too late
   {{"path": "messages", "drop": true, "after_effect": true}}                       delivers, then breaks the connection
   {{"path": "messages", "drop": true}}                                             breaks it without delivering
+  DELETE {sandbox.url}/sandbox/faults drops those that are left;
+  POST {sandbox.url}/sandbox/reset drops all that was recorded, too
+GET {sandbox.url}/sandbox/state shows what Instagram received ("sent"), its conversations ("messages") and calls
 PUT JSON to {sandbox.url}/sandbox/settings for how Instagram takes sends,
+  {{"auto_read": true}}              the customer reads each message at once
   {{"window": true}}                 refuses them 24 hours after the customer wrote, or before they did
   {{"human_agent": false}}           has not approved the tag of a person's answer
   {{"media": "unreachable"}}         cannot fetch media; also timeout, rejected and too_large; ok as usual
@@ -136,8 +140,11 @@ PUT JSON to {sandbox.url}/sandbox/settings for what lasts,
   {{"profile": "no_consent"}}    {{"profile": "fails"}}    {{"profile_delay_s": 2}}    {{"conversations_page": 2}}
 to {sandbox.url}/sandbox/accounts/{_SHOP}/subscription, to lose it,
   {{"fields": []}}                 and DELETE {sandbox.url}/sandbox/accounts/{_SHOP}/tokens to end its tokens,
+POST JSON to {sandbox.url}/sandbox/accounts to make a new token, or another shop,
+  {{"user_id": "{_SHOP}", "token": "IGAA-new", "username": "your_shop", "app_scoped_id": "{_SHOP_SCOPED}"}}
 POST to {sandbox.url}/sandbox/customers/{_CUSTOMER}/messages what no webhook tells, for a backfill,
   {{"text": "hello", "told": "never"}}    {{"text": "hello", "told": "edit"}}      the latter only as an empty edit
+  with "timestamp_ms" (milliseconds since 1970) the message is as old as you like, to rehearse the end of a window
 to …/{_CUSTOMER}/replies what the shop writes in the app,
   {{"text": "hello", "told": false}}
 and to {sandbox.url}/crm/sandbox/answers for the CRM,

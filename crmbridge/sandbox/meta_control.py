@@ -82,6 +82,10 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         meta.fault(given.pop("path"), **given)
         return {"scripted": True}
 
+    def no_faults() -> dict[str, Any]:
+        meta.clear_faults()
+        return {"scripted": False}
+
     def settings() -> dict[str, Any]:
         meta.configure(**server.read_object(optional=_settings(meta)))
         return _settings(meta)
@@ -120,6 +124,7 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         ("POST", "handshake", handshake),
         ("POST", "privacy", privacy),
         ("POST", "faults", fault),
+        ("DELETE", "faults", no_faults),
         ("PUT", "settings", settings),
         ("POST", "accounts", account),
         ("PUT", "accounts/<user_id>/subscription", subscription),

@@ -134,7 +134,7 @@ class Backfill:
             if problem.of_account:
                 raise
             # One that Instagram does not tell, such as one that was deleted meanwhile, sinks no other.
-            log.warning("backfill.untold", account=account["id"], code=problem.code)
+            log.warning("backfill.untold", account=account["id"], conversation=conversation.id, code=problem.code)
             return 0, True
         since_s = epoch_s(backfill["since"]) - _EARLIER_S
         missed = [entry for entry in told if reading.told_s(entry) >= since_s]
@@ -143,7 +143,11 @@ class Backfill:
         news = sum(one.state == "forwarded" for one in kept)
         if news:
             self._wake()
-        return news, len(missed) == len(told) >= reading.SHOWN_AT_MOST
+        is_incomplete = len(missed) == len(told) >= reading.SHOWN_AT_MOST
+        if is_incomplete:
+            contact = next((event.contact for event in events if event.contact), None)
+            log.warning("backfill.incomplete", account=account["id"], contact=contact, since=backfill["since"])
+        return news, is_incomplete
 
     def _take_turn(self) -> None:
         self._pause(self._next_s - self._clock())
