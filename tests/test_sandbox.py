@@ -376,3 +376,15 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
         assert "2" in shop.meta.customers  # who has written lets their names be read
         assert requests.post(f"{base}/customers/1/shapes/unsend", json={}, timeout=10).status_code == 400
         assert requests.post(f"{base}/customers/1/shapes/nonsense", json={}, timeout=10).status_code == 400
+
+
+def test_media_are_fetched_well_or_not_as_the_address_says(sandbox):
+    found = {
+        state: requests.get(f"{sandbox.url}/cdn/{state}", timeout=10)
+        for state in ("ok", "mistyped", "gone", "expired", "slow?seconds=0.01", "nonsense")
+    }
+    assert [answer.status_code for answer in found.values()] == [200, 200, 404, 403, 200, 403]
+    assert found["ok"].content == found["mistyped"].content == found["slow?seconds=0.01"].content
+    assert [found[state].headers["Content-Type"] for state in ("ok", "mistyped")] == ["image/png", "text/html"]
+    body = shapes.payload("image", ACCOUNT, IGSID, 1, url="http://127.0.0.1/cdn/gone")
+    assert body["entry"][0]["messaging"][0]["message"]["attachments"][0]["payload"]["url"].endswith("/cdn/gone")

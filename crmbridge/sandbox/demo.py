@@ -152,7 +152,8 @@ and to {sandbox.url}/crm/sandbox/answers for the CRM,
 
 Anything else that Instagram can say, by name (GET {sandbox.url}/sandbox/shapes lists them): as this customer,
   curl -s -X POST {sandbox.url}/sandbox/customers/{_CUSTOMER}/shapes/story_mention -d '{{}}'
-  with "mid" for reaction, edit, unsend and reply, and "times": 2 for a repetition
+  with "mid" for reaction, edit, unsend and reply, "times": 2 for a repetition,
+  and "url" for its media: {sandbox.url}/cdn/ok, gone, expired, mistyped or slow?seconds=20
 
 Ctrl-C ends it."""
 

@@ -17,7 +17,7 @@ from urllib.parse import urljoin
 import bottle
 import requests
 
-from crmbridge.sandbox import graph, meta_control, server, wire
+from crmbridge.sandbox import cdn, graph, meta_control, server, wire
 
 APP_SECRET = "sandbox-app-secret"
 VERIFY_TOKEN = "sandbox-verify-token"
@@ -157,6 +157,7 @@ class Meta:
         self.app = bottle.Bottle()
         self.app.route("/", "GET", lambda: server.page(*self.page_paths))
         meta_control.add_routes(self.app, self)
+        cdn.add_routes(self.app)
         self.app.route("/<path:path>", ["GET", "POST", "DELETE"], self._graph)
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         return asdict(meta.customer_reads(_account(meta, given.get("user_id")), igsid, given["mid"]))
 
     def shape(igsid: str, name: str) -> dict[str, Any]:
-        given = server.read_object(optional=["user_id", "mid", "text", "times"])
+        given = server.read_object(optional=["user_id", "mid", "text", "url", "times"])
         user_id, times = _account(meta, given.pop("user_id", None)), given.pop("times", 1)
         if not isinstance(times, int) or not 1 <= times <= 100:
             raise ValueError("times must be a whole number from 1 to 100")

@@ -3,6 +3,7 @@
 Sources: Meta's "Webhooks for Instagram" pages and captured payloads, as the bridge's channel tests know them.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,9 +70,25 @@ NAMES = (*_NEW, *_ABOUT, *_WHOLE)
 
 
 def payload(
-    name: str, user_id: str, igsid: str, at_ms: int, *, mid: str | None = None, text: str = "Is it in stock?"
+    name: str,
+    user_id: str,
+    igsid: str,
+    at_ms: int,
+    *,
+    mid: str | None = None,
+    text: str = "Is it in stock?",
+    url: str = _URL,
 ) -> dict[str, Any]:
-    """Return a webhook's body of that shape; ValueError when there is none, or when it needs a `mid`."""
+    """Return a webhook's body of that shape, with `url` for its media.
+
+    Raises ValueError when there is no such shape, or when it needs a `mid`.
+    """
+    body = _body(name, user_id, igsid, at_ms, mid, text)
+    found: dict[str, Any] = json.loads(json.dumps(body).replace(json.dumps(_URL), json.dumps(url)))
+    return found
+
+
+def _body(name: str, user_id: str, igsid: str, at_ms: int, mid: str | None, text: str) -> dict[str, Any]:
     if name in _WHOLE:
         return _whole(name, user_id, igsid, at_ms, text)
     if name in _ABOUT and not mid:
