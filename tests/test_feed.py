@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_a_cursor_from_before_a_restored_backup_is_refused(rig: Rig) -> None:
     rig.say("in the backup", "mid-1")
     good = page(rig)
     backup = rig.db.path.with_name("backup.db")
-    with sqlite3.connect(rig.db.path) as source, sqlite3.connect(backup) as target:
+    with closing(sqlite3.connect(rig.db.path)) as source, closing(sqlite3.connect(backup)) as target:
         source.backup(target)
     rig.say("lost", "mid-2")
     lost = page(rig, good.next_cursor)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,12 @@ def test_a_call_in_flight_at_an_erasure_changes_nothing_after_it(rig: Rig) -> No
     account = rig.account()
     message_id = rig.send(account, "hello")
     rig.meta.fault("messages", status=200, after_effect=True, delay_s=0.3)
-    engine = rig.engine
-    import threading
 
-    thread = threading.Thread(target=engine.drain)
+    def drain() -> None:
+        rig.engine.drain()
+        rig.db.close_thread()
+
+    thread = threading.Thread(target=drain)
     thread.start()
     rig.meta.wait_sent(1)
     privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)

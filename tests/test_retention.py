@@ -289,9 +289,12 @@ def test_writers_need_not_wait_for_a_run(rig: Rig) -> None:
     _fill(rig.db, account["id"], 5000, "2026-01-01T00:00:00.000Z", size=100)
     swept: list[retention.Swept] = []
     terms = retention.Terms("2026-06", "2026-06", "2026", "2026", "2026", 0, 0)
-    thread = threading.Thread(
-        target=lambda: swept.append(retention.sweep(rig.db, terms, budget_s=60, pause=lambda seconds: None))
-    )
+
+    def sweep() -> None:
+        swept.append(retention.sweep(rig.db, terms, budget_s=60, pause=lambda seconds: None))
+        rig.db.close_thread()
+
+    thread = threading.Thread(target=sweep)
     waits: list[float] = []
     thread.start()
     while thread.is_alive():
