@@ -203,6 +203,16 @@ _known = st.sampled_from(
         "entry",
         "messaging",
         "changes",
+        "standby",
+        "field",
+        "value",
+        "from",
+        "message_edit",
+        "num_edit",
+        "is_deleted",
+        "postback",
+        "referral",
+        "watermark",
     ]
 )
 _shaped = st.recursive(
@@ -210,16 +220,28 @@ _shaped = st.recursive(
 )
 
 
+_KINDS = ("message", "message_edit", "reaction", "postback", "read", "referral")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(item=_shaped, account=st.sampled_from([SHOP_ID, "17", None, 5]))
-def test_any_signed_json_is_kept(rig: Rig, item: Any, account: Any) -> None:
+@given(
+    item=_shaped,
+    field=_shaped | st.sampled_from(["messages", "comments", "mentions"]),
+    account=st.sampled_from([SHOP_ID, "17", None, 5]),
+)
+def test_any_signed_json_is_kept(rig: Rig, item: Any, field: Any, account: Any) -> None:
     if rig.db.value("SELECT COUNT(*) FROM accounts") == 0:
         rig.account()
     body = {
         "object": "instagram",
-        "entry": [{"id": account, "time": MS, "messaging": [item, {**PARTIES, "message": item}]}],
+        "entry": [
+            {"id": account, "time": MS, "messaging": [item, *({**PARTIES, kind: item} for kind in _KINDS)]},
+            {"id": account, "time": MS, "changes": [item, {"field": field, "value": item}]},
+            item,
+        ],
     }
-    assert rig.hear_body(json.dumps(body).encode())
+    assert len(rig.hear_body(json.dumps(body).encode())) >= 1 + len(_KINDS) + 3
+    assert rig.hear_body(json.dumps(item).encode())
     for row in rig.db.rows("SELECT * FROM deliveries WHERE body IS NULL AND state = 'pending'"):
         inbound.crm_body(rig.db, rig.db.rows("SELECT * FROM accounts")[0], row)
         rig.db.write(lambda row=row: rig.db.update("deliveries", {"state": "done"}, "id = ?", [row["id"]]))  # type: ignore[misc]
