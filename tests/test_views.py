@@ -29,9 +29,8 @@ VIEWS = ("stuck", "dead", "recent", "slow", "account_overview", "latency_last_ho
 
 
 def sqlite(shop: Shop, *words: str) -> str:
-    done = subprocess.run(
-        ["sqlite3", "-readonly", str(shop.database), *words], capture_output=True, text=True, timeout=30, check=False
-    )
+    shell = ["sqlite3", "-readonly", "-cmd", ".timeout 5000", str(shop.database)]  # as README says
+    done = subprocess.run([*shell, *words], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
