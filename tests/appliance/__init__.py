@@ -1,0 +1,1 @@
+"""The installed appliance: install.sh as root, the real OpenRC, kills, reboots and upgrades, in a Debian of its own."""
