@@ -471,7 +471,7 @@ def _say_start(settings: config.Settings, mode: str) -> None:
     log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
     log.info("config", **config.shown(settings))
     for doubt in config.doubts(settings):
-        log.warning("config.doubtful", problem=doubt)
+        log.warning("config.doubtful", problem=doubt.problem)
 
 
 def _say_health(rooms: Any) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from crmbridge.errors import Misconfigured
@@ -280,21 +280,33 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
-def doubts(settings: Settings) -> list[str]:
-    """Say what the bridge can run with, but hardly as its operator wants."""
+class Doubt(NamedTuple):
+    """What the bridge can run with, but hardly as its operator wants; `todo` is what to do."""
+
+    slug: str
+    problem: str
+    todo: str = ""
+
+
+def doubts(settings: Settings) -> list[Doubt]:
+    """Return what in the settings is doubtful."""
     found = []
     if not settings.instagram.app_secrets:
-        found.append("[instagram] app_secrets is empty: every webhook from Meta will be refused")
+        problem = "[instagram] app_secrets is empty: every webhook from Meta will be refused"
+        found.append(Doubt("app_secrets_empty", problem))
     if not settings.instagram.verify_token:
-        found.append("[instagram] verify_token is empty: Meta cannot verify the webhook address")
+        problem = "[instagram] verify_token is empty: Meta cannot verify the webhook address"
+        found.append(Doubt("verify_token_empty", problem))
     look_up_s = sum(settings.delivery.look_up_s)
     if look_up_s < LOOK_UP_S:
-        found.append(
+        problem = (
             f"[delivery] look_up_s are {look_up_s:g} s in all: with less than {LOOK_UP_S} s a send that Instagram "
             "shows late is sent twice"
         )
+        found.append(Doubt("look_up_short", problem))
     if not settings.alerts.command and not settings.alerts.url:
-        found.append("[alerts] command and url are both empty: nobody is told of an alert, it is only in the log")
+        problem = "[alerts] command and url are both empty: nobody is told of an alert, it is only in the log"
+        found.append(Doubt("alerts_unheard", problem, "set one of them, then: crmbridge alert test"))
     return found
 
 

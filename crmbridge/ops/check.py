@@ -1,12 +1,44 @@
-"""``crmbridge check``: is this installation fit to run? Looks at files only; calls nobody and changes nothing."""
+"""``crmbridge check``: is this installation fit to run? Looks at files only; calls nobody and changes nothing.
+
+`doctor` begins with the same look.
+"""
 
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from crmbridge import config, vault
+from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import Misconfigured
 from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found: `why` it matters, and `todo`, what to type. A `slug` is for programs and stays as it is.
+
+    With an ``error`` the bridge does not do its work, a ``warning`` wants to be seen to, a ``note`` is good to know;
+    ``blind`` is what could not be looked at.
+    """
+
+    level: Literal["error", "blind", "warning", "note", "ok"]
+    slug: str
+    what: str
+    why: str = ""
+    todo: str = ""
+    account_id: str | None = None
+
+
+@dataclass
+class Look:
+    """What the files told, and what is open now: whoever looked closes the database."""
+
+    found: list[Finding] = field(default_factory=list)
+    db: database.Database | None = None
+    keys: vault.Vault | None = None
 
 
 def run(settings: config.Settings, source: Path) -> int:
@@ -14,95 +46,121 @@ def run(settings: config.Settings, source: Path) -> int:
     print(f"configuration: {source.resolve()}")
     for name, value in config.shown(settings).items():
         print(f"  {name} = {value}")
-    findings = _findings(settings)
-    for level, text in findings:
-        print(f"{level}: {text}")
-    failed = any(level == "error" for level, _ in findings)
-    print("not fit to run" if failed else "fit to run")
-    return int(failed)
+    seen = look(settings)
+    if seen.db is not None:
+        seen.db.close()
+    for one in seen.found:
+        print(f"{one.level}: {one.what}" + (f"; {one.todo}" if one.todo else ""))
+    levels = [one.level for one in seen.found]
+    if "error" in levels:
+        print("not fit to run")
+        return 1
+    deaf = [one.what for one in seen.found if one.slug in ("app_secrets_empty", "verify_token_empty")]
+    warnings = f"see to the {levels.count('warning')} warning(s) above" if "warning" in levels else ""
+    print("fit to run" + (f", but {'; '.join(deaf) or warnings}" if warnings else ""))
+    return 0
 
 
-def _findings(settings: config.Settings) -> list[tuple[str, str]]:
-    found = [("warning", doubt) for doubt in config.doubts(settings)]
-    for path in (settings.store.path.parent, settings.store.queue_path.parent):
+def look(settings: config.Settings) -> Look:
+    """Look at the files that the settings name, and at what the database tells."""
+    seen = Look([Finding("warning", one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
+    found = seen.found
+    for path in {settings.store.path.parent, settings.store.queue_path.parent}:
         if path.exists() and not os.access(path, os.W_OK):
-            found.append(("error", f"{path} cannot be written by this user"))
-    keys = None
+            found.append(Finding("error", "folder_closed", f"{path} cannot be written by this user"))
     try:
-        keys = vault.load(settings.vault.key_file)
-        found.append(("ok", f"key file {settings.vault.key_file}"))
+        seen.keys = vault.load(settings.vault.key_file)
+        found.append(Finding("ok", "key_file", f"key file {settings.vault.key_file}"))
     except Misconfigured as error:
-        found.append(("error", error.message))
+        found.append(Finding("error", "key_file", error.message))
     try:
-        db = database.open_existing(settings.store.path)
+        seen.db = database.open_existing(settings.store.path)
+        seen.db.require_schema()
+        found += _database(seen.db)
+        found += _state(seen.db)
+        for account in accounts.everyone(seen.db):
+            found += _stops(seen.db, account)
+            found += _token(seen.keys, account)
     except Misconfigured as error:
-        return [*found, ("error", error.message)]
-    try:
-        db.require_schema()
-        found.append(("ok", f"database {settings.store.path}, schema up to date"))
-        sizes = db.sizes()
-        told = ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:.1f}" for name, size in sizes.items())
-        found.append(("ok", f"sizes in MB: {told}"))
-        if sizes["free_bytes"] > retention.SPARE_BYTES and not db.can_shrink():
-            todo = f'sqlite3 {settings.store.path} "PRAGMA auto_vacuum = incremental; VACUUM"'
-            found.append(("warning", f"the file cannot shrink; while the service is stopped: {todo}"))
-        if db.is_full:
-            found.append(("warning", "the disk is too full for the reserve: nothing new would be taken"))
-        everyone = accounts.everyone(db)
-        found.append(("ok", f"{len(everyone)} account(s)"))
-        no_worker = vitals.worker_problem(db, time.time())
-        if no_worker:
-            found.append(("warning", f"{no_worker}; nothing goes out until it is started: crmbridge serve"))
-        found += _state(db)
-        found += [("warning", text) for account in everyone for text in _stops(db, account)]
-        for account in everyone if keys else []:
-            if account["access_token_sealed"]:
-                keys.open(account["access_token_sealed"])  # type: ignore[union-attr]
-            else:
-                found.append(("warning", f"{account['id']} has no access token: {account['status_reason']}"))
-    except Misconfigured as error:
-        found.append(("error", error.message))
-    finally:
-        db.close()
-    return found
+        found.append(Finding("error", "database", error.message))
+    return seen
 
 
-def _stops(db: database.Database, account: database.Row) -> list[str]:
+def to_start() -> str:
+    """Return what starts the service on this machine."""
+    return "rc-service crmbridge start" if Path("/etc/init.d/crmbridge").exists() else "crmbridge serve"
+
+
+def _database(db: database.Database) -> Iterator[Finding]:
+    yield Finding("ok", "database", f"database {db.path}, schema up to date")
+    sizes = db.sizes()
+    told = ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:.1f}" for name, size in sizes.items())
+    yield Finding("ok", "sizes", f"sizes in MB: {told}")
+    if sizes["free_bytes"] > retention.SPARE_BYTES and not db.can_shrink():
+        todo = f'sqlite3 {db.path} "PRAGMA auto_vacuum = incremental; VACUUM"'
+        yield Finding("warning", "cannot_shrink", f"the file cannot shrink; while the service is stopped: {todo}")
+    if db.is_full:
+        text = "the disk is too full for the reserve: nothing new would be taken"
+        yield Finding("warning", "disk_full", text, todo=f"df -h {db.path.parent}")
+    yield Finding("ok", "accounts", f"{len(accounts.everyone(db))} account(s)")
+    no_worker = vitals.worker_problem(db, time.time())
+    if no_worker:
+        text = f"{no_worker}; nothing goes out until it is started: {to_start()}"
+        yield Finding("warning", "worker_dead", text)
+
+
+def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]:
+    if not account["access_token_sealed"]:
+        text = f"{account['id']} has no access token: {account['status_reason']}"
+        yield Finding("warning", "token_missing", text, account_id=account["id"])
+    elif keys is not None:
+        keys.open(account["access_token_sealed"])
+
+
+def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
     """Say what holds an account back or keeps it from hearing, each with what to type."""
-    found, put = [], f"PUT /api/v1/accounts/{account['id']}"
+    put, about = f"PUT /api/v1/accounts/{account['id']}", f"{account['id']} ({account['username'] or '-'})"
     if account["status"] != "active":
         what = "sends are" if account["status"] == "error" else "deliveries and sends are"
         why = f": {account['status_reason']}" if account["status_reason"] else ""
         todo = "a new access_token, or status: active" if account["status"] == "error" else "status: active"
-        found.append(f"is {account['status']} since {account['status_since']}, its {what} held{why}; {put} with {todo}")
+        text = f"{about} is {account['status']} since {account['status_since']}, its {what} held{why}"
+        yield Finding("warning", "account_held", text, todo=f"{put} with {todo}", account_id=account["id"])
     for what, target in pauses.WHAT.items():
         hold = pauses.everyone(db).get((target, account["id"]))
         if hold is None:
             continue
-        text = f"{what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
+        text = f"{about} {what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
         text += f": {hold['reason']}" if hold["reason"] else ""
-        found.append(f"{text}; {pauses.to_type(account['id'], target, hold['cause'])}")
+        todo = pauses.to_type(account["id"], target, hold["cause"])
+        yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:
-        found.append(f"is not subscribed to Instagram's webhooks: {account['subscription_error']}; {put} with a new "
-                     "access_token, or wait: it is tried again every six hours")  # fmt: skip
-    return [f"{account['id']} ({account['username'] or '-'}) {text}" for text in found]
+        text = f"{about} is not subscribed to Instagram's webhooks: {account['subscription_error']}"
+        todo = f"{put} with a new access_token, or wait: it is tried again every six hours"
+        yield Finding("warning", "not_subscribed", text, todo=todo, account_id=account["id"])
 
 
-def _state(db: database.Database) -> list[tuple[str, str]]:
+def _state(db: database.Database) -> Iterator[Finding]:
     """Return what each account waits for, how late it is and what died, and the alerts that are open."""
-    found = []
     for row in overview.accounts(db):
         for name in overview.NAMES.values():
             text = f"{row['account_id']} ({row['username'] or row['status']}) {name}: {row[f'pending_{name}']} pending"
             oldest, late = row[f"oldest_pending_{name.removesuffix('s')}_at"], row["latency"][name]
             text += f" since {oldest}" if oldest else ""
             text += f", {row[f'dead_{name}']} dead; last hour: {overview.said(late)}"
-            found.append(("warning" if row[f"dead_{name}"] else "ok", text))
+            dead = bool(row[f"dead_{name}"])
+            todo = f"crmbridge dlq list --{name} --account {row['account_id']}" if dead else ""
+            level, slug = ("warning", "dead_letters") if dead else ("ok", "queue")
+            yield Finding(level, slug, text, todo=todo, account_id=row["account_id"])  # type: ignore[arg-type]
     unrouted = overview.unrouted(db)
     if unrouted:
-        found.append(("warning", f"{unrouted} event(s) for Instagram accounts that are not connected here"))
+        text = f"{unrouted} event(s) for Instagram accounts that are not connected here"
+        yield Finding(
+            "warning", "unrouted", text, todo="connect them by POST /api/v1/accounts, or leave them to expire"
+        )
     for alert in alerts.everything(db):
         if alert["cleared_at"] is None:
             about = f" {alert['account_id']}" if alert["account_id"] else ""
-            found.append(("warning", f"alert {alert['kind']}{about} since {alert['since']}: {alert['message']}"))
-    return found
+            text = f"alert {alert['kind']}{about} since {alert['since']}: {alert['message']}"
+            todo = kind_of(alert["kind"]).todo.replace("ACCOUNT", alert["account_id"])
+            yield Finding("warning", f"alert_{alert['kind']}", text, todo=todo, account_id=alert["account_id"] or None)
