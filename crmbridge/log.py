@@ -7,7 +7,9 @@ import contextlib
 import contextvars
 import json
 import logging
+import os
 import re
+import stat
 import sys
 import traceback
 from collections.abc import Iterator
@@ -114,9 +116,36 @@ def _value(value: object) -> str:
     return text if _PLAIN.match(text) else json.dumps(text)
 
 
+class _Rotated(logging.StreamHandler[TextIO]):
+    """Follows a log file's name: when the file was moved away and a new one is there, goes on in that one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._path = ""
+        with contextlib.suppress(OSError):  # no file descriptor, or no /proc
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                self._path = os.readlink(f"/proc/self/fd/{stream.fileno()}")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._path:
+            with contextlib.suppress(OSError):  # then the old file goes on
+                self._follow()
+        super().emit(record)
+
+    def _follow(self) -> None:
+        old, new = os.fstat(self.stream.fileno()), os.stat(self._path)
+        if os.path.samestat(old, new):
+            return
+        opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        for number in {1, self.stream.fileno()}:
+            if os.path.samestat(os.fstat(number), old):
+                os.dup2(opened, number)
+        os.close(opened)
+
+
 def setup(level: str, stream: TextIO | None = None) -> None:
     """Send every logger of the process through this room's one-line form."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Rotated(stream or sys.stderr)
     handler.setFormatter(_Line())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -176,3 +176,21 @@ def test_a_logged_exception_shows_where_but_not_what(lines: io.StringIO) -> None
     assert "exception=ValueError" in lines.getvalue()
     assert "test_small_rooms.py" in lines.getvalue()
     assert "customer wrote" not in lines.getvalue()
+
+
+def test_a_log_that_is_rotated_goes_on_in_the_new_file_and_loses_nothing(tmp_path: Path) -> None:
+    path, root = tmp_path / "it.log", logging.getLogger()
+    before, level = root.handlers[:], logging.getLogger("crmbridge").level
+    with path.open("a") as stream, ThreadPoolExecutor(4) as threads:
+        log.setup("info", stream)
+        written = [threads.submit(log.info, "line", number=number) for number in range(2_000)]
+        for number in range(5):
+            written[number * 400].result()
+            path.rename(tmp_path / f"it.log.{number}")
+            path.touch()
+        for one in written:
+            one.result()
+        root.handlers[:] = before
+        logging.getLogger("crmbridge").setLevel(level)
+    found = "".join(one.read_text() for one in tmp_path.iterdir())
+    assert sorted(int(line.rpartition("=")[2]) for line in found.splitlines()) == list(range(2_000))
