@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     command(commands, "migrate", _migrate, "bring the database's schema up to this version")
     command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
 
+    health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer")
+    health.add_argument("--live", action="store_true", help="only whether it answers")
+    health.add_argument("--wait", type=float, default=0, metavar="S", help="ask for S seconds until it is well")
+    health.add_argument("--at", metavar="HOST:PORT", help="where (default: as the configuration says)")
+
     explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
     explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
                            "correlation id, or an id of Instagram")  # fmt: skip
@@ -200,6 +205,13 @@ def _check(options: argparse.Namespace) -> int:
     from crmbridge.ops import check
 
     return check.run(_settings(options), config.find(options.config, os.environ))
+
+
+def _health(options: argparse.Namespace) -> int:
+    from crmbridge.ops import health
+
+    web = health.at(options.at) if options.at else _settings(options).web
+    return health.run(web, live=options.live, wait_s=options.wait)
 
 
 def _explain(options: argparse.Namespace) -> int:

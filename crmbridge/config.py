@@ -224,7 +224,7 @@ def find(named: str | None, environ: Mapping[str, str]) -> Path:
     if chosen:
         return Path(chosen)
     here = Path("crmbridge.ini")
-    if here.exists() or not SYSTEM_INI.exists():
+    if os.path.exists(here) or not SYSTEM_INI.exists():  # a folder that may not be looked into has none
         return here
     return SYSTEM_INI
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shop import QUICK, Shop, opened
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -177,3 +179,30 @@ def test_the_sandbox_binds_loopback_alone(tmp_path: Path) -> None:
     done = run(tmp_path, "sandbox", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 1
     assert "loopback" in done.stderr
+
+
+def test_health_asks_the_running_server(fresh_shop: Shop, tmp_path: Path) -> None:
+    shop, address = fresh_shop, fresh_shop.url.removeprefix("http://")
+    ini = str(shop.bridge.folder / "crmbridge.ini")
+    well = run(tmp_path, "health", "--config", ini, CRMBRIDGE_WEB_PORT=address.rpartition(":")[2])
+    assert (well.returncode, well.stdout) == (0, "healthy\n")
+    unknown = run(tmp_path, "health", "--config", ini)
+    assert (unknown.returncode, "port is 0" in unknown.stderr) == (1, True)
+    assert run(tmp_path, "health", "--wait", "20", "--at", address).returncode == 0
+    live = run(tmp_path, "health", "--live", "--at", address)
+    assert (live.returncode, live.stdout) == (0, "alive\n")
+    shop.kill()
+    dead = run(tmp_path, "health", "--live", "--wait", "0.5", "--at", address)
+    assert (dead.returncode, dead.stdout) == (3, f"no answer from {address}: [Errno 111] Connection refused\n")
+
+
+def test_health_tells_the_reasons(tmp_path: Path) -> None:
+    with opened(tmp_path, QUICK, account=False) as shop:
+        shop.bridge.stop()
+        shop.bridge.start("serve", "--no-worker")
+        address = shop.bridge.url.removeprefix("http://")
+        shop.change("UPDATE heartbeats SET at = '2026-01-01T00:00:00.000Z'")
+        unwell = run(tmp_path, "health", "--at", address)
+        reason = "the worker's last heartbeat was at 2026-01-01T00:00:00.000Z"
+        assert (unwell.returncode, unwell.stdout) == (1, f"unhealthy: {reason}\n")
+        assert run(tmp_path, "health", "--live", "--at", address).returncode == 0

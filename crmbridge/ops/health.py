@@ -1,0 +1,57 @@
+"""``crmbridge health``: asks the running server how it is. Loads next to nothing, as it is run every minute."""
+
+import http.client
+import json
+import time
+
+from crmbridge import config
+from crmbridge.errors import Misconfigured
+
+NO_ANSWER = 3
+_TRY_S = 10.0
+_PAUSE_S = 0.1
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not bound
+
+
+def run(web: config.Web, *, live: bool, wait_s: float) -> int:
+    """Print what the server says, asking again for `wait_s` until it is well.
+
+    Returns 0 when it is well (`live`: when it answers at all), 1 when it is not, NO_ANSWER when nothing answers.
+    """
+    if not web.port:
+        raise Misconfigured("[web] port is 0: only the log tells which port it listens on")
+    path = "/health/live" if live else "/health"
+    ends = time.monotonic() + wait_s
+    while True:
+        status, told = _ask(_EVERYWHERE.get(web.host, web.host), web.port, path)
+        if status == 0 or time.monotonic() >= ends:
+            print(told)
+            return status
+        time.sleep(_PAUSE_S)
+
+
+def _ask(host: str, port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(100_000)
+    except (OSError, http.client.HTTPException) as error:
+        return NO_ANSWER, f"no answer from {host}:{port}: {str(error) or type(error).__name__}"
+    finally:
+        connection.close()
+    well = answer.status == 200 or path == "/health/live"
+    try:
+        said = json.loads(body)
+        return int(not well), ": ".join([said["status"], *filter(None, ["; ".join(said.get("reasons", []))])])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return int(not well), f"HTTP {answer.status}"
+
+
+def at(address: str) -> config.Web:
+    """Read HOST:PORT.
+
+    Raises ValueError.
+    """
+    host, _, port = address.rpartition(":")
+    return config.Web(host=host.strip("[]"), port=int(port))
