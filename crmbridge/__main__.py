@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         os.umask(0o077)  # what we make is for our user alone
+        if options.as_owner:
+            _become_owner(options)
         return int(options.run(options) or 0)
     except BridgeError as error:
         print(f"crmbridge: {error.message}", file=sys.stderr)
@@ -46,19 +48,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        parent: Any, name: str, run: Callable[[argparse.Namespace], int | None], about: str
+        parent: Any, name: str, run: Callable[[argparse.Namespace], int | None], about: str, *, as_owner: bool = True
     ) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = parent.add_parser(name, help=about, description=about)
         parser.add_argument("--config", metavar="FILE", help="the configuration file (default: $CRMBRIDGE_CONFIG, "
                             "./crmbridge.ini, /etc/crmbridge/crmbridge.ini)")  # fmt: skip
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, as_owner=as_owner)
         return parser
 
-    command(commands, "init", _init, "make what is missing: configuration, key file, database")
+    command(commands, "init", _init, "make what is missing: configuration, key file, database", as_owner=False)
     serve = command(commands, "serve", _serve, "run the bridge: web server and worker in one process")
     serve.add_argument("--no-worker", action="store_true", help="run the web server alone, beside 'crmbridge worker'")
     command(commands, "worker", _worker, "run the worker alone, beside 'crmbridge serve --no-worker'")
-    command(commands, "migrate", _migrate, "bring the database's schema up to this version")
+    migrate = command(commands, "migrate", _migrate, "bring the database's schema up to this version")
+    migrate.add_argument("--to", metavar="NAME", help="go back to this migration, for an older version; keeps all rows")
+    migrate.add_argument("--show", action="store_true", help="only print the name of this version's newest migration")
     command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
 
     health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer")
@@ -131,15 +135,30 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--older-than", metavar="SPAN", type=_span, help="dead for longer than 30m, 2h, 3d …")
         parser.add_argument("--newer-than", metavar="SPAN", type=_span, help="dead for less than that")
 
-    demo = command(commands, "demo", _demo, "show both flows against the bundled sandbox; brings its own configuration")
+    demo = command(commands, "demo", _demo, "show both flows against the bundled sandbox; brings its own configuration",
+                   as_owner=False)  # fmt: skip
     demo.add_argument("--once", action="store_true", help="exit after the round trip, 0 when every hop arrived")
     sandbox = command(
-        commands, "sandbox", _sandbox, "run the local Meta and the sample CRM alone; needs no configuration"
-    )
+        commands, "sandbox", _sandbox, "run the local Meta and the sample CRM alone; needs no configuration",
+        as_owner=False,
+    )  # fmt: skip
     sandbox.add_argument("--host", default="127.0.0.1", help="a loopback address")
     sandbox.add_argument("--port", type=int, default=8090)
     sandbox.add_argument("--callback-url", help="where webhooks go, e.g. http://127.0.0.1:8080/webhooks/instagram")
     return top
+
+
+def _become_owner(options: argparse.Namespace) -> None:
+    """As root, go on as the owner of the data folder; what is wrong with the configuration, the command itself says."""
+    from crmbridge.ops import owner
+
+    if os.geteuid() != 0:
+        return
+    path = config.find(options.config, os.environ).absolute()
+    with contextlib.suppress(Misconfigured):
+        place = config.load(path).store.path
+        owner.become(owner.of(place), place.parent)
+        options.config = str(path)  # a relative one is another place now
 
 
 def _settings(options: argparse.Namespace) -> config.Settings:
@@ -160,18 +179,26 @@ def _database(options: argparse.Namespace) -> Any:
 
 
 def _init(options: argparse.Namespace) -> None:
+    from crmbridge.ops import owner
+
     path = config.find(options.config, os.environ)
-    if path.exists():
-        print(f"kept     {path}")
-    else:
+    is_new = not path.exists()
+    if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config.SHIPPED_INI, path)
         path.chmod(0o640)
-        print(f"made     {path}")
+    print(("made     " if is_new else "kept     ") + str(path))
     settings = config.load(path)
-    if settings.store.path.exists() and not settings.vault.key_file.exists():
-        _refuse_new_key(settings)
-    print(("made     " if vault.create(settings.vault.key_file) else "kept     ") + str(settings.vault.key_file))
+    whose = owner.of(settings.store.path)
+    if is_new and whose:
+        os.chown(path, -1, whose.gid)
+    with owner.acting(whose):
+        settings.store.path.parent.mkdir(parents=True, exist_ok=True)
+        if settings.store.path.exists() and not settings.vault.key_file.exists():
+            _refuse_new_key(settings)
+    is_made = vault.create(settings.vault.key_file, (whose.uid, whose.gid) if whose else None)
+    print(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
+    owner.become(whose, settings.store.path.parent)
     is_new = not settings.store.path.exists()
     db = database.create(settings.store.path)
     steps = db.migrate()
@@ -195,10 +222,12 @@ def _refuse_new_key(settings: config.Settings) -> None:
 
 
 def _migrate(options: argparse.Namespace) -> None:
-    db = database.open_existing(_settings(options).store.path)
-    steps = db.migrate()
-    db.close()
-    print("\n".join(f"applied {step}" for step in steps) or "nothing to do")
+    if options.show:
+        print(database.newest_migration())
+        return
+    with contextlib.closing(database.open_existing(_settings(options).store.path)) as db:
+        steps, verb = (db.migrate_back(options.to), "took back") if options.to else (db.migrate(), "applied")
+    print("\n".join(f"{verb} {step}" for step in steps) or "nothing to do")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -58,15 +58,29 @@ def load(path: Path) -> Vault:
         raise Misconfigured(f"{path} is not a key file: it must hold one Fernet key a line") from None
 
 
-def create(path: Path) -> bool:
+def create(path: Path, owner: tuple[int, int] | None = None) -> bool:
     """Make a key file with a fresh key if there is none; tell whether one was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return not path.exists() and write(path, Fernet.generate_key() + b"\n", owner)
+
+
+def write(path: Path, content: bytes, owner: tuple[int, int] | None = None, *, replace: bool = False) -> bool:
+    """Put a key file in its place, whole and on disk, for the user and group `owner`; tell whether it was free."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            if owner:
+                os.fchown(handle, *owner)
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        if replace:
+            draft.replace(path)
+        else:
+            os.link(draft, path)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "wb") as file:
-        file.write(Fernet.generate_key() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        draft.unlink(missing_ok=True)
     return True

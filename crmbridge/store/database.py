@@ -4,12 +4,12 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import peewee
-from playhouse.migrations import Runner
+from playhouse.migrations import MigrationError, Runner
 
 from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
@@ -61,6 +61,10 @@ class Database:
         self._db = sqlite.connect(path)
         self._turn = threading.Lock()
         self._waiting: deque[_Ticket[Any]] = deque()
+        self._presence = sqlite.FileLock(path.with_name(path.name + ".open"))
+        if not self._presence.share():
+            self._presence.close()
+            raise Misconfigured(f"{path} is being migrated or restored: try again when that is done")
         self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
         self._reserve = sqlite.Reserve(path.with_name(path.name + ".reserve"))
         self._looked_for_space_s = time.monotonic()
@@ -230,12 +234,54 @@ class Database:
     # --- the schema and the file ---
 
     def migrate(self) -> list[str]:
-        """Bring the schema up to this version; return the names of the migrations that ran."""
+        """Bring the schema up to this version; return the names of the migrations that ran.
+
+        Each runs in one transaction: a failure leaves schema and rows as they were before it. Raises Misconfigured.
+        """
+        runner = Runner(self._db, str(_MIGRATIONS))
+        if not any(step.applied is None for step in self._steps(runner)):
+            return []
+        return self._move(runner.up)
+
+    def migrate_back(self, to: str) -> list[str]:
+        """Take back what came after the migration `to`, the last one first, one transaction each; return the names.
+
+        Raises Misconfigured, with nothing changed, when there is none of that name, or one cannot be taken back.
+        """
+        runner = Runner(self._db, str(_MIGRATIONS))
+        applied = [step.name for step in self._steps(runner) if step.applied]
+        if to not in applied:
+            raise Misconfigured(f"{self.path} has no migration {to}; it has: {', '.join(applied)}")
+        later = applied[applied.index(to) + 1 :]
+        return self._move(lambda: runner.down(later[0])) if later else []
+
+    def _steps(self, runner: Any) -> list[Any]:
         try:
-            with self._turn, self._file_lock.held():
-                return list(Runner(self._db, str(_MIGRATIONS)).up())
+            return list(runner.status())
+        except peewee.DatabaseError as error:
+            raise Misconfigured(f"{self.path} is not a usable database: {error}") from error
+
+    def _move(self, go: Callable[[], Iterable[str]]) -> list[str]:
+        try:
+            with self.alone(), self._turn, self._file_lock.held():
+                return list(go())
+        except MigrationError as error:
+            raise Misconfigured(f"{self.path} stays as it is: {error} Put the backup from before it back.") from None
         except peewee.DatabaseError as error:
             raise Misconfigured(f"{self.path} cannot be migrated: {error}") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that has the database open, in any process. Raises Misconfigured when somebody else has."""
+        try:
+            with self._presence.held():
+                yield
+        except peewee.OperationalError as error:
+            if not sqlite.is_held(error):
+                raise
+            raise Misconfigured(f"{self.path} is in use: stop the service first") from None
+        finally:
+            self._presence.share()
 
     def schema_problem(self) -> str | None:
         """Tell in a sentence why this version cannot run on the schema as it is, or return None."""
@@ -307,9 +353,10 @@ class Database:
         self._db.close()
 
     def close(self) -> None:
-        """Close the calling thread's connection and the lock file."""
+        """Close the calling thread's connection and the lock files."""
         self._db.close()
         self._file_lock.close()
+        self._presence.close()
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -328,6 +375,11 @@ def _named(error: BaseException) -> BaseException:
 
 def _unavailable(error: BaseException) -> Unavailable:
     return Unavailable(f"the database cannot be used now: {error}", code="storage_unavailable", after_s=5)
+
+
+def newest_migration() -> str:
+    """Return the name of the last migration that this version has."""
+    return max(path.stem for path in _MIGRATIONS.glob("[0-9]*.py"))
 
 
 def open_existing(path: Path) -> Database:

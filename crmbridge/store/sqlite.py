@@ -104,6 +104,9 @@ def shifted_at_most(column: str) -> str:
     return f"MIN({shifted(column)}, ?)"
 
 
+_HELD = "another process keeps the lock"
+
+
 class FileLock:
     """An advisory lock on a file beside the database, for processes to queue at; held by a thread at a time."""
 
@@ -116,7 +119,7 @@ class FileLock:
         deadline, pause_s = time.monotonic() + BUSY_TIMEOUT_S, 0.0005
         while not self.take():
             if time.monotonic() > deadline:
-                raise OperationalError("another process keeps the write lock")
+                raise OperationalError(_HELD)
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.01)
         try:
@@ -124,16 +127,25 @@ class FileLock:
         finally:
             fcntl.flock(self._handle, fcntl.LOCK_UN)
 
-    def take(self) -> bool:
+    def share(self) -> bool:
+        """Take, or keep, a part of the lock without waiting; tell whether nobody has the whole."""
+        return self.take(fcntl.LOCK_SH)
+
+    def take(self, how: int = fcntl.LOCK_EX) -> bool:
         """Take the lock without waiting; tell whether it was free."""
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def is_held(error: OperationalError) -> bool:
+    """Tell whether it was a FileLock that another process kept for too long."""
+    return str(error) == _HELD
 
 
 def is_full(error: OperationalError) -> bool:

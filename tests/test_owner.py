@@ -1,0 +1,162 @@
+"""What root starts works as the owner of the data folder: no file of root's is left there to bar the service."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import ROOT
+
+UID = GID = 54_321  # nobody's
+# The Python of a checkout may be closed to others, so all that could be imported later is imported while root.
+PROGRAM = """
+import codecs, ctypes, importlib, multiprocessing.dummy, pkgutil, sys
+import crmbridge, crmbridge.__main__ as main
+for module in pkgutil.walk_packages(crmbridge.__path__, "crmbridge."):
+    if "migrations" not in module.name:
+        importlib.import_module(module.name)
+for name in ("ascii", "idna", "latin-1", "utf-8"):
+    codecs.lookup(name)
+sys.exit(main.main())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def may_become_another() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+def started(place: Path, *words: str) -> subprocess.Popen[str]:
+    """Start the program from a copy of the code that everybody may read."""
+    code = place / "code"
+    if not code.exists():
+        shutil.copytree(ROOT / "crmbridge", code / "crmbridge", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "crmbridge.ini", code)
+        subprocess.run(["chmod", "-R", "a+rX", code], check=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        env={**env, "PYTHONPATH": str(code)}, cwd=place / "etc", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+def run(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    with started(place, *words) as process:
+        said, _ = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(words, process.returncode, said)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that everybody may pass, with etc/ of root's and data/ of another user's."""
+    place = Path(tempfile.mkdtemp(prefix="crmbridge-test-"))
+    place.chmod(0o755)
+    for name, mode, owner in (("etc", 0o750, 0), ("data", 0o750, UID)):
+        (place / name).mkdir()
+        os.chown(place / name, owner, GID)
+        (place / name).chmod(mode)
+    (place / "etc" / "base.ini").write_text(ini(place))
+    yield place
+    shutil.rmtree(place)
+
+
+def ini(place: Path) -> str:
+    data = place / "data"
+    return f"""
+[web]
+port = 0
+[store]
+path = {data}/bridge.db
+queue_path = {data}/queue.db
+[vault]
+key_file = {place}/etc/crmbridge.key
+"""
+
+
+def owners(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_uid, path.stat().st_mode & 0o777) for path in folder.iterdir()}
+
+
+def install(place: Path) -> Path:
+    path = place / "etc" / "crmbridge.ini"
+    (place / "etc" / "base.ini").rename(path)
+    os.chown(path, 0, GID)
+    path.chmod(0o640)
+    done = run(place, "init", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    return path
+
+
+def test_init_leaves_the_configuration_roots_and_gives_the_rest_to_the_owner(place: Path) -> None:
+    path = install(place)
+    assert (path.stat().st_uid, path.stat().st_gid) == (0, GID)
+    assert owners(place / "etc")["crmbridge.key"] == (UID, 0o600)
+    data = owners(place / "data")
+    assert data["bridge.db"] == (UID, 0o600)
+    assert {uid for uid, _ in data.values()} == {UID}
+    before = (place / "etc" / "crmbridge.key").read_bytes()
+    again = run(place, "init", "--config", str(path))
+    assert (again.returncode, again.stdout.count("kept ")) == (0, 3)
+    assert (place / "etc" / "crmbridge.key").read_bytes() == before
+
+
+def test_a_new_configuration_beside_another_users_data_can_be_read_by_them(place: Path) -> None:
+    path = place / "data" / "crmbridge.ini"
+    done = run(place, "init", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    made = path.stat()
+    assert (made.st_uid, made.st_gid, made.st_mode & 0o777) == (0, GID, 0o640)
+    assert set(owners(place / "data" / "var").values()) == {(UID, 0o600)}
+    assert run(place, "check", "--config", str(path)).returncode == 0
+
+
+def test_every_command_that_root_types_leaves_the_files_to_their_owner(place: Path) -> None:
+    path = install(place)
+    for words in (
+        ["check"],
+        ["migrate"],
+        ["key", "create", "--name", "a", "--admin"],
+        ["key", "list"],
+        ["dlq", "list"],
+    ):
+        done = run(place, *words, "--config", str(path))
+        assert done.returncode == 0, (words, done.stdout)
+        assert {uid for uid, _ in owners(place / "data").values()} == {UID}, words
+
+
+@pytest.mark.parametrize("word", ["serve", "worker"])
+def test_a_forgotten_sudo_serves_as_the_owner(place: Path, word: str) -> None:
+    install(place)
+    with started(place, word, "--config", "crmbridge.ini") as process:
+        assert process.stdout is not None
+        said = list(itertools.takewhile(lambda line: f"{word}.ready" not in line, process.stdout))
+        assert process.poll() is None, "".join(said)[-1500:]
+        assert Path(f"/proc/{process.pid}").stat().st_uid == UID
+        assert f"Groups:\t{GID} \n" in Path(f"/proc/{process.pid}/status").read_text()
+        assert {uid for uid, _ in owners(place / "data").values()} == {UID}
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 0, rest
+
+
+def test_a_key_file_that_the_owner_cannot_read_is_found_by_check(place: Path) -> None:
+    path = install(place)
+    os.chown(place / "etc" / "crmbridge.key", 0, 0)
+    found = run(place, "check", "--config", str(path))
+    assert found.returncode == 1
+    assert "crmbridge.key cannot be read" in found.stdout
+
+
+def test_roots_own_folder_stays_roots(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    assert run(tmp_path, "init").returncode == 0
+    assert {uid for uid, _ in owners(tmp_path / "etc" / "var").values()} == {0}
