@@ -68,17 +68,22 @@ def why_not() -> str | None:
     return f"a box needs {', '.join(missing)}" if missing else None
 
 
+def cache() -> Path:
+    """Return the folder that keeps what is made once for many runs."""
+    folder = Path(os.environ.get("CRMBRIDGE_BOX_CACHE") or Path.home() / ".cache" / "crmbridge-box")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def base() -> Path:
     """Return the folder of the base system, made by debootstrap when it is not there; takes about a minute then.
 
     Raises:
         CalledProcessError: debootstrap failed; its last lines are in `output`.
     """
-    cache = Path(os.environ.get("CRMBRIDGE_BOX_CACHE") or Path.home() / ".cache" / "crmbridge-box")
     name = hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
-    made, draft = cache / name, cache / f"{name}.new"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock, _locked(lock):
+    made, draft = cache() / name, cache() / f"{name}.new"
+    with (cache() / "lock").open("w") as lock, _locked(lock):
         if not made.exists():
             shutil.rmtree(draft, ignore_errors=True)
             words = [
@@ -121,12 +126,19 @@ class Box:
         memory_mb: what all of it together may take, swap included; None: no bound.
         network: "own" has loopback alone; "host" shares the machine's, for installations from a package index.
         binds: folders of the machine that are seen, read-only, under the same path inside.
+        layer: what an earlier box, ended by `keep`, had changed in the base system; it is not changed itself.
     """
 
     def __init__(
-        self, folder: Path, *, memory_mb: int | None = None, network: str = "own", binds: Sequence[Path] = ()
+        self,
+        folder: Path,
+        *,
+        memory_mb: int | None = None,
+        network: str = "own",
+        binds: Sequence[Path] = (),
+        layer: Path | None = None,
     ) -> None:
-        self._folder, self._network, self._binds = folder, network, binds
+        self._folder, self._network, self._binds, self._layer = folder, network, binds, layer
         for name in ("root", "upper", "work"):
             (folder / name).mkdir(parents=True)
         self._cgroup = _bounded(memory_mb) if memory_mb else None
@@ -143,7 +155,8 @@ class Box:
         enter = f'echo $$ >"{self._cgroup}/cgroup.procs"; ' if self._cgroup else ""
         spaces = ["--mount", "--pid", "--fork", "--uts", "--ipc", "--kill-child", *["--net"] * (self._network == "own")]
         words = ["sh", "-c", f"root={root}\n{_BIRTH}", "box", root, str(self._folder / "upper")]
-        words += [str(self._folder / "work"), str(base()), self._network, *map(str, self._binds)]
+        lower = f"{self._layer}:{base()}" if self._layer else str(base())
+        words += [str(self._folder / "work"), lower, self._network, *map(str, self._binds)]
         said = self._folder / "birth"
         with said.open("w") as file:
             self._process = subprocess.Popen(
@@ -218,6 +231,12 @@ class Box:
         self.cut()
         self.start()
         return self.boot()
+
+    def keep(self, layer: Path) -> None:
+        """End it, and keep what it changed as a layer for other boxes."""
+        self.cut()
+        (self._folder / "upper").rename(layer)
+        self.close()
 
     def close(self) -> None:
         """End it and remove its files."""

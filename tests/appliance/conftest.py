@@ -1,12 +1,30 @@
-"""Boxes for the tests of the appliance."""
+"""Boxes for the tests of the appliance, and crmbridge installed in one: made once for all workers of a run."""
 
+import contextlib
+import fcntl
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.appliance.box import Box, why_not
+from tests.appliance.box import Box, cache, why_not
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHIPPED = (
+    "crmbridge",
+    "static",
+    "openrc",
+    "api-spec.yaml",
+    "crmbridge.ini",
+    "install.sh",
+    "requirements.txt",
+    "README.md",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +43,102 @@ def box(tmp_path: Path) -> Iterator[Box]:
     made = Box(tmp_path / "box", memory_mb=1024)
     yield made
     made.close()
+
+
+def tree(folder: Path) -> Path:
+    """Copy what is shipped into a folder, which is made."""
+    for name in SHIPPED:
+        copy: Callable[..., object] = shutil.copytree if (CHECKOUT / name).is_dir() else shutil.copy
+        folder.mkdir(parents=True, exist_ok=True)
+        skipped = {"ignore": shutil.ignore_patterns("__pycache__")} if (CHECKOUT / name).is_dir() else {}
+        copy(CHECKOUT / name, folder / name, **skipped)
+    return folder
+
+
+def in_box(box: Box, path: str, source: Path) -> Path:
+    """Copy a file or folder into a box, as `path` there; return where it is seen from outside."""
+    target = box.root / path.lstrip("/")
+    subprocess.run(["cp", "-R", str(source), str(target)], check=True)
+    return target
+
+
+@contextlib.contextmanager
+def _once(made: Path) -> Iterator[bool]:
+    """Let one process at a time in; yield whether `made` is still to be made."""
+    with made.with_name(made.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not made.exists()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+@pytest.fixture(scope="session")
+def wheels(shared: Path) -> Path:
+    """The packages for every Python, as `install.sh bundle` gets them from the index; kept from run to run."""
+    pins = hashlib.sha256((CHECKOUT / "requirements.txt").read_bytes()).hexdigest()[:12]
+    made = cache() / f"wheels-{pins}"
+    with _once(made) as missing:
+        if missing:
+            source = tree(shared / "source")
+            words = [str(source / "install.sh"), "bundle", str(shared / "first.sh")]
+            python = getattr(sys, "_base_executable", sys.executable)
+            done = subprocess.run(
+                words, env={**os.environ, "PYTHON": python}, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                pytest.skip(f"no bundle without a package index: {done.stderr[-2000:]}")
+            draft = shared / "unpacked"
+            draft.mkdir()
+            script = 'tail -n "+$(awk \'/^# the tar file begins/ {print NR + 1; exit}\' "$1")" "$1" | tar -x -C "$2"'
+            subprocess.run(["sh", "-c", script, "-", shared / "first.sh", draft], check=True)
+            shutil.copytree(draft / "wheels", made.with_name(made.name + ".new"), dirs_exist_ok=True)
+            made.with_name(made.name + ".new").rename(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def bundle(shared: Path, wheels: Path) -> Path:
+    """The bundle of this checkout."""
+    made = shared / "crmbridge.sh"
+    with _once(made) as missing:
+        if missing:
+            source = tree(shared / "bundled")
+            (source / "wheels").symlink_to(wheels)
+            subprocess.run([str(source / "install.sh"), "bundle", str(made)], check=True, capture_output=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def layer(shared: Path, bundle: Path) -> Path:
+    """What an installation from the bundle changes in the base system; the service is stopped."""
+    made = shared / "installed"
+    with _once(made) as missing:
+        if missing:
+            box = Box(shared / "installing", memory_mb=1024)
+            try:
+                in_box(box, "/root/crmbridge.sh", bundle)
+                box.boot()
+                box.run("sh", "crmbridge.sh", "install")
+                box.run("openrc", "shutdown", check=False)
+            except BaseException:
+                box.close()
+                raise
+            box.keep(made)
+    return made
+
+
+@pytest.fixture
+def installed(tmp_path: Path, layer: Path) -> Iterator[Box]:
+    """A box in which crmbridge was installed from the bundle and runs; /root/crmbridge.sh is the bundle."""
+    made = Box(tmp_path / "box", memory_mb=1024, layer=layer)
+    try:
+        made.boot()
+        made.run("crmbridge", "health", "--wait", "30")
+        yield made
+    finally:
+        made.close()

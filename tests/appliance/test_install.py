@@ -1,0 +1,100 @@
+"""install.sh as root, from a bundle, in a box without network: first installation, again, status, uninstall."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.appliance.box import Box
+from tests.appliance.conftest import in_box
+
+pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+
+
+def everything(box: Box) -> str:
+    """Tell of every file of the installation that a running service leaves alone."""
+    places = (
+        "/opt/crmbridge /etc/crmbridge /etc/init.d /etc/conf.d /etc/logrotate.d /etc/passwd /etc/group /usr/local/bin"
+    )
+    return box.run("sh", "-c", f"find {places} -printf '%p %i %U:%G %m %s %T@\\n' | sort; cat /etc/crmbridge/*").stdout
+
+
+def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(installed: Box) -> None:
+    assert installed.run("crmbridge", "health").stdout == "healthy\n"
+    listed = installed.run(
+        "stat", "-c", "%a %U:%G %n",
+        "/opt/crmbridge", "/opt/crmbridge/current/crmbridge/__main__.py", "/opt/crmbridge/current/install.sh",
+        "/etc/crmbridge", "/etc/crmbridge/crmbridge.ini", "/etc/crmbridge/crmbridge.key", "/var/lib/crmbridge",
+        "/var/lib/crmbridge/bridge.db", "/var/lib/crmbridge/backups", "/var/log/crmbridge",
+        "/var/log/crmbridge/crmbridge.log", "/etc/init.d/crmbridge", "/etc/conf.d/crmbridge",
+        "/etc/logrotate.d/crmbridge",
+    ).stdout  # fmt: skip
+    assert listed.splitlines() == [
+        "755 root:root /opt/crmbridge",
+        "644 root:root /opt/crmbridge/current/crmbridge/__main__.py",
+        "755 root:root /opt/crmbridge/current/install.sh",
+        "750 root:crmbridge /etc/crmbridge",
+        "640 root:crmbridge /etc/crmbridge/crmbridge.ini",
+        "600 crmbridge:crmbridge /etc/crmbridge/crmbridge.key",
+        "750 crmbridge:crmbridge /var/lib/crmbridge",
+        "600 crmbridge:crmbridge /var/lib/crmbridge/bridge.db",
+        "700 crmbridge:crmbridge /var/lib/crmbridge/backups",
+        "750 crmbridge:crmbridge /var/log/crmbridge",
+        "640 crmbridge:crmbridge /var/log/crmbridge/crmbridge.log",
+        "755 root:root /etc/init.d/crmbridge",
+        "644 root:root /etc/conf.d/crmbridge",
+        "644 root:root /etc/logrotate.d/crmbridge",
+    ]
+    for place in ("/opt/crmbridge", "/etc/crmbridge"):  # neither code nor configuration is the service's to change
+        words = [
+            "su",
+            "-s",
+            "/bin/sh",
+            "-c",
+            f"cd /; find {place} -writable ! -type l ! -name crmbridge.key",
+            "crmbridge",
+        ]
+        assert installed.run(*words).stdout == ""
+    status = installed.run("/opt/crmbridge/current/install.sh", "status").stdout
+    for said in ("SQLite", "started; starts at boot (runlevel default)", "healthy", "/var/lib/crmbridge/bridge.db"):
+        assert said in status
+
+
+def test_a_second_run_changes_nothing(installed: Box) -> None:
+    before, pid = everything(installed), installed.run("pgrep", "-f", "crmbridge serve").stdout
+    said = installed.run("sh", "crmbridge.sh", "install").stdout
+    assert "is already installed; the service is started" in said
+    assert "made" not in said
+    assert installed.run("pgrep", "-f", "crmbridge serve").stdout == pid
+    assert everything(installed) == before
+
+
+def test_uninstall_leaves_what_is_the_owners_and_purge_does_not(installed: Box) -> None:
+    said = installed.run("/opt/crmbridge/current/install.sh", "uninstall").stdout
+    for kept in ("/etc/crmbridge", "/etc/conf.d/crmbridge", "/var/lib/crmbridge", "/var/log/crmbridge"):
+        assert f"kept     {kept}\n" in said
+        assert (installed.root / kept.lstrip("/")).exists()
+    left = "ls -d /opt/crmbridge /etc/init.d/crmbridge* /etc/logrotate.d/crmbridge /usr/local/bin/crmbridge 2>/dev/null"
+    assert installed.run("sh", "-c", left, check=False).stdout == ""
+    assert installed.run("pgrep", "-f", "crmbridge serve", check=False).stdout == ""
+    assert "crmbridge" not in installed.run("rc-update", "show").stdout
+    key = installed.run("cat", "/etc/crmbridge/crmbridge.key").stdout
+    installed.run("sh", "crmbridge.sh", "install")  # takes them up again
+    assert installed.run("cat", "/etc/crmbridge/crmbridge.key").stdout == key
+    said = installed.run("sh", "crmbridge.sh", "uninstall", "--purge").stdout
+    assert "kept" not in said
+    left = (
+        "find / -xdev -path /proc -prune -o -name '*crmbridge*' -print; getent passwd crmbridge; getent group crmbridge"
+    )
+    assert installed.run("sh", "-c", left, check=False).stdout == "/root/crmbridge.sh\n"
+
+
+def test_a_damaged_bundle_does_nothing(box: Box, bundle: Path, tmp_path: Path) -> None:
+    damaged = bytearray(bundle.read_bytes())
+    damaged[-5_000_000] ^= 1
+    for content in (bytes(damaged), bundle.read_bytes()[:-1000]):
+        (tmp_path / "damaged").write_bytes(content)
+        in_box(box, "/root/crmbridge.sh", tmp_path / "damaged")
+        done = box.run("sh", "crmbridge.sh", "install", check=False)
+        assert done.returncode == 1
+        assert "damaged or incomplete; nothing was done" in done.stdout
+        assert not (box.root / "opt" / "crmbridge").exists()
