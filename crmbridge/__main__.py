@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from crmbridge import __version__, apikey, config, events, log, vault
@@ -68,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer")
     health.add_argument("--live", action="store_true", help="only whether it answers")
     health.add_argument("--wait", type=float, default=0, metavar="S", help="ask for S seconds until it is well")
-    health.add_argument("--at", metavar="HOST:PORT", help="where (default: as the configuration says)")
+    health.add_argument("--at", metavar="PLACE", help="HOST:PORT (default: as the configuration says)")
+    health.add_argument("--worker", action="store_true", help="ask 'crmbridge worker' instead; PLACE is its queue_path")
 
     explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
     explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
@@ -239,6 +241,9 @@ def _check(options: argparse.Namespace) -> int:
 def _health(options: argparse.Namespace) -> int:
     from crmbridge.ops import health
 
+    if options.worker:
+        queue_path = Path(options.at) if options.at else _settings(options).store.queue_path
+        return health.worker(queue_path, wait_s=options.wait)
     web = health.at(options.at) if options.at else _settings(options).web
     return health.run(web, live=options.live, wait_s=options.wait)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -206,3 +207,20 @@ def test_health_tells_the_reasons(tmp_path: Path) -> None:
         reason = "the worker's last heartbeat was at 2026-01-01T00:00:00.000Z"
         assert (unwell.returncode, unwell.stdout) == (1, f"unhealthy: {reason}\n")
         assert run(tmp_path, "health", "--live", "--at", address).returncode == 0
+
+
+def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
+    with opened(tmp_path, QUICK, account=False) as shop:
+        queue = str(tmp_path / "var" / "queue.db")
+        ini = str(shop.bridge.folder / "crmbridge.ini")
+        alive = run(tmp_path, "health", "--worker", "--config", ini)
+        assert (alive.returncode, alive.stdout) == (0, "alive\n")
+        process = shop.bridge._process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        for place in (("--config", ini), ("--at", queue)):
+            hung = run(tmp_path, "health", "--worker", *place)
+            assert (hung.returncode, hung.stdout) == (3, f"no worker hears {queue}.bell: timed out\n")
+        process.send_signal(signal.SIGCONT)
+        assert run(tmp_path, "health", "--worker", "--wait", "20", "--at", queue).returncode == 0
+    assert run(tmp_path, "health", "--worker", "--at", queue).returncode == 3
