@@ -72,6 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("--at", metavar="PLACE", help="HOST:PORT (default: as the configuration says)")
     health.add_argument("--worker", action="store_true", help="ask 'crmbridge worker' instead; PLACE is its queue_path")
 
+    backup = command(commands, "backup", _backup, "copy the database while the service runs, and check the copy",
+                     as_owner=False)  # fmt: skip
+    backup.add_argument(
+        "target", metavar="FILE|FOLDER", help="a new file, or a folder for one with the time as its name"
+    )
+    backup.add_argument("--with-key", action="store_true", help="seal the key file in, with a passphrase")
+    backup.add_argument("--keep", type=int, metavar="N", help="leave the last N in the FOLDER, once this one is made")
+    restore = command(commands, "restore", _restore, "put a backup in the database's place; the service must not run",
+                      as_owner=False)  # fmt: skip
+    restore.add_argument("file", metavar="FILE", help="a backup, or any whole copy of the database")
+    for parser in (backup, restore):
+        parser.add_argument(
+            "--passphrase-file", metavar="F", help="the passphrase is its first line (default: asked for)"
+        )
+
     explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
     explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
                            "correlation id, or an id of Instagram")  # fmt: skip
@@ -198,7 +213,7 @@ def _init(options: argparse.Namespace) -> None:
         settings.store.path.parent.mkdir(parents=True, exist_ok=True)
         if settings.store.path.exists() and not settings.vault.key_file.exists():
             _refuse_new_key(settings)
-    is_made = vault.create(settings.vault.key_file, (whose.uid, whose.gid) if whose else None)
+    is_made = vault.create(settings.vault.key_file, owner.ids(whose))
     print(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
     owner.become(whose, settings.store.path.parent)
     is_new = not settings.store.path.exists()
@@ -230,6 +245,28 @@ def _migrate(options: argparse.Namespace) -> None:
     with contextlib.closing(database.open_existing(_settings(options).store.path)) as db:
         steps, verb = (db.migrate_back(options.to), "took back") if options.to else (db.migrate(), "applied")
     print("\n".join(f"{verb} {step}" for step in steps) or "nothing to do")
+
+
+def _backup(options: argparse.Namespace) -> int:
+    from crmbridge.ops import backup
+
+    os.nice(10)  # the service goes first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    return backup.run(
+        _settings(options),
+        options.target,
+        with_key=options.with_key,
+        passphrase_file=options.passphrase_file,
+        keep=options.keep,
+    )
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from crmbridge.ops import restore
+
+    return restore.run(
+        _settings(options), Path(options.file), _patience(options), passphrase_file=options.passphrase_file
+    )
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 The key file lies outside the database, one Fernet key a line, mode 0600.
 """
 
+import base64
 import functools
 import os
 from pathlib import Path
@@ -41,9 +42,18 @@ class Vault:
 
 def load(path: Path) -> Vault:
     """Read the key file. Raises Misconfigured when it is missing, readable by others or not made of keys."""
+    lines = read(path).split()
+    try:
+        return Vault(lines)
+    except ValueError:
+        raise Misconfigured(f"{path} is not a key file: it must hold one Fernet key a line") from None
+
+
+def read(path: Path) -> str:
+    """Return what the key file holds. Raises Misconfigured when it is missing or readable by others."""
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="ascii").split()
+        content = path.read_text(encoding="ascii")
     except FileNotFoundError:
         raise Misconfigured(
             f"no key file at {path}: put the saved one back; 'crmbridge init' makes one for a new database"
@@ -52,10 +62,42 @@ def load(path: Path) -> Vault:
         raise Misconfigured(f"the key file {path} cannot be read: {error}") from None
     if mode & 0o077:
         raise Misconfigured(f"the key file {path} is open to other users: chmod 600 {path}")
+    return content
+
+
+def opens(keys: list[str], sealed: list[str]) -> bool:
+    """Tell whether these keys open all of these secrets."""
     try:
-        return Vault(lines)
-    except ValueError:
-        raise Misconfigured(f"{path} is not a key file: it must hold one Fernet key a line") from None
+        opener = Vault(keys)
+        return all(opener.open(secret) is not None for secret in sealed)
+    except (ValueError, Misconfigured):
+        return False
+
+
+_SCRYPT = (2**15, 8, 1)  # 32 MB for a moment
+
+
+def seal_key(content: str, passphrase: str) -> str:
+    """Return a key file's content sealed with a passphrase."""
+    salt = os.urandom(16)
+    return f"scrypt${salt.hex()}${Fernet(_stretched(passphrase, salt)).encrypt(content.encode()).decode()}"
+
+
+def open_key(sealed: str, passphrase: str) -> str:
+    """Return a key file's content. Raises Misconfigured when it is another passphrase."""
+    _, salt, token = sealed.split("$")
+    try:
+        return Fernet(_stretched(passphrase, bytes.fromhex(salt))).decrypt(token.encode()).decode()
+    except InvalidToken:
+        raise Misconfigured("the passphrase is not the one that the key was sealed with") from None
+
+
+def _stretched(passphrase: str, salt: bytes) -> bytes:
+    import hashlib
+
+    n, r, p = _SCRYPT
+    key = hashlib.scrypt(passphrase.encode(), salt=salt, n=n, r=r, p=p, maxmem=2**26, dklen=32)
+    return base64.urlsafe_b64encode(key)
 
 
 def create(path: Path, owner: tuple[int, int] | None = None) -> bool:

@@ -77,16 +77,20 @@ class Rig:
         made = database.create(self.settings.store.path)
         made.migrate()
         made.close()
+        self._keys = itertools.count()
+        self._key = ""
+        self.open()
+        self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
+
+    def open(self) -> None:
+        """Open the rooms on the database as it is now; for who has closed it."""
         self.rooms = wiring.open_rooms(self.settings)
         # Nothing waits for names unless a test asks for them.
         self.rooms.patience = replace(self.rooms.patience, ask_s=0)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alarm = Recorder(self.db, lambda: self.now_s)
         self.engine = self.make_engine()
-        self._keys = itertools.count()
         self._app: Any = None
-        self._key = ""
-        self.meta.add_account(SHOP_ID, token=TOKEN, app_scoped_id="24000000000000001", username="your_shop")
 
     @property
     def alerts(self) -> list[tuple[str, str]]:

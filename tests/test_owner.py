@@ -160,3 +160,25 @@ def test_roots_own_folder_stays_roots(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     assert run(tmp_path, "init").returncode == 0
     assert {uid for uid, _ in owners(tmp_path / "etc" / "var").values()} == {0}
+
+
+def test_backups_go_where_root_may_write_and_what_is_put_back_is_the_owners(place: Path) -> None:
+    path, key_file = install(place), place / "etc" / "crmbridge.key"
+    (place / "etc" / "passphrase").write_text("correct horse battery\n")
+    secret = ["--with-key", "--passphrase-file", "passphrase"]
+    for words in ([f"{place}/etc/it.db", *secret], [f"{place}/data/backups/"]):
+        done = run(place, "backup", *words, "--config", str(path))
+        assert done.returncode == 0, done.stdout
+    assert owners(place / "etc")["it.db"] == (0, 0o600)
+    assert owners(place / "data")["backups"] == (UID, 0o700)
+    assert set(owners(place / "data" / "backups").values()) == {(UID, 0o600)}
+    key = key_file.read_bytes()
+    key_file.unlink()
+    done = run(place, "restore", "it.db", "--passphrase-file", "passphrase", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    assert (key_file.read_bytes(), owners(place / "etc")["crmbridge.key"]) == (key, (UID, 0o600))
+    data = owners(place / "data")
+    assert data.pop("backups")
+    assert data["bridge.db"] == (UID, 0o600)
+    assert {uid for uid, _ in data.values()} == {UID}
+    assert run(place, "check", "--config", str(path)).returncode == 0

@@ -239,6 +239,7 @@ def _repeats(heard: Row) -> str:
 _BY_A_PERSON = {
     "asked": "a person asked for another try of many (dlq retry{who})",
     "revived": "a person had it tried again (dlq retry{who})",
+    "restored": "a backup was put back, after which it may have gone out: it is looked for first",
     "discarded": "a person wants it no more (dlq discard{who})",
 }
 

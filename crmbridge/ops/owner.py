@@ -38,6 +38,11 @@ def of(path: Path) -> Owner | None:
     return Owner(found.st_uid, user.pw_gid, tuple(sorted(groups)))
 
 
+def ids(owner: Owner | None) -> tuple[int, int] | None:
+    """Return the user's and the group's number, for `chown`."""
+    return (owner.uid, owner.gid) if owner else None
+
+
 def become(owner: Owner | None, folder: Path) -> None:
     """Be that user from now on, for good, at home in the folder."""
     if owner is None:

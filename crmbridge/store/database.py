@@ -61,7 +61,7 @@ class Database:
         self._db = sqlite.connect(path)
         self._turn = threading.Lock()
         self._waiting: deque[_Ticket[Any]] = deque()
-        self._presence = sqlite.FileLock(path.with_name(path.name + ".open"))
+        self._presence = sqlite.FileLock(_presence_of(path))
         if not self._presence.share():
             self._presence.close()
             raise Misconfigured(f"{path} is being migrated or restored: try again when that is done")
@@ -274,12 +274,8 @@ class Database:
     def alone(self) -> Iterator[None]:
         """Be the only one that has the database open, in any process. Raises Misconfigured when somebody else has."""
         try:
-            with self._presence.held():
+            with _whole(self._presence, self.path):
                 yield
-        except peewee.OperationalError as error:
-            if not sqlite.is_held(error):
-                raise
-            raise Misconfigured(f"{self.path} is in use: stop the service first") from None
         finally:
             self._presence.share()
 
@@ -375,6 +371,31 @@ def _named(error: BaseException) -> BaseException:
 
 def _unavailable(error: BaseException) -> Unavailable:
     return Unavailable(f"the database cannot be used now: {error}", code="storage_unavailable", after_s=5)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep every process from opening the database. Raises Misconfigured when one has it open."""
+    presence = sqlite.FileLock(_presence_of(path))
+    try:
+        with _whole(presence, path):
+            yield
+    finally:
+        presence.close()
+
+
+@contextlib.contextmanager
+def _whole(presence: sqlite.FileLock, path: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(presence.held())
+        except peewee.OperationalError:
+            raise Misconfigured(f"{path} is in use: stop the service first") from None
+        yield
+
+
+def _presence_of(path: Path) -> Path:
+    return path.with_name(path.name + ".open")
 
 
 def newest_migration() -> str:

@@ -104,9 +104,6 @@ def shifted_at_most(column: str) -> str:
     return f"MIN({shifted(column)}, ?)"
 
 
-_HELD = "another process keeps the lock"
-
-
 class FileLock:
     """An advisory lock on a file beside the database, for processes to queue at; held by a thread at a time."""
 
@@ -119,7 +116,7 @@ class FileLock:
         deadline, pause_s = time.monotonic() + BUSY_TIMEOUT_S, 0.0005
         while not self.take():
             if time.monotonic() > deadline:
-                raise OperationalError(_HELD)
+                raise OperationalError("another process keeps the lock")
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.01)
         try:
@@ -141,11 +138,6 @@ class FileLock:
 
     def close(self) -> None:
         os.close(self._handle)
-
-
-def is_held(error: OperationalError) -> bool:
-    """Tell whether it was a FileLock that another process kept for too long."""
-    return str(error) == _HELD
 
 
 def is_full(error: OperationalError) -> bool:

@@ -1,0 +1,160 @@
+"""``crmbridge backup``: a verified copy of the database while the service runs, with the key sealed in when asked."""
+
+import contextlib
+import fcntl
+import getpass
+import os
+import re
+import sqlite3
+import time
+from pathlib import Path
+
+from crmbridge import __version__, vault
+from crmbridge.config import Settings
+from crmbridge.errors import BridgeError, Misconfigured
+from crmbridge.events import instant
+from crmbridge.ops import owner
+from crmbridge.store import copies, database
+
+_OURS = re.compile(r"crmbridge-\d{8}T\d{6}Z\.db")
+_DRAFT = ".part"
+_MB = 10**6
+_SPARE_BYTES = 2 * _MB
+_SHORTEST = 8
+
+
+def run(
+    settings: Settings,
+    target: str,
+    *,
+    with_key: bool = False,
+    passphrase_file: str | None = None,
+    keep: int | None = None,
+    now_s: float | None = None,
+) -> int:
+    """Make a backup at `target`, a file or a folder, tell of it, and leave the last `keep` in the folder."""
+    place, is_folder = settings.store.path, target.endswith("/") or Path(target).is_dir()
+    if keep is not None and (keep < 1 or not is_folder):
+        raise Misconfigured("--keep says how many backups to leave in a FOLDER, one or more")
+    began_s, monotonic_s = time.time() if now_s is None else now_s, time.monotonic()
+    name = f"crmbridge-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began_s))}.db"
+    file = (Path(target, name) if is_folder else Path(target)).absolute()
+    if file.exists():
+        raise Misconfigured(f"{file} is there already: a backup overwrites nothing")
+    note = {"made_at": instant(began_s), "version": __version__, "sealed_key": None}
+    if with_key:
+        note["sealed_key"] = vault.seal_key(vault.read(settings.vault.key_file), _new_passphrase(passphrase_file))
+    whose = owner.of(place)
+    writer = whose if owner.of(file) == whose else None  # beside the service's own files it is theirs, too
+    with contextlib.ExitStack() as stack:
+        with owner.acting(whose):
+            db = stack.enter_context(contextlib.closing(database.open_existing(place)))
+            source = stack.enter_context(copies.reading(place))
+        size, problem = None, None
+        try:
+            with owner.acting(writer):
+                made = _make(source, settings, file, note)
+            size = file.stat().st_size
+        except BaseException as error:
+            problem = str(error) or type(error).__name__
+            raise
+        finally:
+            row = {
+                "began_at": note["made_at"],
+                "ended_at": instant(began_s + time.monotonic() - monotonic_s),
+                "file": str(file),
+            }
+            with owner.acting(whose), contextlib.suppress(BridgeError):
+                copies.remember(db, {**row, "bytes": size, "error": problem})
+    print(f"backed up {place}\nto        {file}")
+    took_s = time.monotonic() - monotonic_s
+    print(f"  {size / _MB:.1f} MB in {took_s:.1f} s; opened, checked from end to end and found whole")
+    counted = ", ".join(f"{table} {number}" for table, number in made.rows.items())
+    print(f"  {counted} ({made.pending} still owed)")
+    if keep is not None:
+        with owner.acting(writer):
+            for old in sorted(path for path in file.parent.iterdir() if _OURS.fullmatch(path.name))[:-keep]:
+                old.unlink()
+                print(f"  removed {old.name}")
+    if with_key:
+        print("  the key is in it, sealed: keep the passphrase elsewhere, nothing else opens it")
+    else:
+        print(f"  it needs the key file: keep a copy of {settings.vault.key_file}, but not beside the backups")
+    return 0
+
+
+def _make(source: sqlite3.Connection, settings: Settings, file: Path, note: dict[str, str | None]) -> copies.Contents:
+    """Write, check and put in place; or leave nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f"*{_DRAFT}"):  # by one that was killed
+        if left.name == file.name + _DRAFT or _OURS.fullmatch(left.name.removesuffix(_DRAFT)):
+            _remove_unlocked(left)
+    draft = file.with_name(file.name + _DRAFT)
+    handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        _require_space(settings, source, file.parent)
+        copies.write(source, draft, handle, note)
+        made = copies.look_through(draft)
+        put(draft, file)
+    finally:
+        copies.discard(draft)
+        os.close(handle)
+    return made
+
+
+def _remove_unlocked(draft: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), draft.open("rb") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        copies.discard(draft)
+
+
+def _require_space(settings: Settings, source: sqlite3.Connection, folder: Path) -> None:
+    disk, needed = os.statvfs(folder), copies.size(source) + _SPARE_BYTES
+    is_same = folder.stat().st_dev == settings.store.path.stat().st_dev
+    spare = settings.alerts.disk_free_mb * _MB if is_same else 0
+    if disk.f_bavail * disk.f_frsize < needed + spare:
+        left = (
+            f", and leave {settings.alerts.disk_free_mb} MB ([alerts] disk_free_mb) to the service" if is_same else ""
+        )
+        free = f"{disk.f_bavail * disk.f_frsize / _MB:.0f} MB are free in {folder}"
+        raise Misconfigured(f"no space for a backup: {free}; it would take {needed / _MB:.0f} MB{left}")
+
+
+def put(draft: Path, file: Path) -> None:
+    """Give a finished file its name, for good; overwrites nothing. Raises Misconfigured when the name is taken."""
+    try:
+        os.link(draft, file)
+    except FileExistsError:
+        raise Misconfigured(f"{file} is there already: a backup overwrites nothing") from None
+    except OSError:  # a disk without links
+        draft.rename(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder outlive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def passphrase(file: str | None) -> str:
+    """Return what seals or opens the key in a backup: a file's first line, or what is typed."""
+    if file is not None:
+        return (Path(file).read_text(encoding="utf-8").splitlines() or [""])[0]
+    try:
+        return getpass.getpass("Passphrase of the key in the backup: ")
+    except EOFError:
+        raise Misconfigured("nobody is there to type the passphrase: name a --passphrase-file") from None
+
+
+def _new_passphrase(file: str | None) -> str:
+    given = passphrase(file)
+    if len(given) < _SHORTEST:
+        raise Misconfigured(f"the passphrase must have {_SHORTEST} characters or more")
+    if file is None and passphrase(None) != given:
+        raise Misconfigured("that was another one")
+    return given

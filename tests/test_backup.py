@@ -1,0 +1,477 @@
+"""Backups taken under load, put back by the real program; and what goes wrong with either."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crmbridge import vault
+from crmbridge.events import instant
+from crmbridge.ops import backup, restore
+from crmbridge.store import copies, vitals
+from tests.rig import Rig
+from tests.shop import CUSTOMER, SHOP_ID, Shop
+from tests.test_cli import ROOT, run
+from tests.test_feed import page
+
+PASSPHRASE = "correct horse battery"
+KINDS = "link,linkat,unlink,unlinkat,rename,renameat,renameat2,fsync,fdatasync,ftruncate"
+
+
+def query(path: Path, sql: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def change(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        for sql in statements:
+            connection.execute(sql)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """An installation with an account whose secrets are sealed, a key and a passphrase file."""
+    assert run(tmp_path, "init").returncode == 0
+    token = vault.load(tmp_path / "var" / "crmbridge.key").seal("IGAA")
+    names = "id, instagram_account_id, status, status_since, created_at, updated_at, access_token_sealed"
+    change(
+        tmp_path / "var" / "bridge.db",
+        f"INSERT INTO accounts ({names}) VALUES ('acc_1', '1', 'active', '', '', '', '{token}')",
+    )
+    (tmp_path / "passphrase").write_text(PASSPHRASE + "\nnot this line\n")
+    return tmp_path
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if re.search(r"\.part|restoring|before", path.name))
+
+
+# --- under load ---
+
+
+def test_what_was_acknowledged_before_a_backup_began_is_in_it_and_nobody_waits_for_it(fresh_shop: Shop) -> None:
+    shop, folder = fresh_shop, fresh_shop.database.parent.parent
+    padding = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 8000)"
+    change(shop.database, f"{padding} INSERT INTO heartbeats SELECT 'pad' || i || hex(randomblob(1000)), '' FROM n")
+    taken: list[list[str]] = [[], [], []]
+    is_over = threading.Event()
+
+    def write(number: int) -> None:
+        while not is_over.is_set():
+            told = shop.meta.customer_says(SHOP_ID, f"81{number}", f"{number}-{len(taken[number])}")
+            assert told.status == 200
+            taken[number].append(told.mid)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(3):
+            while not all(len(told) > 10 * (number + 1) for told in taken):
+                is_over.wait(0.01)
+            before = [mid for told in taken for mid in told]
+            file = folder / f"{number}.db"
+            assert "found whole" in shop.bridge.command("backup", str(file))
+            grown = [mid for told in taken for mid in told]
+            assert {mid for (mid,) in query(file, "SELECT instagram_message_id FROM inbound_events")} >= set(before)
+            assert len(grown) > len(before)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert [row[0] for row in shop.rows("SELECT error FROM backups")] == [None] * 3
+    refused = run(folder, "restore", str(file))
+    assert (refused.returncode, "in use: stop the service first" in refused.stderr) == (1, True)
+    assert shop.bridge.stop() == 0
+    shop.bridge.command("restore", str(file))
+    assert {mid for (mid,) in shop.rows("SELECT instagram_message_id FROM inbound_events")} >= set(before)
+    shop.start()
+    shop.wait_rows("SELECT COUNT(*) FROM backfills", [(0,)])
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)])
+    assert not left_over(folder)
+
+
+# --- never twice ---
+
+
+def back_up(rig: Rig, folder: Path) -> Path:
+    file = folder / "backup.db"
+    assert backup.run(rig.settings, str(file), now_s=rig.now_s) == 0
+    return file
+
+
+def put_back(rig: Rig, file: Path) -> None:
+    """Restore while nothing runs, and start again."""
+    rig.engine.stop(0)
+    rig.db.close()
+    assert restore.run(rig.settings, file, rig.patience, passphrase_file=None, now_s=rig.now_s) == 0
+    rig.open()
+    rig.engine.recover()
+
+
+def sent_texts(rig: Rig) -> list[str]:
+    return [sent.payload["message"]["text"] for sent in rig.meta.sent]
+
+
+@pytest.mark.parametrize("was", ["untried", "in flight", "failed once"])
+def test_a_send_that_went_out_after_the_backup_is_found_and_not_sent_again(rig: Rig, tmp_path: Path, was: str) -> None:
+    account = rig.account()
+    message_id = rig.send(account)
+    if was == "in flight":
+        row = rig.db.row("SELECT * FROM deliveries")
+        assert row is not None
+        rig.claim(row, account)
+    if was == "failed once":
+        rig.meta.fault("messages", status=503)
+        rig.drain()
+    rig.now_s += 1
+    file = back_up(rig, tmp_path)
+    if was == "in flight":
+        rig.engine.recover()
+    rig.live_through(60)
+    assert sent_texts(rig) == ["hello"]
+    rig.now_s += 3600
+    put_back(rig, file)
+    waiting = rig.status(message_id)
+    assert (waiting["status"], waiting["error"]["code"]) == ("pending", "in_doubt")
+    rig.live_through(120)
+    assert sent_texts(rig) == ["hello"]
+    found = rig.status(message_id)
+    assert (found["status"], found["error"], found["attempts"][-1]["kind"]) == ("sent", None, "look_up")
+    assert "message.sent" in rig.events()
+
+
+def test_what_did_not_go_out_is_sent_once_in_its_order(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    for text in ("one", "two", "three"):
+        rig.send(account, text)
+    rig.send(account, "elsewhere", contact="900000000000002")
+    file = back_up(rig, tmp_path)
+    row = rig.db.row("SELECT * FROM deliveries WHERE ready = 1 AND contact = ?", (CUSTOMER,))
+    assert row is not None
+    token = rig.rooms.vault.open(account["access_token_sealed"])
+    rig.rooms.client.send(token, SHOP_ID, CUSTOMER, {"text": "one"})  # and then the disk died
+    rig.now_s += 30 * 3600  # more than a send is tried
+    put_back(rig, file)
+    rig.live_through(600)
+    assert [text for text in sent_texts(rig) if text != "elsewhere"] == ["one", "two", "three"]
+    assert sent_texts(rig).count("elsewhere") == 1
+    assert not rig.dead()
+
+
+def test_of_two_alike_of_which_one_went_out_a_person_decides(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    first, second = rig.send(account, "yes"), rig.send(account, "yes")
+    file = back_up(rig, tmp_path)
+    rig.live_through(10)
+    assert sent_texts(rig) == ["yes", "yes"]
+    put_back(rig, file)
+    rig.live_through(600)
+    assert sent_texts(rig) == ["yes", "yes"]
+    assert {rig.status(first)["error"]["code"], rig.status(second)["error"]["code"]} == {"in_doubt"}
+
+
+def test_a_dead_send_that_was_to_be_tried_again_waits_for_a_person(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    rig.send(account)
+    rig.meta.fault("messages", status=400)
+    rig.drain()
+    asked = "UPDATE deliveries SET retry_asked_at = ? WHERE state = 'dead' AND target = 'instagram'"
+    assert rig.db.write(lambda: rig.db.run(asked, (instant(rig.now_s),))) == 1
+    put_back(rig, back_up(rig, tmp_path))
+    rig.live_through(600)
+    assert len(rig.dead()) == 1
+    assert not sent_texts(rig)
+
+
+def test_a_crm_is_told_again_by_the_same_ids_and_no_number_is_used_twice(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    rig.say("before", "m-1")
+    file = back_up(rig, tmp_path)
+    made_at = instant(rig.now_s)
+    rig.say("after", "m-2")
+    rig.drain()
+    cursor = page(rig).next_cursor
+    rig.now_s += 30 * 3600
+    put_back(rig, file)
+    assert rig.db.rows("SELECT account_id, since FROM backfills") == [{"account_id": account["id"], "since": made_at}]
+    rig.say("after", "m-2")  # as the backfill finds it
+    rig.say("later", "m-3")
+    rig.drain()
+    told = [entry.event for entry in rig.taken()]
+    assert [event["message"] for event in told] == ["before", "after", "before", "after", "later"]
+    assert told[2]["event_id"] == told[0]["event_id"]
+    numbers = [event["sequence"] for event in told]
+    assert numbers[:3] == [1, 2, 1]
+    assert 2 < numbers[3] < numbers[4] < 2**31
+    assert [event["message"] for event in map(json.loads, page(rig, cursor).events)] == ["after", "later"]
+    rig.now_s += 60
+    put_back(rig, file)  # once more, from the same backup
+    rig.say("again", "m-4")
+    rig.drain()
+    assert rig.taken()[-1].event["sequence"] > numbers[4]
+
+
+def test_a_copy_by_another_program_is_taken_for_as_old_as_its_last_sign_of_life(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    vitals.beat(rig.db, "worker", rig.now_s)
+    rig.now_s += 5
+    message_id = rig.send(account)
+    copy = tmp_path / "copy.db"
+    with (
+        contextlib.closing(sqlite3.connect(rig.db.path)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+    rig.drain()
+    put_back(rig, copy)
+    rig.live_through(120)
+    assert sent_texts(rig) == ["hello"]
+    assert rig.status(message_id)["status"] == "sent"
+
+
+# --- the key ---
+
+
+def test_a_backup_with_its_key_needs_nothing_else(made: Path) -> None:
+    key = (made / "var" / "crmbridge.key").read_bytes()
+    done = run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase")
+    assert (done.returncode, "the key is in it, sealed" in done.stdout) == (0, True), done.stderr
+    assert key.strip() not in (made / "all.db").read_bytes()
+    assert stat.S_IMODE((made / "all.db").stat().st_mode) == 0o600
+    shutil.rmtree(made / "var")
+    (made / "wrong").write_text("wrong horse\n")
+    for words, said in (
+        (["--passphrase-file", "wrong"], "not the one that the key was sealed with"),
+        (["--passphrase-file", "missing"], "missing: No such file"),
+        ([], "nobody is there to type the passphrase"),
+    ):
+        refused = run(made, "restore", "all.db", *words)
+        assert (refused.returncode, said in refused.stderr) == (1, True), refused.stderr
+        assert not (made / "var" / "bridge.db").exists()
+        assert not (made / "var" / "crmbridge.key").exists()
+    done = run(made, "restore", "all.db", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
+    assert (made / "var" / "crmbridge.key").read_bytes() == key
+    assert run(made, "check").returncode == 0
+
+
+def test_a_key_file_of_another_database_is_refused_or_mended(made: Path) -> None:
+    key_file = made / "var" / "crmbridge.key"
+    assert run(made, "backup", "bare.db").returncode == 0
+    assert run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase").returncode == 0
+    old = key_file.read_text().split()
+    key_file.unlink()
+    vault.create(key_file)
+    new = key_file.read_text().split()
+    refused = run(made, "restore", "bare.db")
+    assert (refused.returncode, "does not open the secrets in this backup" in refused.stderr) == (1, True)
+    assert key_file.read_text().split() == new
+    assert run(made, "restore", "all.db", "--passphrase-file", "passphrase").returncode == 0
+    assert key_file.read_text().split() == old + new
+    key_file.unlink()
+    gone = run(made, "restore", "bare.db")
+    assert (gone.returncode, "is gone, and only it opens" in gone.stderr) == (1, True)
+
+
+def test_a_passphrase_that_is_too_short_is_refused(made: Path) -> None:
+    (made / "passphrase").write_text("short\n")
+    refused = run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase")
+    assert (refused.returncode, "8 characters or more" in refused.stderr) == (1, True)
+    assert not (made / "all.db").exists()
+
+
+# --- what goes wrong ---
+
+
+def spoil(file: Path, how: str) -> None:
+    if how == "a page":
+        with file.open("r+b") as there:
+            there.seek(4096 * 20)
+            there.write(b"\xff" * 4096 * 10)
+    elif how == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == "no database":
+        file.write_text("hello" * 1000)
+    elif how == "another":
+        file.unlink()
+        change(file, "CREATE TABLE songs (title)")
+    else:
+        change(file, "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2030-01-01')")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a page", "damaged|malformed"),
+        ("cut", "damaged|malformed"),
+        ("no database", "not a database"),
+        ("another", "none of crmbridge"),
+        ("newer", r"made by a newer version \(it has 9999_later\)"),
+        ("missing", "No such file"),
+    ],
+)
+def test_what_cannot_be_put_back_changes_nothing(made: Path, how: str, said: str) -> None:
+    assert run(made, "backup", "it.db").returncode == 0
+    if how == "missing":
+        (made / "it.db").unlink()
+    else:
+        spoil(made / "it.db", how)
+    before = query(made / "var" / "bridge.db", "SELECT * FROM accounts")
+    refused = run(made, "restore", "it.db")
+    assert refused.returncode == 1
+    assert re.search(said, refused.stderr), refused.stderr
+    assert query(made / "var" / "bridge.db", "SELECT * FROM accounts") == before
+    assert not left_over(made / "var")
+
+
+def test_a_damaged_database_fails_its_backup_and_gives_way_to_an_older_one(made: Path) -> None:
+    assert run(made, "backup", "good.db").returncode == 0
+    with contextlib.closing(sqlite3.connect(made / "var" / "bridge.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    spoil(made / "var" / "bridge.db", "a page")
+    failed = run(made, "backup", "bad.db")
+    assert failed.returncode == 1
+    assert re.search("damaged|malformed", failed.stderr)
+    assert not list(made.glob("bad*"))
+    done = run(made, "restore", "good.db")
+    assert done.returncode == 0, done.stderr
+    assert query(made / "var" / "bridge.db", "PRAGMA integrity_check") == [("ok",)]
+    assert len(left_over(made / "var")) == 1
+
+
+def test_an_older_schema_is_brought_up_to_date(made: Path) -> None:
+    assert run(made, "migrate", "--to", "0004_channel").returncode == 0
+    assert run(made, "backup", "old.db").returncode == 0  # with no place to remember it
+    done = run(made, "restore", "old.db")
+    assert "migrated 0005_appliance" in done.stdout, done.stderr
+    assert run(made, "check").returncode == 0
+
+
+def test_a_folder_gets_dated_names_and_keeps_the_last(made: Path) -> None:
+    folder = made / "backups"
+    folder.mkdir()
+    for name in ("crmbridge-20200101T000000Z.db", "crmbridge-20200102T000000Z.db", "crmbridge-mine.db", "other.db"):
+        (folder / name).write_text("")
+    (folder / "crmbridge-20200103T000000Z.db.part").write_text("of one that was killed")
+    done = run(made, "backup", "backups", "--keep", "2")
+    assert "removed crmbridge-20200101T000000Z.db\n" in done.stdout, done.stderr
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[0] == "crmbridge-20200102T000000Z.db"
+    assert re.fullmatch(r"crmbridge-20\d{6}T\d{6}Z\.db", names[1])
+    assert names[2:] == ["crmbridge-mine.db", "other.db"]
+    row = query(made / "var" / "bridge.db", "SELECT file, bytes, error FROM backups")
+    assert row == [(str(folder / names[1]), (folder / names[1]).stat().st_size, None)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("crmbridge.ini",), "is there already"),
+        (("new.db", "--keep", "3"), "--keep"),
+        (("backups/", "--keep", "0"), "--keep"),
+        (("passphrase/new.db",), "passphrase"),
+    ],
+)
+def test_a_backup_that_makes_no_sense_is_refused(made: Path, words: tuple[str, ...], said: str) -> None:
+    before = sorted(path.name for path in made.iterdir())
+    failed = run(made, "backup", *words)
+    assert (failed.returncode, said in failed.stderr, "Traceback" in failed.stderr) == (1, True, False), failed.stderr
+    assert sorted(path.name for path in made.iterdir()) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "crmbridge-test", place], check=False).returncode:
+        pytest.skip("cannot mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_leaves_nothing_of_a_backup(made: Path, small_disk: Path) -> None:
+    change(made / "var" / "bridge.db", "INSERT INTO heartbeats SELECT hex(randomblob(600000)), ''")
+    failed = run(made, "backup", str(small_disk))
+    assert (failed.returncode, "no space for a backup" in failed.stderr) == (1, True), failed.stderr
+    (error,) = query(made / "var" / "bridge.db", "SELECT error, bytes FROM backups")
+    assert error[0].startswith("no space for a backup")
+    (small_disk / "filler").write_bytes(bytes(2_200_000))
+    failed = run(made, "backup", str(small_disk))
+    assert failed.returncode == 1
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_disk_without_room_for_a_restore_keeps_what_it_has(made: Path, small_disk: Path) -> None:
+    assert run(made, "backup", "it.db").returncode == 0
+    moved = {
+        "CRMBRIDGE_STORE_PATH": str(small_disk / "bridge.db"),
+        "CRMBRIDGE_STORE_QUEUE_PATH": str(small_disk / "q.db"),
+    }
+    assert run(made, "init", **moved).returncode == 0
+    before = sorted(path.name for path in small_disk.iterdir())
+    failed = run(made, "restore", "it.db", **moved)
+    assert (failed.returncode, "no space to restore" in failed.stderr) == (1, True), failed.stderr
+    assert sorted(path.name for path in small_disk.iterdir()) == before
+
+
+# --- killed ---
+
+
+def killed_at(folder: Path, number: int, *words: str) -> int:
+    """Run a command that gets SIGKILL at its so-manieth call that changes the disk; return its exit status."""
+    inject = f"inject={KINDS}:signal=KILL:when={number}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        ["strace", "-qq", "-o", "/dev/null", "-e", inject, sys.executable, "-m", "crmbridge", *words],
+        cwd=folder, env=env, capture_output=True, check=False,
+    ).returncode  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_a_backup_killed_anywhere_leaves_the_service_well_and_the_next_one_clears_up(made: Path) -> None:
+    number, status = 1, -9
+    while status:
+        status = killed_at(made, number, "backup", "backups/")
+        for whole in (made / "backups").glob("*.db"):
+            assert copies.look_through(whole).rows["accounts"] == 1
+        assert query(made / "var" / "bridge.db", "PRAGMA integrity_check") == [("ok",)]
+        number += 1
+    assert number > 6
+    assert not left_over(made / "backups")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_a_restore_killed_anywhere_leaves_one_database_or_the_other(made: Path) -> None:
+    database = made / "var" / "bridge.db"
+    assert run(made, "backup", "it.db").returncode == 0
+    old = "INSERT INTO contacts (account_id, contact, conversation_id, created_at) VALUES ('acc_1', 'new', 'cnv', '')"
+    number, status, seen = 1, -9, set()
+    while status:
+        if not query(database, "SELECT 1 FROM contacts"):
+            change(database, old)
+        status = killed_at(made, number, "restore", "it.db")
+        assert query(database, "PRAGMA integrity_check") == [("ok",)]
+        contacts, asked = (query(database, f"SELECT COUNT(*) FROM {name}")[0][0] for name in ("contacts", "backfills"))
+        assert (contacts, asked) in ((1, 0), (0, 1)) or (contacts, asked) == (1, 1)
+        seen.add(contacts)
+        number += 1
+    assert seen == {0, 1}
+    assert all(".before-" in name for name in left_over(made / "var"))
+    assert run(made, "check").returncode == 0
