@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             "--passphrase-file", metavar="F", help="the passphrase is its first line (default: asked for)"
         )
+    doctor = command(commands, "doctor", _doctor, "look at everything, also live: what is wrong, why, what to type; "
+                     "exit status 0 all well, 1 warnings, 2 something is broken, 3 could not look", as_owner=False
+                     )  # fmt: skip
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--verbose", action="store_true", help="also tell what is well, a line each")
+    doctor.add_argument("--no-calls", action="store_true", help="call nobody: neither Instagram, CRMs nor the bridge")
+    doctor.add_argument("--account", metavar="ID", help="call Instagram and the CRM for this account alone")
+    doctor.add_argument("--log", metavar="FILE", help="the service's log (default: /var/log/crmbridge/crmbridge.log)")
 
     explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
     explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
@@ -283,6 +291,19 @@ def _health(options: argparse.Namespace) -> int:
         return health.worker(queue_path, wait_s=options.wait)
     web = health.at(options.at) if options.at else _settings(options).web
     return health.run(web, live=options.live, wait_s=options.wait)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from crmbridge.ops import doctor
+
+    return doctor.run(
+        config.find(options.config, os.environ),
+        as_json=options.json,
+        verbose=options.verbose,
+        calls=not options.no_calls,
+        only=options.account,
+        log_path=Path(options.log or doctor.LOG),
+    )
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -664,6 +664,15 @@ CRM_EVENTS: dict[str, type[_CrmEvent]] = {
 }
 
 
+class WebhookTest(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    event: Literal["webhook.test"]
+    event_id: EventId
+    account_id: AccountId
+    timestamp: Timestamp
+
+
 class EventPage(_Answer):
     events: list[
         MessageReceived

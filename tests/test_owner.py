@@ -1,6 +1,7 @@
 """What root starts works as the owner of the data folder: no file of root's is left there to bar the service."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -146,6 +147,21 @@ def test_a_forgotten_sudo_serves_as_the_owner(place: Path, word: str) -> None:
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=20)
         assert process.returncode == 0, rest
+
+
+def test_doctor_looks_as_the_owner_and_finds_what_the_service_could_not_read(place: Path) -> None:
+    path = install(place)
+    for spoil, slug in ((place, ""), (place / "data" / "queue.db", "wrong_owner"), (path, "ini_closed")):
+        if slug == "wrong_owner":
+            spoil.touch()
+        if slug == "ini_closed":
+            os.chown(spoil, 0, 0)
+        done = run(place, "doctor", "--json", "--config", str(path))
+        found = {one["slug"]: one for one in json.loads(done.stdout)["findings"]}
+        assert done.returncode == 2, done.stdout
+        assert not slug or found[slug]["todo"], done.stdout
+        assert "code_writable" not in found
+        assert {uid for name, (uid, _) in owners(place / "data").items() if name != "queue.db"} == {UID}
 
 
 def test_a_key_file_that_the_owner_cannot_read_is_found_by_check(place: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from crmbridge import config, vault
 from crmbridge.alerts.kinds import kind_of
-from crmbridge.errors import Misconfigured
+from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
 
 
@@ -52,7 +52,7 @@ def run(settings: config.Settings, source: Path) -> int:
     for one in seen.found:
         print(f"{one.level}: {one.what}" + (f"; {one.todo}" if one.todo else ""))
     levels = [one.level for one in seen.found]
-    if "error" in levels:
+    if "error" in levels or "blind" in levels:
         print("not fit to run")
         return 1
     deaf = [one.what for one in seen.found if one.slug in ("app_secrets_empty", "verify_token_empty")]
@@ -81,8 +81,12 @@ def look(settings: config.Settings) -> Look:
         for account in accounts.everyone(seen.db):
             found += _stops(seen.db, account)
             found += _token(seen.keys, account)
-    except Misconfigured as error:
+    except BridgeError as error:
         found.append(Finding("error", "database", error.message))
+    except OSError as error:
+        found.append(
+            Finding("blind", "database", f"{error.filename or settings.store.path}: {error.strerror or error}")
+        )
     return seen
 
 
@@ -112,7 +116,8 @@ def _database(db: database.Database) -> Iterator[Finding]:
 def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]:
     if not account["access_token_sealed"]:
         text = f"{account['id']} has no access token: {account['status_reason']}"
-        yield Finding("warning", "token_missing", text, account_id=account["id"])
+        todo = f"PUT /api/v1/accounts/{account['id']} with a new access_token"
+        yield Finding("warning", "token_missing", text, todo=todo, account_id=account["id"])
     elif keys is not None:
         keys.open(account["access_token_sealed"])
 
