@@ -1,0 +1,145 @@
+"""The OpenRC service where things go wrong, in boxes of 256 MB: crash loops, a full disk, hung processes, the split."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.appliance.shop import DATA, LOG, Shop, opened, wait
+
+pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+SOON = ("respawn_delay=1", "healthcheck_delay=2", "healthcheck_timer=2", "retry=TERM/1/KILL/5")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, layer: Path) -> Iterator[Shop]:
+    with opened(tmp_path_factory.mktemp("shop"), layer, memory_mb=256) as shop:
+        yield shop
+
+
+def test_a_crash_loop_is_slowed_down_and_ends_with_its_cause(shop: Shop) -> None:
+    assert "--retry TERM/30/KILL/5 --" in shop.supervisors()[0]
+    assert "--respawn-delay 5 --respawn-max 0 " in shop.supervisors()[0]
+    good = shop.ini.read_text()
+    shop.ini.write_text(good + "[nonsense]\nx = 1\n")
+    began = time.monotonic()
+    shop.box.run("kill", "-9", str(shop.pid()))
+    wait(lambda: shop.log().count("there is no section [nonsense]") == 2, pause_s=0.5)
+    assert 10 <= time.monotonic() - began < 20
+    shop.ini.write_text(good)
+    shop.wait_healthy()
+
+
+def test_a_boot_with_what_is_wrong_ends_well_once_it_is_mended(shop: Shop) -> None:
+    good = shop.ini.read_text()
+    shop.ini.write_text(good + "[nonsense]\nx = 1\n")
+    before = shop.log().count("there is no section")
+    told = shop.box.reboot()
+    wait(lambda: shop.log().count("there is no section") > before)
+    assert "there is no section [nonsense]" in told
+    assert "Started all the same, as this is a boot: it is tried every 5 seconds" in told
+    shop.ini.write_text(good)
+    shop.wait_healthy()
+
+
+def test_a_stop_ends_within_its_time_when_the_crm_hangs(shop: Shop) -> None:
+    shop.configure(delivery__stop_grace_s="2")
+    shop.rc("restart")
+    assert "--retry TERM/22/KILL/5 " in shop.supervisors()[0]
+    shop.start_sandbox()
+    shop.crm_answers(status=200, delay_s=60)
+    assert shop.customer_says("hanging") == 200
+    began = time.monotonic()
+    shop.rc("stop")
+    assert 2 <= time.monotonic() - began < 10
+    assert shop.log().splitlines()[-1].endswith("calls_left=true")  # it ended by itself
+    shop.rc("start")
+    shop.wait_healthy()
+    wait(lambda: shop.at_crm() == ["hanging"], 60)
+
+
+def test_a_python_that_is_gone_is_named(shop: Shop) -> None:
+    pid = shop.pid()
+    python = shop.box.run("readlink", "-f", "/opt/crmbridge/current/venv/bin/python").stdout.strip()
+    shop.box.run("mv", python, f"{python}.gone")
+    for words in (["checkconfig"], ["restart"]):
+        assert "install.sh repair" in shop.rc(*words, check=False)
+    shop.rc("healthcheck")  # it cannot be asked, but that is no reason to end it
+    assert shop.pid() == pid
+    shop.box.run("mv", f"{python}.gone", python)
+    assert shop.health() == "healthy"
+
+
+def test_what_openrc_lost_sight_of_is_ended(shop: Shop) -> None:
+    pid = shop.pid()
+    shop.box.run("pkill", "-9", "supervise-daemo")
+    assert "unsupervised" in shop.rc("status", check=False)
+    assert f"Process {pid} had no supervisor" in shop.rc("restart")
+    assert shop.pid() != pid
+    shop.box.run("rc-service", "--nodeps", "crmbridge", "restart")
+    shop.rc("start")
+    assert len(shop.supervisors()) == 1
+    shop.wait_healthy()
+
+
+def test_crashes_do_not_add_up(tmp_path: Path, layer: Path) -> None:
+    """As respawn_max is 0 nothing counts them, so fifteen in a row say the same as fifteen in a year."""
+    with opened(tmp_path, layer, memory_mb=256, conf_d=["respawn_delay=1"]) as shop:
+        for number in range(15):
+            pid = shop.pid()
+            assert shop.customer_says(f"crash {number}") == 200
+            shop.box.run("kill", "-9", str(pid))
+            shop.wait_replaced(pid)
+            shop.wait_live()
+        wait(lambda: {f"crash {number}" for number in range(15)} <= set(shop.at_crm()))
+        assert "status: started" in shop.rc("status")
+
+
+def test_a_full_disk_is_waited_for_without_a_restart(tmp_path: Path, layer: Path) -> None:
+    with opened(tmp_path, layer, memory_mb=256, conf_d=SOON, small_disk=True) as shop:
+        assert shop.customer_says("before") == 200
+        wait(lambda: shop.at_crm() == ["before"])
+        pid = shop.pid()
+        for place in (DATA, LOG.rpartition("/")[0]):
+            shop.box.run("sh", "-c", f"dd if=/dev/zero of={place}/ballast bs=4k 2>/dev/null; true")
+        wait(lambda: shop.customer_says("on a full disk") >= 500)
+        wait(lambda: shop.health() == "unhealthy")
+        ends = time.monotonic() + 15
+        while time.monotonic() < ends:  # seven health checks
+            assert shop.pid() == pid
+            assert "alive" in shop.rc("healthcheck")
+        # an administrator who restarts it, or a reboot, finds it again when there is room
+        shop.rc("restart", check=False)
+        shop.box.run("sh", "-c", f"rm {DATA}/ballast {LOG.rpartition('/')[0]}/ballast")
+        shop.wait_healthy()
+        assert shop.customer_says("after") == 200
+        wait(lambda: "after" in shop.at_crm())
+
+
+def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path) -> None:
+    split = ('crmbridge_processes="split"', *SOON)
+    with opened(tmp_path, layer, memory_mb=256, conf_d=split, delivery__stop_grace_s="0") as shop:
+        web, worker = shop.pid("crmbridge serve --no-worker"), shop.pid("crmbridge worker")
+        assert shop.customer_says("split") == 200
+        wait(lambda: "split" in shop.at_crm())
+        assert shop.rc("status").count("status: started") == 2
+        shop.box.run("kill", "-STOP", str(web), str(worker))
+        wait(lambda: web not in shop.pids("crmbridge serve") and worker not in shop.pids("crmbridge worker"), 120)
+        shop.wait_healthy()
+        assert shop.log().count(" error service.hung ") == 2
+        before = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
+        for command in ("restart", "reload"):
+            shop.rc(command)
+            after = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
+            assert not before & after
+            before = after
+        shop.rc("stop")
+        assert not shop.pids("crmbridge serve") + shop.pids("crmbridge worker")
+        assert shop.box.run("rc-service", "crmbridge", "status", check=False).returncode == 3
+        conf_d = shop.box.root / "etc" / "conf.d" / "crmbridge"
+        conf_d.write_text(conf_d.read_text().replace('crmbridge_processes="split"', ""))
+        assert "works in one process" in shop.rc("start", service="crmbridge.worker", check=False)
+        shop.rc("start")
+        shop.wait_healthy()
+        assert not shop.pids("crmbridge worker")
