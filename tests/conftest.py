@@ -1,12 +1,25 @@
-"""Fixtures: a running shop for a module (`shop`) or one test (`fresh_shop`), and the rooms on a set clock (`rig`)."""
+"""Fixtures: a running shop for a module (`shop`) or a test (`fresh_shop`), rooms on a set clock (`rig`), a browser."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import rig as rigs
 from tests import shop as shops
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +38,19 @@ def fresh_shop(tmp_path: Path) -> Iterator[shops.Shop]:
 def rig(tmp_path: Path) -> Iterator[rigs.Rig]:
     with rigs.opened(tmp_path) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        problem = "there is no chromium; on Debian: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield launched
+        launched.close()

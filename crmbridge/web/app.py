@@ -305,7 +305,8 @@ class App:
             log.error("request.failed", status=status, code=error.code, error=error.message)
         else:  # told in the request's own line
             fields = ",".join(entry["field"] for entry in error.details[:10])
-            bottle.request.environ[_REFUSAL] = {"code": error.code, "fields": fields or None}
+            remote = bottle.request.environ.get("REMOTE_ADDR") if status == 401 else None
+            bottle.request.environ[_REFUSAL] = {"code": error.code, "fields": fields or None, "remote": remote}
         return self._render(Reply(self._described(error.code, error.message, error.details), status, headers))
 
     def _described(self, code: str, message: str, details: list[dict[str, str]]) -> dict[str, Any]:
