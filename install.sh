@@ -458,7 +458,8 @@ prepare_system() {
     folder "$logs" 750 "$user:$user"
     if [ ! -e "$ini" ]; then
         sed -e "s|^path = .*|path = $data/bridge.db|" -e "s|^queue_path = .*|queue_path = $data/queue.db|" \
-            -e "s|^key_file = .*|key_file = $etc/crmbridge.key|" "$opt/$version/crmbridge.ini" >"$ini.new"
+            -e "s|^key_file = .*|key_file = $etc/crmbridge.key|" \
+            -e "s|^trusted_proxy =.*|trusted_proxy = 127.0.0.1|" "$opt/$version/crmbridge.ini" >"$ini.new"
         chown "root:$user" "$ini.new"
         chmod 640 "$ini.new"
         mv -- "$ini.new" "$ini"

@@ -44,6 +44,7 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "644 root:root /etc/conf.d/crmbridge",
         "644 root:root /etc/logrotate.d/crmbridge",
     ]
+    assert "\ntrusted_proxy = 127.0.0.1\n" in installed.run("cat", "/etc/crmbridge/crmbridge.ini").stdout
     for place in ("/opt/crmbridge", "/etc/crmbridge"):  # neither code nor configuration is the service's to change
         words = [
             "su",
