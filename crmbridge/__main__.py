@@ -91,9 +91,18 @@ def _parser() -> argparse.ArgumentParser:
                      )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--verbose", action="store_true", help="also tell what is well, a line each")
-    doctor.add_argument("--no-calls", action="store_true", help="call nobody: neither Instagram, CRMs nor the bridge")
     doctor.add_argument("--account", metavar="ID", help="call Instagram and the CRM for this account alone")
-    doctor.add_argument("--log", metavar="FILE", help="the service's log (default: /var/log/crmbridge/crmbridge.log)")
+
+    support = command(commands, "support-bundle", _support_bundle, "write a file for whoever looks for a fault: no "
+                      "secrets, no texts, no names, no customers' ids", as_owner=False)  # fmt: skip
+    support.add_argument("file", nargs="?", metavar="FILE", help="(default: crmbridge-support-DATE.tar.gz, here)")
+    for parser in (doctor, support):
+        parser.add_argument(
+            "--no-calls", action="store_true", help="call neither Instagram, CRMs nor the bridge itself"
+        )
+        parser.add_argument(
+            "--log", metavar="FILE", help="the service's log (default: /var/log/crmbridge/crmbridge.log)"
+        )
 
     explained = command(commands, "explain", _explain, "tell what became of a message, and what to do about it")
     explained.add_argument("id", metavar="ID", help="msg_…, evt_…, dlv_…, acc_…, cnv_…, an idempotency key, a "
@@ -304,6 +313,13 @@ def _doctor(options: argparse.Namespace) -> int:
         only=options.account,
         log_path=Path(options.log or doctor.LOG),
     )
+
+
+def _support_bundle(options: argparse.Namespace) -> int:
+    from crmbridge.ops import doctor, support
+
+    path, target = config.find(options.config, os.environ), Path(options.file) if options.file else None
+    return support.run(path, target, calls=not options.no_calls, log_path=Path(options.log or doctor.LOG))
 
 
 def _explain(options: argparse.Namespace) -> int:

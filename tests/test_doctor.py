@@ -166,10 +166,8 @@ class Stage:
         self.shop.start()
         self.shop.open()
         self.account_id = self.shop.account_id
-        self.backups = folder / "var" / "backups"
-        self.backups.mkdir(mode=0o700)
-        self.backup = self.backups / "bridge.db"
-        self.backup.touch(mode=0o600)
+        self.shop.bridge.command("backup", str(folder / "var" / "backups") + "/")
+        (self.backup,) = (folder / "var" / "backups").iterdir()
         self.shop.wait_rows("SELECT COUNT(*) FROM heartbeats WHERE name IN ('worker', 'listening')", [(2,)])
 
     def look(self, ini: Path | None = None, **more: Any) -> dict[str, Any]:
@@ -405,20 +403,32 @@ def foreign_file(stage: Stage, undo: contextlib.ExitStack) -> None:
     if os.geteuid():
         pytest.skip("needs root")
     os.chown(stage.backup, 12345, 12345)
-    undo.callback(os.chown, stage.backup, 0, 0)
+    undo.callback(os.chown, stage.backup, os.geteuid(), os.getegid())
+
+
+@fault("backup_none", "note", "crmbridge backup")
+def no_backup_yet(stage: Stage, undo: contextlib.ExitStack) -> None:
+    undo.callback(stage.execute, "UPDATE backups SET error = NULL")
+    stage.execute("UPDATE backups SET error = 'planted'")
 
 
 @fault("backup_none", "warning", "crmbridge backup")
 def no_backup(stage: Stage, undo: contextlib.ExitStack) -> None:
-    stage.backup.unlink()
-    undo.callback(stage.backup.touch, 0o600)
+    undo.callback(stage.meant("created_at", "2026-01-15T08:00:00.000Z"))
+    no_backup_yet(stage, undo)
 
 
 @fault("backup_old", "warning", "crmbridge backup")
 def old_backup(stage: Stage, undo: contextlib.ExitStack) -> None:
-    long_ago = time.time() - 3 * 86_400
-    os.utime(stage.backup, (long_ago, long_ago))
-    undo.callback(os.utime, stage.backup)
+    undo.callback(stage.execute, "UPDATE backups SET began_at = ?", instant(time.time()))
+    stage.execute("UPDATE backups SET began_at = '2026-01-15T08:00:00.000Z'")
+
+
+@fault("backup_failed", "warning", "crmbridge backup")
+def failed_backup(stage: Stage, undo: contextlib.ExitStack) -> None:
+    undo.callback(stage.execute, "DELETE FROM backups WHERE error IS NOT NULL")
+    stage.execute("INSERT INTO backups (began_at, ended_at, file, error) SELECT began_at, ended_at, file, 'disk full' "
+                  "FROM backups")  # fmt: skip
 
 
 @fault("disk_full", "error", "df -h")
@@ -670,7 +680,7 @@ def program(stage: Stage, *words: str, ini: Path | None = None, **environ: str) 
 
 def test_the_program_tells_by_its_exit_status_what_it_found(stage: Stage) -> None:
     well = program(stage)
-    assert (well.returncode, well.stderr) == (0, "")
+    assert (well.returncode, well.stderr) == (0, ""), well.stdout
     assert "BROKEN" not in well.stdout
     assert re.search(
         r"^ok  pid \d+ takes \d+ MB \(PSS\); the budget is 52 MB idle and 64 MB", well.stdout, re.MULTILINE

@@ -50,7 +50,7 @@ def run(settings: config.Settings, source: Path) -> int:
     if seen.db is not None:
         seen.db.close()
     for one in seen.found:
-        print(f"{one.level}: {one.what}" + (f"; {one.todo}" if one.todo else ""))
+        print(line(one))
     levels = [one.level for one in seen.found]
     if "error" in levels or "blind" in levels:
         print("not fit to run")
@@ -59,6 +59,11 @@ def run(settings: config.Settings, source: Path) -> int:
     warnings = f"see to the {levels.count('warning')} warning(s) above" if "warning" in levels else ""
     print("fit to run" + (f", but {'; '.join(deaf) or warnings}" if warnings else ""))
     return 0
+
+
+def line(one: Finding) -> str:
+    """Return a finding in one line."""
+    return f"{one.level}: {one.what}" + (f"; {one.todo}" if one.todo else "")
 
 
 def look(settings: config.Settings) -> Look:

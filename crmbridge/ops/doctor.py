@@ -153,7 +153,7 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     report.add("disk", lambda: machine.disk(given, db))
     report.add("files", lambda: machine.files(given, path))
     report.add("configuration", lambda: machine.settings(given, path, urls))
-    report.add("backups", lambda: machine.backups(place.parent, db))
+    report.add("backups", lambda: machine.backups(given, db))
     report.add("log", lambda: machine.logged(log_path))
     report.add("queues", lambda: _queues(report))
     report.add("figures", lambda: _figures(report, service))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crmbridge import config
-from crmbridge.events import epoch_s
+from crmbridge.events import epoch_s, instant
 from crmbridge.ops.check import Finding
-from crmbridge.store import database, vitals
+from crmbridge.store import accounts, copies, database, vitals
 
 IDLE_MB, LOADED_MB = 52, 64  # the budget of one process, PSS; README tells it
 _MB = 2**20
@@ -389,24 +389,28 @@ def settings(given: config.Settings, source: Path, crm_urls: list[str]) -> Itera
                       f"trusted_proxy = 127.0.0.1 in {source}, then restart")  # fmt: skip
 
 
-def backups(folder: Path, db: database.Database | None) -> Iterator[Finding]:
-    """Look for the last good backup."""
-    todo = f"crmbridge backup {folder}/backups --keep 7; daily: README, Backups"
-    made = [path.stat().st_mtime for path in folder.glob("backups/*") if path.is_file()]
-    age_s = time.time() - max(made) if made else None
-    if age_s is None:
-        is_young = time.time() - folder.stat().st_ctime < _DAY_S and not _has_accounts(db)
-        yield Finding("note" if is_young else "warning", "backup_none", f"there is no backup in {folder}/backups",
+def backups(settings: config.Settings, db: database.Database | None) -> Iterator[Finding]:
+    """Look for the last good backup, and for a later one that failed."""
+    folder = settings.store.path.parent
+    todo = f"crmbridge backup {folder}/backups/ --keep 7; daily by cron: README, Backups"
+    if db is None:
+        return
+    good, tried = copies.last(db), copies.last(db, good=False)
+    if tried is not None and tried["error"] is not None:
+        yield Finding("warning", "backup_failed", f"the last backup failed, at {tried['ended_at']}: {tried['error']}",
+                      "what came since the one before is lost when the disk dies", todo)  # fmt: skip
+    if good is None:
+        day_ago = instant(time.time() - _DAY_S)
+        is_old = any(row["created_at"] < day_ago for row in accounts.everyone(db))
+        yield Finding("warning" if is_old else "note", "backup_none", f"no backup of {settings.store.path} was made",
                       "if the disk dies, tokens, keys and what waits are lost", todo)  # fmt: skip
-    elif age_s > 1.25 * _DAY_S:
-        yield Finding("warning", "backup_old", f"the last backup is {age_s / _DAY_S:.1f} days old",
+        return
+    age_s = time.time() - epoch_s(good["began_at"])
+    if age_s > 1.25 * _DAY_S:
+        yield Finding("warning", "backup_old", f"the last good backup is {age_s / _DAY_S:.1f} days old: {good['file']}",
                       "what came since is lost when the disk dies", todo)  # fmt: skip
     else:
-        yield Finding("ok", "backup", f"the last backup is {age_s / 3600:.1f} hours old")
-
-
-def _has_accounts(db: database.Database | None) -> bool:
-    return db is not None and bool(db.value("SELECT COUNT(*) FROM accounts"))
+        yield Finding("ok", "backup", f"the last backup is {age_s / 3600:.1f} hours old: {good['file']}")
 
 
 def figures(settings: config.Settings | None, db: database.Database | None, service: list[Process]) -> dict[str, Any]:

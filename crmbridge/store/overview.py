@@ -33,3 +33,35 @@ def said(latency: Row | None) -> str:
 def unrouted(db: Database) -> int:
     """Return how many events wait for an account that is not here."""
     return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))
+
+
+# --- for whoever looks for a fault ---
+
+
+def schema(db: Database) -> dict[str, str]:
+    """Return what made each table, index and view."""
+    return {row["name"]: row["sql"] for row in db.rows("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")}
+
+
+def tables(db: Database) -> dict[str, int]:
+    """Return how many rows each table has."""
+    names = db.rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+    return {row["name"]: int(db.value(f"SELECT COUNT(*) FROM {row['name']}")) for row in names}
+
+
+def reasons(db: Database) -> list[str]:
+    """Return what operators gave as reasons, in their own words."""
+    rows = db.rows("SELECT reason FROM pauses UNION SELECT reason FROM past_holds")
+    return [row["reason"] for row in rows if row["reason"]]
+
+
+def attempts(db: Database, number: int) -> list[Row]:
+    """Return the last calls, without what they carried, for whom, and what was answered in words."""
+    return db.rows(
+        """
+        SELECT delivery_id, account_id, target, event, kind, number, started_at, delivery_attempts.finished_at, outcome,
+            code, http_status, duration_ms, state, ready, due, attempts, retries, waits, in_doubt, look_ups, accepted_at
+        FROM delivery_attempts JOIN deliveries ON deliveries.id = delivery_id
+        ORDER BY delivery_attempts.position DESC LIMIT ?""",
+        (number,),
+    )
