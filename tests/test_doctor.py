@@ -302,10 +302,10 @@ def in_crm(slug: str, level: str, todo: str, status: int) -> None:
 
 
 DEAD = "http://127.0.0.1:9"
-in_ini("app_secrets_empty", "error", "crmbridge restart", app_secrets="")
-in_ini("verify_token_empty", "warning", "crmbridge restart", verify_token="")
+in_ini("app_secrets_empty", "error", "restart crmbridge serve", app_secrets="")
+in_ini("verify_token_empty", "warning", "restart crmbridge serve", verify_token="")
 in_ini("alerts_unheard", "warning", "crmbridge alert test", url="")
-in_ini("look_up_short", "warning", "crmbridge restart", look_up_s="4 5")
+in_ini("look_up_short", "warning", "restart crmbridge serve", look_up_s="4 5")
 in_ini("app_secret_odd", "warning", "restart", app_secrets='"not-a-secret"')
 in_ini("verify_token_odd", "warning", "openssl rand", verify_token="short")
 in_ini("networks_wide", "warning", "CRM's network", allow_networks="0.0.0.0/0")
@@ -327,7 +327,7 @@ in_account("token_expiring", "warning", "curl -s -X PUT", "token_expires_at", in
 in_account("http_unneeded", "note", "allow_http = false", "crm_webhook_url", "https://crm.invalid/hook")
 in_account("crm_dns_failed", "error", "getent ahosts crm.invalid", "crm_webhook_url", "https://crm.invalid/hook")
 in_account("crm_connect_failed", "error", "CRM's log", "crm_webhook_url", f"{DEAD}/hook")
-in_crm("crm_unauthorized", "error", "webhook_secret", 401)
+in_crm("crm_unauthorized", "error", '-H "Authorization: Bearer $ADMIN" -H "Content-Type', 401)
 in_crm("crm_not_found", "error", "correct the path", 404)
 in_crm("crm_gone", "error", "crm_webhook_url", 410)
 in_crm("crm_redirect", "error", "no redirect is followed", 302)
@@ -748,6 +748,38 @@ def test_a_service_that_is_down_is_found_and_all_else_is_told(fresh_shop: Shop, 
     assert found["worker_dead"]["level"] == found["not_serving"]["level"] == "error"
     assert found["worker_dead"]["todo"] == "crmbridge serve"
     assert {"token", "crm", "disk", "backup_none"} <= set(found)
+
+
+def normal(text: str) -> str:
+    """Leave out what differs from run to run and from machine to machine, and where lines break."""
+    text = re.sub(r"acc_[0-9a-z]{26}", "ACC", text)
+    text = re.sub(r"https?://[^\s/;]+", "URL", text)
+    text = re.sub(r"\b(localhost|bridge\.example\.com)\b", "HOST", text)
+    text = text.replace("rc-service crmbridge restart", "restart crmbridge serve")
+    return " ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", text).split())
+
+
+def test_readme_shows_what_doctor_prints(stage: Stage, undo: contextlib.ExitStack) -> None:
+    soon(stage, undo)
+    stage.shop.crm.answer_always(401)
+    undo.callback(stage.shop.crm.answer_always, None)
+    report = doctor.examine(stage.ini, calls=True, only=None, log_path=stage.log)
+    assert report.look.db is not None
+    report.look.db.close()
+    printed = doctor.told(report, 2.1, verbose=False)
+    old = doctor.Report([*machine.wal_reset([], (3, 40, 1))])
+    told = {normal(block) for block in [*printed.split("\n\n"), *doctor.told(old, 0, verbose=False).split("\n\n")]}
+    shown = re.search(r"```\n# crmbridge doctor\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown is not None
+    head, *blocks = shown[1].strip().split("\n\n")
+    assert re.fullmatch(r"crmbridge \S+ on \S+, \S+, took \S+ s\n1 BROKEN, 1 WARNING, 1 note, \d+ ok", head)
+    found = [block for block in blocks if not block.startswith("ok  ")]
+    assert len(found) == 4
+    for block in found:
+        assert normal(block) in told
+    assert f"the budget is {machine.IDLE_MB} MB idle and {machine.LOADED_MB} MB under load" in " ".join(
+        shown[1].split()
+    )
 
 
 # --- the WAL-reset bug, and what is claimed of it ---

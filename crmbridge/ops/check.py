@@ -97,7 +97,12 @@ def look(settings: config.Settings) -> Look:
 
 def to_start() -> str:
     """Return what starts the service on this machine."""
-    return "rc-service crmbridge start" if Path("/etc/init.d/crmbridge").exists() else "crmbridge serve"
+    return "rc-service crmbridge start" if is_installed() else "crmbridge serve"
+
+
+def is_installed() -> bool:
+    """Tell whether OpenRC looks after the service on this machine."""
+    return Path("/etc/init.d/crmbridge").exists()
 
 
 def _database(db: database.Database) -> Iterator[Finding]:

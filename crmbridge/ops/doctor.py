@@ -37,6 +37,7 @@ SCHEMA = 1  # of the JSON
 _ORDER = ("error", "blind", "warning", "note", "ok")
 _NAMED = {"error": "BROKEN", "blind": "NOT SEEN", "warning": "WARNING", "note": "note", "ok": "ok"}
 _CALL_S, _ALL_CALLS_S, _AT_ONCE = 10.0, 40.0, 8
+_PROBED_S = 2.0  # /health remembers for a second
 _OLD_S, _SLOW_MS, _CLOCK_OFF_S = 900, 5000, 30
 _EXPIRES_DAYS, _EXPIRES_NOW_DAYS = 14, 3
 _FAILED = (BridgeError, OSError, ValueError, LookupError, http.client.HTTPException)
@@ -188,7 +189,10 @@ def _sorted(report: Report) -> Report:
     def clean(text: str) -> str:
         for word in hidden:
             text = text.replace(word, "[secret]")
-        return log.struck(text)
+        return text
+
+    def typed(todo: str) -> str:
+        return todo if check.is_installed() else todo.replace("rc-service crmbridge restart", "restart crmbridge serve")
 
     ordered = sorted(report.found, key=lambda one: _ORDER.index(one.level))
     told_of: set[tuple[str, str | None]] = set()
@@ -196,7 +200,7 @@ def _sorted(report: Report) -> Report:
     for one in ordered:
         if one.level == "ok" or (one.slug, one.account_id) not in told_of:
             told_of.add((one.slug, one.account_id))
-            report.found.append(replace(one, what=clean(one.what), why=clean(one.why), todo=clean(one.todo)))
+            report.found.append(replace(one, what=log.struck(clean(one.what)), todo=clean(typed(one.todo))))
     return report
 
 
@@ -283,8 +287,10 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
     reach = net.Reach(networks=given.crm.allow_networks, http=given.crm.allow_http)
     to_crm = net.Session(reach, connect_timeout_s=given.crm.connect_timeout_s, timeout_s=given.crm.timeout_s)
     client = Client(graph, given.instagram.graph_url)
-    jobs: dict[str, Callable[[], Iterable[Finding]]] = {"the bridge": lambda: _bridge(given, stranger)}
-    jobs["public_url"] = lambda: _public(given, lambda: _last_probe(report))
+    jobs: dict[str, Callable[[], Iterable[Finding]]] = {}
+    asked = threading.Event()  # the bridge at its public address: it notes when it is asked, so that has to come first
+    jobs["public_url"] = lambda: _public(given, lambda: _last_probe(report), asked)
+    jobs["the bridge"] = lambda: _bridge(given, stranger, asked)
     for row in rows:
         held = pauses.hold(db, row, "crm") if db is not None else None
         keys = report.look.keys
@@ -364,7 +370,7 @@ def _is_alive(status: int, body: bytes) -> bool:
     return False
 
 
-def _bridge(given: config.Settings, stranger: machine.Listener | None) -> Iterator[Finding]:
+def _bridge(given: config.Settings, stranger: machine.Listener | None, asked: threading.Event) -> Iterator[Finding]:
     """Ask the bridge itself whether it is there and can work."""
     if not given.web.port:
         yield Finding("note", "port_any", "[web] port is 0: nobody knows on which port the bridge listens")
@@ -384,6 +390,7 @@ def _bridge(given: config.Settings, stranger: machine.Listener | None) -> Iterat
                       f"fuser -v {given.web.port}/tcp; end it, or set another [web] port; then {check.to_start()}"
                       )  # fmt: skip
         return
+    asked.wait(_ALL_CALLS_S / 4)
     status, body = _get(url, "/health")
     if status == 200:
         yield Finding("ok", "health", f"{url}/health says healthy")
@@ -405,8 +412,15 @@ def _last_probe(report: Report) -> str | None:
         db.close_thread()
 
 
-def _public(given: config.Settings, last_probe: Callable[[], str | None]) -> Iterator[Finding]:
+def _public(given: config.Settings, last_probe: Callable[[], str | None], asked: threading.Event) -> Iterator[Finding]:
     """Go the way that Meta goes: name, certificate, proxy, this very bridge, and the webhook's handshake."""
+    try:
+        yield from _way_in(given, last_probe)
+    finally:
+        asked.set()
+
+
+def _way_in(given: config.Settings, last_probe: Callable[[], str | None]) -> Iterator[Finding]:
     url = urlsplit(given.web.public_url)
     if not url.hostname:
         yield Finding("warning", "public_url_empty", "[web] public_url is empty: the way from outside is not looked at",
@@ -449,7 +463,7 @@ def _public(given: config.Settings, last_probe: Callable[[], str | None]) -> Ite
     began_s = time.time()
     status, body = _get(base, "/health", context)
     last = last_probe() if status == 200 else None
-    if last is not None and epoch_s(last) < began_s - 5:
+    if last is not None and epoch_s(last) < began_s - _PROBED_S:
         yield Finding("error", "public_other", f"a bridge answers at {base}, but not this one",
                       "what Meta posts goes to another installation",
                       f"let the proxy lead to {_local(given)} on this machine")  # fmt: skip
@@ -574,12 +588,12 @@ def _crm(
     given: config.Settings, session: net.Session, row: Row, secret: str | None, held: Row | None
 ) -> Iterator[Finding]:
     """Send the account's CRM a signed test, unless deliveries are held."""
-    one, url = row["id"], row["crm_webhook_url"]
+    one, about, url = row["id"], f"{row['id']} ({row['username'] or '-'})", row["crm_webhook_url"]
     if not url:
-        yield Finding("ok", "crm", f"{one}: its CRM reads the events itself", account_id=one)
+        yield Finding("ok", "crm", f"{about}: its CRM reads the events itself", account_id=one)
         return
     if held is not None:
-        yield Finding("note", "crm_unasked", f"{one}: its CRM was not called, as deliveries are held", account_id=one)
+        yield Finding("note", "crm_unasked", f"{about}: its CRM was not called, as deliveries are held", account_id=one)
         return
     event_id, now_s = new_id("evt"), time.time()
     body = contract.WebhookTest(event="webhook.test", event_id=event_id, account_id=one, timestamp=instant(now_s))
@@ -606,7 +620,7 @@ def _crm(
             "crm_rate_limited": "let the CRM take more calls, or wait",
         }.get(slug, look)
         level = "warning" if slug == "crm_rate_limited" else "error"
-        yield Finding(level, slug, f"{one}: the CRM at {place} did not take a signed test event: {error.message}",  # type: ignore[arg-type]
+        yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: {error.message}",  # type: ignore[arg-type]
                       "events wait, and die after 24 hours; with 401 at once", todo, one)  # fmt: skip
     else:
-        yield Finding("ok", "crm", f"{one}: the CRM at {place} took a signed test event", account_id=one)
+        yield Finding("ok", "crm", f"{about}: the CRM at {place} took a signed test event", account_id=one)
