@@ -153,7 +153,16 @@ class Box:
         """Give it its first process: file systems and loopback are there, no service is."""
         root = str(self._folder / "root")
         enter = f'echo $$ >"{self._cgroup}/cgroup.procs"; ' if self._cgroup else ""
-        spaces = ["--mount", "--pid", "--fork", "--uts", "--ipc", "--kill-child", *["--net"] * (self._network == "own")]
+        spaces = [
+            "--mount",
+            "--pid",
+            "--fork",
+            "--uts",
+            "--ipc",
+            "--cgroup",
+            "--kill-child",
+            *["--net"] * (self._network == "own"),
+        ]
         words = ["sh", "-c", f"root={root}\n{_BIRTH}", "box", root, str(self._folder / "upper")]
         lower = f"{self._layer}:{base()}" if self._layer else str(base())
         words += [str(self._folder / "work"), lower, self._network, *map(str, self._binds)]
@@ -209,7 +218,7 @@ class Box:
         """Return the words before a program's own that run it inside: for `subprocess.Popen`."""
         enter = f'echo $$ >"{self._cgroup}/cgroup.procs"; ' if self._cgroup else ""
         inside = f"--target={self._pid}"
-        spaces = ["--mount", "--pid", "--uts", "--ipc", "--net", "--root"]
+        spaces = ["--mount", "--pid", "--uts", "--ipc", "--cgroup", "--net", "--root"]
         return ["sh", "-c", enter + 'exec nsenter "$@"', "box", inside, *spaces, "env", "--chdir=/root"]
 
     def boot(self) -> str:
@@ -245,7 +254,8 @@ class Box:
         if self._cgroup:
             for _ in range(100):  # the kernel counts the dead for a moment
                 with contextlib.suppress(OSError):
-                    self._cgroup.rmdir()
+                    for group in (*self._cgroup.glob("*/"), self._cgroup):
+                        group.rmdir()
                     break
                 time.sleep(0.01)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -83,6 +83,22 @@ def test_what_openrc_lost_sight_of_is_ended(shop: Shop) -> None:
     shop.wait_healthy()
 
 
+def test_its_memory_is_bounded_where_control_groups_are_mounted(shop: Shop) -> None:
+    folder = "/sys/fs/cgroup/memory"
+    mount = f"mkdir -p {folder} && mount -t cgroup -o memory cgroup {folder}"
+    if shop.box.run("sh", "-c", mount, check=False).returncode:
+        pytest.skip("this kernel has no control groups of version 1 to mount in a box")
+    shop.rc("restart")
+    group = f"{folder}/openrc_crmbridge"
+    assert shop.box.run("cat", f"{group}/memory.limit_in_bytes").stdout == f"{400 * 2**20}\n"
+    assert str(shop.pid()) in shop.box.run("cat", f"{group}/cgroup.procs").stdout.split()
+    shop.rc("stop")
+    shop.box.run("rmdir", group)
+    shop.box.run("umount", folder)
+    shop.rc("start")
+    shop.wait_healthy()
+
+
 def test_crashes_do_not_add_up(tmp_path: Path, layer: Path) -> None:
     """As respawn_max is 0 nothing counts them, so fifteen in a row say the same as fifteen in a year."""
     with opened(tmp_path, layer, memory_mb=256, conf_d=["respawn_delay=1"]) as shop:
