@@ -125,8 +125,8 @@ def sealed_secrets(path: Path) -> list[str]:
 
 
 def discard(path: Path, *, but_itself: bool = False) -> None:
-    """Remove a database file and what SQLite keeps beside it."""
-    for side in _SIDE if but_itself else ("", *_SIDE):
+    """Remove a database file and what SQLite keeps beside it; the file last, as what is left is found by it."""
+    for side in _SIDE if but_itself else (*_SIDE, ""):
         path.with_name(path.name + side).unlink(missing_ok=True)
 
 
