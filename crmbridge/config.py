@@ -4,6 +4,7 @@ An unknown key or a bad value stops the start and is named. Knows nothing of wha
 """
 
 import configparser
+import contextlib
 import ipaddress
 import itertools
 import os
@@ -224,8 +225,11 @@ def find(named: str | None, environ: Mapping[str, str]) -> Path:
     if chosen:
         return Path(chosen)
     here = Path("crmbridge.ini")
-    if os.path.exists(here) or not SYSTEM_INI.exists():  # a folder that may not be looked into has none
+    if os.path.exists(here):  # a folder that may not be looked into has none
         return here
+    with contextlib.suppress(PermissionError):  # it is there, and not for this user
+        if not SYSTEM_INI.exists():
+            return here
     return SYSTEM_INI
 
 

@@ -70,15 +70,15 @@ def look(settings: config.Settings) -> Look:
     """Look at the files that the settings name, and at what the database tells."""
     seen = Look([Finding("warning", one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
     found = seen.found
-    for path in {settings.store.path.parent, settings.store.queue_path.parent}:
-        if path.exists() and not os.access(path, os.W_OK):
-            found.append(Finding("error", "folder_closed", f"{path} cannot be written by this user"))
     try:
         seen.keys = vault.load(settings.vault.key_file)
         found.append(Finding("ok", "key_file", f"key file {settings.vault.key_file}"))
     except Misconfigured as error:
         found.append(Finding("error", "key_file", error.message))
     try:
+        for path in {settings.store.path.parent, settings.store.queue_path.parent}:
+            if path.exists() and not os.access(path, os.W_OK):
+                found.append(Finding("error", "folder_closed", f"{path} cannot be written by this user"))
         seen.db = database.open_existing(settings.store.path)
         seen.db.require_schema()
         found += _database(seen.db)

@@ -125,12 +125,13 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
         todo = _SET % path if is_there else "run it as root, or name the file: crmbridge doctor --config FILE"
         slug = "ini_broken" if is_there else "ini_unseen"
         report.found.append(Finding("error" if is_there else "blind", slug, error.message, why, todo))
-        report.add("clock", lambda: machine.clock(None))
-        report.add("memory", lambda: machine.memory([]))
-        report.add("log", lambda: machine.logged(log_path))
-        return _sorted(report)
+        return _without_data(report, log_path)
     place = given.store.path
     report.hidden = [*given.instagram.app_secrets, given.instagram.verify_token, given.alerts.url]
+    if _is_strange(place.parent):
+        text = f"this user is neither root nor the owner of {place.parent}: what is in there is not seen"
+        report.found.append(Finding("blind", "other_user", text, todo="run it as root"))
+        return _without_data(report, log_path)
     seen = machine.processes(place)
     service = [one for one in seen if one.serves]
     listener = machine.holder(given.web.port) if given.web.port else None
@@ -165,6 +166,22 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     else:
         report.found.append(Finding("note", "no_calls", "nobody was called: Instagram, CRMs and the bridge itself"))
     return _sorted(report)
+
+
+def _without_data(report: Report, log_path: Path) -> Report:
+    report.add("clock", lambda: machine.clock(None))
+    report.add("memory", lambda: machine.memory([]))
+    report.add("log", lambda: machine.logged(log_path))
+    return _sorted(report)
+
+
+def _is_strange(folder: Path) -> bool:
+    try:
+        return os.geteuid() not in (0, folder.stat().st_uid)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
 
 
 def _explained(one: Finding, path: Path, report: Report) -> Finding:
