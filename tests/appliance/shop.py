@@ -16,6 +16,8 @@ INI = "/etc/crmbridge/crmbridge.ini"
 DATA = "/var/lib/crmbridge"
 URL, SANDBOX = "http://127.0.0.1:8080", "http://127.0.0.1:8090"
 SHOP, CUSTOMER, TOKEN = "17841400000000001", "900000000000001", "IGAA-sandbox-token"
+# Settings of conf.d that make a supervisor quick enough for a test.
+SOON = ("respawn_delay=1", "healthcheck_delay=2", "healthcheck_timer=2", "retry=TERM/1/KILL/5")
 
 
 class Shop:

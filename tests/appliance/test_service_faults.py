@@ -1,4 +1,4 @@
-"""The OpenRC service where things go wrong, in boxes of 256 MB: crash loops, a full disk, hung processes, the split."""
+"""The OpenRC service where things go wrong, in boxes of 256 MB: crash loops, a full disk, a Python that is gone."""
 
 import time
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.appliance.shop import DATA, LOG, Shop, opened, wait
+from tests.appliance.shop import DATA, LOG, SOON, Shop, opened, wait
 
 pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
-SOON = ("respawn_delay=1", "healthcheck_delay=2", "healthcheck_timer=2", "retry=TERM/1/KILL/5")
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,8 @@ def test_a_full_disk_is_waited_for_without_a_restart(tmp_path: Path, layer: Path
             shop.box.run("sh", "-c", f"dd if=/dev/zero of={place}/ballast bs=4k 2>/dev/null; true")
         wait(lambda: shop.customer_says("on a full disk") >= 500)
         wait(lambda: shop.health() == "unhealthy")
-        ends = time.monotonic() + 15
-        while time.monotonic() < ends:  # seven health checks
+        ends = time.monotonic() + 10
+        while time.monotonic() < ends:  # five health checks
             assert shop.pid() == pid
             assert "alive" in shop.rc("healthcheck")
         # an administrator who restarts it, or a reboot, finds it again when there is room
@@ -131,31 +130,3 @@ def test_a_full_disk_is_waited_for_without_a_restart(tmp_path: Path, layer: Path
         shop.wait_healthy()
         assert shop.customer_says("after") == 200
         wait(lambda: "after" in shop.at_crm())
-
-
-def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path) -> None:
-    split = ('crmbridge_processes="split"', *SOON)
-    with opened(tmp_path, layer, memory_mb=256, conf_d=split, delivery__stop_grace_s="0") as shop:
-        web, worker = shop.pid("crmbridge serve --no-worker"), shop.pid("crmbridge worker")
-        assert shop.customer_says("split") == 200
-        wait(lambda: "split" in shop.at_crm())
-        assert shop.rc("status").count("status: started") == 2
-        shop.box.run("kill", "-STOP", str(web), str(worker))
-        wait(lambda: web not in shop.pids("crmbridge serve") and worker not in shop.pids("crmbridge worker"), 120)
-        shop.wait_healthy()
-        assert shop.log().count(" error service.hung ") == 2
-        before = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
-        for command in ("restart", "reload"):
-            shop.rc(command)
-            after = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
-            assert not before & after
-            before = after
-        shop.rc("stop")
-        assert not shop.pids("crmbridge serve") + shop.pids("crmbridge worker")
-        assert shop.box.run("rc-service", "crmbridge", "status", check=False).returncode == 3
-        conf_d = shop.box.root / "etc" / "conf.d" / "crmbridge"
-        conf_d.write_text(conf_d.read_text().replace('crmbridge_processes="split"', ""))
-        assert "works in one process" in shop.rc("start", service="crmbridge.worker", check=False)
-        shop.rc("start")
-        shop.wait_healthy()
-        assert not shop.pids("crmbridge worker")
