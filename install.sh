@@ -198,7 +198,7 @@ need_openrc() {
 # One run at a time. What a killed run left at work still holds the lock, and is waited for.
 take_turn() {
     command -v flock >/dev/null 2>&1 || stop "flock is missing." "It comes with util-linux."
-    exec 9>/run/crmbridge-install.lock
+    exec 9>/run/crmbridge-install.lock # not for the service, which would hold it for ever: 9>&-
     flock -n 9 && return
     say "another run is at work; waiting for it"
     flock -w 120 9 || stop "another run of install.sh is still at work." "Let it end, then run this again."
@@ -329,9 +329,20 @@ install_packages() {
     done
     [ "$installed" = yes ] || install_pinned "$1/requirements.txt" || stop_at_pip
     point_venv ../../../..
-    # a file that no Python can compile is none that is ever imported
+    compile "$1"
+}
+
+# Compiles the code in the folder $1, which the service may not write, for the Python of the environment.
+compile() {
     "$venv/bin/python" -m compileall -qq "$1/crmbridge" || :
     chmod -R u=rwX,go=rX "$venv" "$1/crmbridge"
+}
+
+# True when the version that runs has just the packages that the folder $1 asks for, and the same Python.
+has_packages() {
+    old=$opt/$(version_at current)
+    cmp -s -- "$old/requirements.txt" "$1/requirements.txt" && [ "$(readlink -f -- "$old/venv/bin/python")" = "$python" ] &&
+        runs "$old"
 }
 
 # Makes $opt/$version, beside what runs. It gets its name last, so that one that is there is whole.
@@ -339,10 +350,9 @@ build() {
     tree=$opt/$version
     if [ -d "$tree" ]; then
         runs "$tree" || rebuild "$tree"
-        return
+        return 0
     fi
     need_space "$opt" "$code_mb" "the program"
-    tell installs "the packages (takes a minute)"
     draft=$opt/.draft
     rm -rf -- "$draft"
     mkdir -p -- "$draft/bin"
@@ -355,7 +365,13 @@ build() {
     chmod -R u=rwX,go=rX "$draft"
     chmod 755 "$draft/bin/crmbridge" "$draft/install.sh"
     venv=$draft/venv
-    install_packages "$draft"
+    if has_packages "$draft"; then
+        cp -a -- "$old/venv" "$venv"
+        compile "$draft"
+    else
+        tell installs "the packages (takes a minute)"
+        install_packages "$draft"
+    fi
     sync -f "$draft"
     mv -- "$draft" "$tree"
     tell made "$tree"
@@ -436,6 +452,16 @@ place_file() {
     tell made "$2"
 }
 
+# Copies $1/openrc/$2 to $3 when there is none. One that is there is kept; when this version has another one than the
+# version before, that is said.
+place_default() {
+    if [ ! -e "$3" ]; then
+        place_file "$1/openrc/$2" "$3" 644
+    elif [ -n "${from:-}" ] && ! cmp -s -- "$opt/$from/openrc/$2" "$1/openrc/$2" && ! cmp -s -- "$1/openrc/$2" "$3"; then
+        tell kept "$3; this version's own is $1/openrc/$2"
+    fi
+}
+
 make_user() {
     nologin=/sbin/nologin
     [ -x "$nologin" ] || nologin=/usr/sbin/nologin
@@ -483,8 +509,8 @@ place_service() {
     if [ "$(readlink /etc/init.d/crmbridge.worker)" != crmbridge ]; then
         ln -sfn crmbridge /etc/init.d/crmbridge.worker
     fi
-    [ -e /etc/conf.d/crmbridge ] || place_file "$1/openrc/crmbridge.confd" /etc/conf.d/crmbridge 644
-    [ -e /etc/logrotate.d/crmbridge ] || place_file "$1/openrc/crmbridge.logrotate" /etc/logrotate.d/crmbridge 644
+    place_default "$1" crmbridge.confd /etc/conf.d/crmbridge
+    place_default "$1" crmbridge.logrotate /etc/logrotate.d/crmbridge
     if [ "$(readlink /usr/local/bin/crmbridge)" != "$opt/current/bin/crmbridge" ]; then
         mkdir -p /usr/local/bin
         ln -sfn "$opt/current/bin/crmbridge" /usr/local/bin/crmbridge
@@ -500,7 +526,7 @@ service_state() {
         echo "not installed"
         return
     fi
-    state=$(rc-service crmbridge status 2>/dev/null 9>&-) && code=0 || code=$?
+    state=$(rc-service crmbridge status 2>/dev/null) && code=0 || code=$?
     case $code in
         0) echo started ;;
         3) echo stopped ;;
@@ -514,12 +540,39 @@ is_started() {
 }
 
 stop_service() {
-    case $(service_state) in stopped | "not installed") return ;; esac
-    log=$(rc-service crmbridge stop 2>&1 9>&-) || :
-    [ "$(service_state)" = stopped ] || log=$(rc-service crmbridge zap 2>&1 9>&-) || :
-    case $(service_state) in stopped) return ;; esac
+    log='' tries=60
+    while [ "$tries" -gt 0 ]; do
+        case $(service_state) in
+            stopped | "not installed")
+                end_leftovers
+                return
+                ;;
+            started) log=$(rc-service crmbridge stop 2>&1 9>&-) || : ;;
+            crashed) log=$(rc-service crmbridge zap 2>&1) || : ;;
+            *) # a start that was killed half-way is one for ever to OpenRC
+                if flock -n /run/openrc/exclusive/crmbridge true; then
+                    end_leftovers
+                    log=$(rc-service crmbridge zap 2>&1) || :
+                else
+                    sleep 1
+                fi
+                ;;
+        esac
+        tries=$((tries - 1))
+    done
     printf '%s\n' "$log" >&2
     stop "OpenRC could not stop the service; what it said stands above." "Type:  rc-service crmbridge stop"
+}
+
+# Ends what a killed start has left behind OpenRC's back: supervisors first, which then end what is theirs.
+end_leftovers() {
+    for kind in "^supervise-daemon crmbridge" "^$opt/.* -m crmbridge serve " "^$opt/.* -m crmbridge worker "; do
+        for process in /proc/[0-9]*; do
+            tr '\0' ' ' 2>/dev/null <"$process/cmdline" | grep -q -e "$kind" || continue
+            kill "${process#/proc/}" 2>/dev/null || continue
+            while kill -0 "${process#/proc/}" 2>/dev/null; do sleep 0.2; done
+        done
+    done 2>/dev/null
 }
 
 # Starts the service and waits until it can do its work.
@@ -540,15 +593,24 @@ newest_migration() {
     find "$opt/$1/crmbridge/store/migrations" -name '[0-9]*.py' | sed 's|.*/||; s|\.py$||' | LC_ALL=C sort | tail -n 1
 }
 
-# Brings the database to the schema of the version $1; the newer of it and $2 knows the steps, either way.
+# Brings the database to the schema of the version $1; the newer of it and $2 knows the steps, either way. What was said
+# is in $log. A command that somebody types meanwhile holds the database for a moment, and is waited for.
 set_schema() {
-    wanted=$(newest_migration "$1") other=$(newest_migration "$2")
-    if [ ! -e "$database" ] || [ "$wanted" = "$other" ]; then return; fi
+    log='' wanted=$(newest_migration "$1") other=$(newest_migration "$2") tries=30
+    if [ ! -e "$database" ] || [ "$wanted" = "$other" ]; then return 0; fi
     if [ "$(printf '%s\n' "$wanted" "$other" | LC_ALL=C sort | tail -n 1)" = "$wanted" ]; then
-        "$opt/$1/bin/crmbridge" migrate --config "$ini"
+        set -- "$opt/$1/bin/crmbridge" migrate --config "$ini"
     else
-        "$opt/$2/bin/crmbridge" migrate --to "$wanted" --config "$ini"
+        set -- "$opt/$2/bin/crmbridge" migrate --to "$wanted" --config "$ini"
     fi
+    until log=$("$@" 2>&1); do
+        tries=$((tries - 1))
+        case $tries:$log in
+            0:*) return 1 ;;
+            *"is in use"*) sleep 1 ;;
+            *) return 1 ;;
+        esac
+    done
 }
 
 # Prints what the journal noted as $1.
@@ -569,7 +631,7 @@ END
     mv -- "$journal.new" "$journal"
     if [ -n "$from" ]; then
         stop_service
-        if ! log=$(set_schema "$1" "$from" 2>&1); then
+        if ! set_schema "$1" "$from"; then
             printf '%s\n' "$log" >&2
             stop "the database could not be brought to the schema of $1; what was said stands above."
         fi
@@ -578,7 +640,7 @@ END
     point current "$1"
     place_service "$opt/$1"
     if [ -z "$from" ]; then
-        rc-update -q add crmbridge default 9>&-
+        rc-update -q add crmbridge default
     fi
     # one that was stopped on purpose stays so
     if [ -z "$from" ] || [ "$(noted was)" != stopped ]; then start_service; fi
@@ -600,7 +662,7 @@ put_back() {
     fi
     say "putting $from back"
     stop_service
-    if ! log=$(set_schema "$from" "$to" 2>&1); then
+    if ! set_schema "$from" "$to"; then
         printf '%s\n' "$log" >&2
         stop "the database could not be brought back to the schema of $from; what was said stands above." \
             "The service is stopped, and nothing is lost. Mend what it says, then type:  $opt/$to/install.sh rollback"
@@ -617,9 +679,10 @@ put_back() {
 on_exit() {
     status=$?
     trap - EXIT
+    rm -rf -- "$opt/.draft"
     if [ -e "$journal" ]; then
         (put_back) || say "$(noted from) could not be put back; the next run of install.sh tries it again"
-        say "nothing was moved; when the cause is mended, run the same command again"
+        say "when the cause is mended, run the same command again; what was done so far is used then"
         if [ "$status" = 0 ]; then status=1; fi
     fi
     exit "$status"
@@ -627,15 +690,22 @@ on_exit() {
 
 # What every command that changes the server begins with.
 begin() {
+    recovered=no
     need_root
     umask 022
     need_openrc
     take_turn
     if [ -e "$journal" ]; then
         say "the last run was cut short in the middle of a move from '$(noted from)' to $(noted to)"
-        database=$data/bridge.db host=127.0.0.1 port=8080
-        if [ -n "$(noted from)" ]; then read_ini "$opt/$(noted to)"; fi
+        # what the killed run asked of OpenRC may still go on
+        [ ! -e /run/openrc/exclusive/crmbridge ] || flock -w 90 /run/openrc/exclusive/crmbridge true
+        if [ -n "$(noted from)" ]; then
+            version=$(noted from)
+            runs "$opt/$version" || version=$(noted to)
+            read_ini "$opt/$version"
+        fi
         put_back
+        recovered=yes
     fi
     trap on_exit EXIT
     trap 'exit 130' HUP INT TERM
@@ -652,14 +722,18 @@ install_version() {
     name_version
     current=$(version_at current)
     echo "crmbridge $version, Python $python_version ($python), SQLite $sqlite_version"
-    if [ ! -e "$ini" ]; then need_space "$data" 50 "the database"; fi
-    build
-    prepare_system
+    if [ ! -e "$ini" ]; then
+        need_space "$data" 50 "the database"
+        host=127.0.0.1 port=8080
+        need_port
+    fi
     if [ "$current" = "$version" ]; then
-        place_service "$opt/$version"
+        mend
         echo "crmbridge $version is already installed; the service is $(service_state)"
         return
     fi
+    build
+    prepare_system
     if [ -z "$current" ]; then
         need_port
         init_first
@@ -690,7 +764,8 @@ back_up() {
         printf '%s\n' "$log" >&2
         stop "the backup before the upgrade failed; what was said stands above." "Nothing was changed; $current runs on."
     }
-    tell "backed up" "$file"
+    tell saved "$file"
+    find "$data/backups" -name 'before-*.db' -printf '%T@ %p\n' | sort -n | head -n -3 | cut -d ' ' -f 2- | xargs -r rm -f --
 }
 
 tell_next() {
@@ -717,6 +792,7 @@ END
 rollback() {
     begin
     need_installed
+    [ "$recovered" = no ] || return 0
     version=$(version_at previous)
     [ -n "$version" ] || stop "there is no version before $current to go back to."
     if ! runs "$opt/$version"; then
@@ -732,23 +808,29 @@ repair() {
     begin
     need_installed
     version=$current
-    wanted=$(rc-update show default 2>/dev/null | grep -cw crmbridge) || :
-    was=$(service_state) rebuilt=no
+    mend
+    # what its Python's end has ended; at boot it would start, too
+    if ! is_started && rc-update show default 2>/dev/null | grep -qw crmbridge; then
+        stop_service
+        start_service
+    fi
+    echo "crmbridge $version is whole; the service is $(service_state)"
+}
+
+# Makes what is missing or damaged around the version that runs; without anything to mend, nothing.
+mend() {
     if ! runs "$opt/$version"; then
         need_python
         need_memory
         rebuild "$opt/$version"
-        rebuilt=yes
-    fi
-    prepare_system
-    place_service "$opt/$version"
-    if [ "$rebuilt" = yes ] || { [ "$was" != started ] && [ "$wanted" != 0 ]; }; then
-        if [ "$was" = started ] || [ "$wanted" != 0 ]; then
+        prepare_system
+        if is_started; then
             stop_service
             start_service
         fi
     fi
-    echo "crmbridge $version is whole; the service is $(service_state)"
+    prepare_system
+    place_service "$opt/$version"
 }
 
 uninstall() {
@@ -759,7 +841,7 @@ uninstall() {
     if [ -e /etc/init.d/crmbridge ]; then
         stop_service
         tell stopped crmbridge
-        rc-update -q del crmbridge >/dev/null 2>&1 9>&- || :
+        rc-update -q del crmbridge >/dev/null 2>&1 || :
     fi
     if [ "$(readlink /usr/local/bin/crmbridge)" = "$opt/current/bin/crmbridge" ]; then remove /usr/local/bin/crmbridge; fi
     remove /etc/init.d/crmbridge.worker /etc/init.d/crmbridge /etc/logrotate.d/crmbridge
@@ -795,7 +877,8 @@ show_status() {
     line() { printf '%-15s%s\n' "$1" "$2"; }
     size() { if [ -e "$1" ]; then du -hs -- "$1" | cut -f 1; else echo "not there"; fi; }
     line version "$current, in $tree ($(size "$tree"))"
-    line previous "$(version_at previous)"
+    previous=$(version_at previous)
+    line previous "${previous:-none}"
     [ ! -e "$journal" ] || { line unfinished "a move to $(noted to) was cut short; the next install.sh command puts it right"; well=1; }
     if ! runs "$tree"; then
         line python "gone: $(sed -n 's/^version = //p' "$tree/venv/pyvenv.cfg"); type: $tree/install.sh repair"

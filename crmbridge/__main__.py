@@ -222,7 +222,7 @@ def _init(options: argparse.Namespace) -> None:
         shutil.copyfile(config.SHIPPED_INI, path)
         path.chmod(0o640)
     print(("made     " if is_new else "kept     ") + str(path))
-    settings = config.load(path)
+    settings, absent = config.load(path), config.absent(path)
     whose = owner.of(settings.store.path)
     if is_new and whose:
         os.chown(path, -1, whose.gid)
@@ -238,6 +238,9 @@ def _init(options: argparse.Namespace) -> None:
     steps = db.migrate()
     db.close()
     print(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+    if absent:
+        print(f"new      keys that {path} does not have; so long their defaults apply:")
+        print("\n".join(f"  {line}" for line in absent))
     if is_new:
         print("next: crmbridge key create --name admin --admin, then crmbridge serve")
 

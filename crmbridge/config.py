@@ -292,6 +292,28 @@ class Doubt(NamedTuple):
     todo: str = ""
 
 
+def absent(path: Path) -> list[str]:
+    """Return the shipped file's lines of the keys that this file does not have, with their comments."""
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    parser.read_string(path.read_text(encoding="utf-8"))
+    lines: list[str] = []
+    comment: list[str] = []
+    section, is_told = "", False
+    for line in SHIPPED_INI.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            section, comment = line.strip("[]"), []
+            lines += [line]
+        elif line.startswith("#"):
+            comment = [line] if is_told else [*comment, line]
+            is_told = False
+        elif line:
+            is_told = True
+            if not parser.has_option(section, line.partition("=")[0].strip()):
+                lines += [*comment, line]
+                comment = []
+    return [line for line, after in zip(lines, [*lines[1:], "["], strict=True) if not (line[0] == after[0] == "[")]
+
+
 def doubts(settings: Settings) -> list[Doubt]:
     """Return what in the settings is doubtful."""
     found = []

@@ -224,3 +224,14 @@ def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
         process.send_signal(signal.SIGCONT)
         assert run(tmp_path, "health", "--worker", "--wait", "20", "--at", queue).returncode == 0
     assert run(tmp_path, "health", "--worker", "--at", queue).returncode == 3
+
+
+def test_init_shows_the_keys_that_the_configuration_does_not_have(made: Path) -> None:
+    assert "new " not in run(made, "init").stdout
+    ini = made / "crmbridge.ini"
+    ini.write_text(ini.read_text().replace("mentions = false\n", "").replace("replay_per_s = 20\n", ""))
+    said = run(made, "init").stdout
+    assert "  [instagram]\n  # Whether the CRM is told of comments" in said
+    assert "  mentions = false\n  [delivery]\n  # Dead letters a second" in said
+    assert "comments = false" not in said
+    assert "[web]" not in said

@@ -7,24 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.appliance.box import Box, cache, why_not
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-SHIPPED = (
-    "crmbridge",
-    "static",
-    "openrc",
-    "api-spec.yaml",
-    "crmbridge.ini",
-    "install.sh",
-    "requirements.txt",
-    "README.md",
-)
+from tests.appliance.trees import CHECKOUT, in_box, tree
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,23 +32,6 @@ def box(tmp_path: Path) -> Iterator[Box]:
     made = Box(tmp_path / "box", memory_mb=1024)
     yield made
     made.close()
-
-
-def tree(folder: Path) -> Path:
-    """Copy what is shipped into a folder, which is made."""
-    for name in SHIPPED:
-        copy: Callable[..., object] = shutil.copytree if (CHECKOUT / name).is_dir() else shutil.copy
-        folder.mkdir(parents=True, exist_ok=True)
-        skipped = {"ignore": shutil.ignore_patterns("__pycache__")} if (CHECKOUT / name).is_dir() else {}
-        copy(CHECKOUT / name, folder / name, **skipped)
-    return folder
-
-
-def in_box(box: Box, path: str, source: Path) -> Path:
-    """Copy a file or folder into a box, as `path` there; return where it is seen from outside."""
-    target = box.root / path.lstrip("/")
-    subprocess.run(["cp", "-R", str(source), str(target)], check=True)
-    return target
 
 
 @contextlib.contextmanager
@@ -119,7 +91,7 @@ def layer(shared: Path, bundle: Path) -> Path:
     made = shared / "installed"
     with _once(made) as missing:
         if missing:
-            box = Box(shared / "installing", memory_mb=1024)
+            box = Box(shared / "installing", memory_mb=300)  # more than that no installation may take
             try:
                 in_box(box, "/root/crmbridge.sh", bundle)
                 box.boot()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.appliance.box import Box
-from tests.appliance.conftest import in_box
+from tests.appliance.trees import in_box
 
 pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
 
@@ -99,3 +99,55 @@ def test_a_damaged_bundle_does_nothing(box: Box, bundle: Path, tmp_path: Path) -
         assert done.returncode == 1
         assert "damaged or incomplete; nothing was done" in done.stdout
         assert not (box.root / "opt" / "crmbridge").exists()
+
+
+def test_wrong_owners_and_modes_are_mended(installed: Box) -> None:
+    spoil = """
+        chmod 644 /etc/crmbridge/crmbridge.ini
+        chown root:root /etc/crmbridge/crmbridge.key
+        chmod 777 /var/lib/crmbridge
+        chown root:root /var/lib/crmbridge/queue.db
+        ln -s /etc/shadow /var/lib/crmbridge/link
+        ln /etc/shadow /var/lib/crmbridge/second-name"""
+    installed.run("sh", "-ec", spoil)
+    shadow = installed.run("stat", "-c", "%a %U:%G", "/etc/shadow").stdout
+    said = installed.run("sh", "crmbridge.sh", "repair").stdout
+    for path, mode, owner in (
+        ("/etc/crmbridge/crmbridge.ini", "640", "root:crmbridge"),
+        ("/etc/crmbridge/crmbridge.key", "600", "crmbridge:crmbridge"),
+        ("/var/lib/crmbridge", "750", "crmbridge:crmbridge"),
+    ):
+        assert f"mended   {path}: mode {mode}, owner {owner}" in said
+        assert installed.run("stat", "-c", "%a %U:%G", path).stdout == f"{mode} {owner}\n"
+    assert "mended   /var/lib/crmbridge/queue.db" in said
+    assert installed.run("stat", "-c", "%a %U:%G", "/etc/shadow").stdout == shadow
+
+
+def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(layer: Path, tmp_path: Path) -> None:
+    homes = [path for minor in (12, 13, 14) for path in sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*"))]
+    if not homes:
+        pytest.skip("the machine has no other Python to go on with")
+    box = Box(tmp_path / "box", memory_mb=1024, layer=layer, binds=[homes[0]])
+    try:
+        box.run("chmod", "711", "/root")
+        box.boot()
+        box.run("crmbridge", "health", "--wait", "30")
+        box.run("crmbridge", "key", "create", "--name", "kept", "--admin")
+        box.run("mv", "/usr/bin/python3.11", "/usr/bin/python3.11.gone")
+        for words in (("crmbridge", "check"), ("rc-service", "crmbridge", "restart")):
+            done = box.run(*words, check=False)
+            assert done.returncode != 0
+            assert "Python 3.11.2, with which it was installed, is gone" in done.stdout
+            assert "install.sh repair" in done.stdout
+        said = box.run("/opt/crmbridge/current/install.sh", "status", check=False)
+        assert (said.returncode, "gone: 3.11.2" in said.stdout) == (1, True)
+        python = {"PYTHON": str(homes[0] / "bin" / "python3")}
+        assert (
+            "is whole; the service is started"
+            in box.run("/opt/crmbridge/current/install.sh", "repair", env=python).stdout
+        )
+        assert "kept" in box.run("crmbridge", "key", "list").stdout
+        assert homes[0].name in box.run("/opt/crmbridge/current/install.sh", "status").stdout
+        assert "start version=" in box.run("grep", f"python={homes[0].name}", "/var/log/crmbridge/crmbridge.log").stdout
+    finally:
+        box.close()

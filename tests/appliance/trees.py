@@ -1,0 +1,61 @@
+"""Copies of this checkout, as they are or as another version, to install in a box."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from crmbridge import __version__
+from tests.appliance.box import Box
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHIPPED = (
+    "crmbridge",
+    "static",
+    "openrc",
+    "api-spec.yaml",
+    "crmbridge.ini",
+    "install.sh",
+    "requirements.txt",
+    "README.md",
+)
+_MIGRATION = '''"""One more table."""
+
+
+def up(migrator, db):
+    db.execute_sql("CREATE TABLE later (a TEXT)")
+    {up}
+
+
+def down(migrator, db):
+    db.execute_sql("DROP TABLE later")
+'''
+
+
+def tree(folder: Path) -> Path:
+    """Copy what is shipped into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SHIPPED:
+        if (CHECKOUT / name).is_dir():
+            shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(CHECKOUT / name, folder / name)
+    return folder
+
+
+def later(folder: Path, version: str, *, migration: str = "pass", edits: tuple[tuple[str, str, str], ...] = ()) -> Path:
+    """Make a tree of a later version with a migration of its own.
+
+    `migration` is Python at the end of its `up`; each edit is a file, a text in it, and what stands there instead.
+    """
+    tree(folder)
+    (folder / "crmbridge" / "store" / "migrations" / "0099_later.py").write_text(_MIGRATION.format(up=migration))
+    for name, old, new in (("crmbridge/__init__.py", __version__, version), *edits):
+        text = (folder / name).read_text()
+        assert old in text, f"{name} has no {old!r}"
+        (folder / name).write_text(text.replace(old, new))
+    return folder
+
+
+def in_box(box: Box, path: str, source: Path) -> None:
+    """Copy a file or folder into a box, as `path` there."""
+    subprocess.run(["cp", "-RL", str(source), str(box.root / path.lstrip("/"))], check=True)
