@@ -198,3 +198,41 @@ def test_backups_go_where_root_may_write_and_what_is_put_back_is_the_owners(plac
     assert data["bridge.db"] == (UID, 0o600)
     assert {uid for uid, _ in data.values()} == {UID}
     assert run(place, "check", "--config", str(path)).returncode == 0
+
+
+def test_no_link_that_the_service_makes_leads_root_astray(place: Path) -> None:
+    path, backups, theirs = install(place), place / "data" / "backups", place / "etc" / "theirs"
+    done = run(place, "backup", f"{backups}/", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    (made,) = backups.iterdir()
+    (place / "etc" / "secret").write_text("root's alone")
+    (place / "etc" / "secret").chmod(0o600)
+    made.with_name(made.name + "-wal").symlink_to(place / "etc" / "secret")
+    for given in (made, made.with_name(made.name + "-wal")):
+        done = run(place, "restore", str(given), "--config", str(path))
+        assert (done.returncode, "its user may not read it" in done.stdout) == (1, True), done.stdout
+    theirs.mkdir(mode=0o700)
+    shutil.rmtree(backups)
+    backups.symlink_to(theirs)
+    done = run(place, "backup", f"{backups}/", "--config", str(path))
+    assert (done.returncode, "Permission denied" in done.stdout) == (1, True), done.stdout
+    assert not list(theirs.iterdir())
+
+
+def test_what_the_owner_may_not_read_is_put_back_from_a_folder_of_roots(place: Path) -> None:
+    path, backups = install(place), place / "data" / "backups"
+    done = run(place, "backup", f"{place}/etc/it.db", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    backups.mkdir()
+    os.chown(backups, UID, GID)
+    (place / "etc" / "it.db").rename(backups / "it.db")
+    done = run(place, "restore", f"{backups}/it.db", "--config", str(path))
+    assert (done.returncode, "copy it to a folder of root's" in done.stdout) == (1, True), done.stdout
+    for whose in (0, UID):  # as a copy, or moved
+        (backups / "it.db").rename(place / "etc" / "it.db")
+        os.chown(place / "etc" / "it.db", whose, -1)
+        (place / "etc").chmod(0o700)
+        done = run(place, "restore", f"{place}/etc/it.db", "--config", str(path))
+        assert done.returncode == 0, done.stdout
+        (place / "etc").chmod(0o750)
+        (place / "etc" / "it.db").rename(backups / "it.db")

@@ -45,7 +45,7 @@ def run(
     if with_key:
         note["sealed_key"] = vault.seal_key(vault.read(settings.vault.key_file), _new_passphrase(passphrase_file))
     whose = owner.of(place)
-    writer = whose if owner.of(file) == whose else None  # beside the service's own files it is theirs, too
+    writer = owner.beside(file, whose)  # beside the service's own files it is theirs, too
     with contextlib.ExitStack() as stack:
         with owner.acting(whose):
             db = stack.enter_context(contextlib.closing(database.open_existing(place)))

@@ -38,6 +38,15 @@ def of(path: Path) -> Owner | None:
     return Owner(found.st_uid, user.pw_gid, tuple(sorted(groups)))
 
 
+def beside(path: Path, whose: Owner | None) -> Owner | None:
+    """Return that user where they can lay links on the way to a file, so that root must not follow it as root."""
+    if whose is None:
+        return None
+    path = path.absolute()
+    way = [*path.parents, *([path] if path.is_symlink() else [])]
+    return whose if any(step.lstat().st_uid == whose.uid for step in way if os.path.lexists(step)) else None
+
+
 def ids(owner: Owner | None) -> tuple[int, int] | None:
     """Return the user's and the group's number, for `chown`."""
     return (owner.uid, owner.gid) if owner else None

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from crmbridge import vault
 from crmbridge.config import Settings
@@ -61,7 +62,7 @@ def _copy(source: Path, draft: Path, whose: owner.Owner | None) -> None:
         beside = source.with_name(source.name + side)
         if side and not beside.exists():
             continue
-        with beside.open("rb") as there:
+        with _opened(beside, whose) as there:
             needed, disk = os.fstat(there.fileno()).st_size + _SPARE_BYTES, os.statvfs(draft.parent)
             if disk.f_bavail * disk.f_frsize < needed:
                 free = f"{disk.f_bavail * disk.f_frsize / _MB:.0f} MB are free"
@@ -76,6 +77,20 @@ def _copy(source: Path, draft: Path, whose: owner.Owner | None) -> None:
                 os.fsync(handle)
 
 
+def _opened(path: Path, whose: owner.Owner | None) -> BinaryIO:
+    """Open a file of the backup; where the database's owner may have laid it, only what they may read."""
+    reader = owner.beside(path, whose)
+    try:
+        with owner.acting(reader):
+            return path.open("rb")
+    except PermissionError:
+        if reader is None:
+            raise
+        raise Misconfigured(
+            f"{path} lies among the service's files, and its user may not read it: copy it to a folder of root's first"
+        ) from None
+
+
 def _keys(
     settings: Settings, found: copies.Contents, draft: Path, whose: owner.Owner | None, passphrase_file: str | None
 ) -> tuple[bytes, bool] | None:
@@ -83,7 +98,8 @@ def _keys(
     path = settings.vault.key_file
     with owner.acting(whose):
         sealed = copies.sealed_secrets(draft)
-    lines = vault.read(path).split() if path.exists() else []
+    with owner.acting(owner.beside(path, whose)):
+        lines = vault.read(path).split() if path.exists() else []
     if path.exists() and vault.opens(lines, sealed):
         return None
     if not sealed and not path.exists() and found.sealed_key is None:
