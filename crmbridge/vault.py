@@ -85,18 +85,21 @@ def seal_key(content: str, passphrase: str) -> str:
 
 def open_key(sealed: str, passphrase: str) -> str:
     """Return a key file's content. Raises Misconfigured when it is another passphrase."""
-    _, salt, token = sealed.split("$")
     try:
+        _, salt, token = sealed.split("$")
         return Fernet(_stretched(passphrase, bytes.fromhex(salt))).decrypt(token.encode()).decode()
-    except InvalidToken:
+    except (InvalidToken, ValueError):
         raise Misconfigured("the passphrase is not the one that the key was sealed with") from None
 
 
 def _stretched(passphrase: str, salt: bytes) -> bytes:
     import hashlib
+    import unicodedata
 
     n, r, p = _SCRYPT
-    key = hashlib.scrypt(passphrase.encode(), salt=salt, n=n, r=r, p=p, maxmem=2**26, dklen=32)
+    # The same words, however a keyboard composes its letters, and whatever bytes a terminal gave.
+    spelt = unicodedata.normalize("NFC", passphrase).encode(errors="surrogateescape")
+    key = hashlib.scrypt(spelt, salt=salt, n=n, r=r, p=p, maxmem=2**26, dklen=32)
     return base64.urlsafe_b64encode(key)
 
 

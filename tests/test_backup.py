@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,18 @@ def test_a_crm_is_told_again_by_the_same_ids_and_no_number_is_used_twice(rig: Ri
     assert rig.taken()[-1].event["sequence"] > numbers[4]
 
 
+def test_a_backup_from_before_the_first_event_skips_what_a_crm_read_since(rig: Rig, tmp_path: Path) -> None:
+    rig.account()
+    file = back_up(rig, tmp_path)
+    rig.say("since", "m-1")
+    rig.drain()
+    cursor = page(rig).next_cursor
+    put_back(rig, file)
+    rig.say("later", "m-2")
+    rig.drain()
+    assert [event["message"] for event in map(json.loads, page(rig, cursor).events)] == ["later"]
+
+
 def test_a_copy_by_another_program_is_taken_for_as_old_as_its_last_sign_of_life(rig: Rig, tmp_path: Path) -> None:
     account = rig.account()
     vitals.beat(rig.db, "worker", rig.now_s)
@@ -291,6 +304,20 @@ def test_a_passphrase_that_is_too_short_is_refused(made: Path) -> None:
     refused = run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase")
     assert (refused.returncode, "8 characters or more" in refused.stderr) == (1, True)
     assert not (made / "all.db").exists()
+
+
+def test_a_passphrase_is_the_same_words_however_they_are_written(made: Path) -> None:
+    (made / "passphrase").write_text("Schlüssel für Zürich")
+    assert run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase").returncode == 0
+    (made / "var" / "crmbridge.key").unlink()
+    (made / "passphrase").write_bytes("Schlüssel für Zürich".encode("latin-1"))
+    refused = run(made, "restore", "all.db", "--passphrase-file", "passphrase")
+    assert (refused.returncode, refused.stderr) == (1, "crmbridge: the passphrase in passphrase is not UTF-8 text\n")
+    (made / "passphrase").write_bytes(
+        b"\xef\xbb\xbf" + unicodedata.normalize("NFD", "Schlüssel für Zürich\r\n").encode()
+    )
+    done = run(made, "restore", "all.db", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
 
 
 # --- what goes wrong ---
@@ -374,6 +401,17 @@ def test_a_folder_gets_dated_names_and_keeps_the_last(made: Path) -> None:
     assert names[2:] == ["crmbridge-mine.db", "other.db"]
     row = query(made / "var" / "bridge.db", "SELECT file, bytes, error FROM backups")
     assert row == [(str(folder / names[1]), (folder / names[1]).stat().st_size, None)]
+
+
+def test_the_new_backup_is_kept_by_a_clock_that_is_behind_too(made: Path) -> None:
+    folder = made / "backups"
+    (folder / "crmbridge-20200101T000000Z.db").mkdir(parents=True)
+    for name in ("crmbridge-20990101T000000Z.db", "crmbridge-20990102T000000Z.db"):
+        (folder / name).write_text("")
+    done = run(made, "backup", "backups", "--keep", "2")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in folder.iterdir())
+    assert (len(names), names[0], names[2]) == (3, "crmbridge-20200101T000000Z.db", "crmbridge-20990102T000000Z.db")
 
 
 @pytest.mark.parametrize(

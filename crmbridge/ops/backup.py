@@ -73,7 +73,10 @@ def run(
     print(f"  {counted} ({made.pending} still owed)")
     if keep is not None:
         with owner.acting(writer):
-            for old in sorted(path for path in file.parent.iterdir() if _OURS.fullmatch(path.name))[:-keep]:
+            others = sorted(
+                path for path in file.parent.iterdir() if _OURS.fullmatch(path.name) and path.is_file() and path != file
+            )
+            for old in others[: max(len(others) - keep + 1, 0)]:  # never the new one, whatever the clock says
                 old.unlink()
                 print(f"  removed {old.name}")
     if with_key:
@@ -144,7 +147,10 @@ def sync_folder(folder: Path) -> None:
 def passphrase(file: str | None) -> str:
     """Return what seals or opens the key in a backup: a file's first line, or what is typed."""
     if file is not None:
-        return (Path(file).read_text(encoding="utf-8").splitlines() or [""])[0]
+        try:
+            return (Path(file).read_text(encoding="utf-8-sig").splitlines() or [""])[0]
+        except UnicodeDecodeError:
+            raise Misconfigured(f"the passphrase in {file} is not UTF-8 text") from None
     try:
         return getpass.getpass("Passphrase of the key in the backup: ")
     except EOFError:

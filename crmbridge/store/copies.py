@@ -196,6 +196,8 @@ def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int
         # More than was given out since, also when this is restored once more: no conversation has an event each second.
         number = int(now_s - _BEGIN_S)
         db.run("UPDATE contacts SET crm_sequence = MAX(crm_sequence + ?, ?)", (_GAP, number))
+        missing = "NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'deliveries')"
+        db.run(f"INSERT INTO sqlite_sequence (name, seq) SELECT 'deliveries', 0 WHERE {missing}")  # never had a row
         skip = "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'deliveries'"
         db.run(skip, (number * 1000,))  # so a CRM's cursor from the time since then stays good
         db.run("DROP TABLE IF EXISTS backup_note")
