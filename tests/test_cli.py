@@ -1,11 +1,13 @@
 """The command line, run as a program in a folder of its own."""
 
+import http.server
 import os
 import re
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,25 @@ def test_health_asks_the_running_server(fresh_shop: Shop, tmp_path: Path) -> Non
     shop.kill()
     dead = run(tmp_path, "health", "--live", "--wait", "0.5", "--at", address)
     assert (dead.returncode, dead.stdout) == (3, f"no answer from {address}: [Errno 111] Connection refused\n")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"status": "ok"}'])
+def test_health_takes_no_other_program_for_the_bridge(tmp_path: Path, body: bytes) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        for words in ([], ["--live"]):
+            asked = run(tmp_path, "health", *words, "--at", address)
+            assert (asked.returncode, asked.stdout) == (3, f"what answers at {address} is not crmbridge: HTTP 200\n")
+        server.shutdown()
+    wrong = run(tmp_path, "health", "--at", "localhost")
+    assert (wrong.returncode, wrong.stderr) == (1, "crmbridge: --at localhost: not HOST:PORT\n")
 
 
 def test_health_tells_the_reasons(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from crmbridge.errors import Misconfigured
 NO_ANSWER = 3
 _TRY_S = 10.0
 _PAUSE_S = 0.1
-_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not bound
+_STATUSES = ("alive", "healthy", "unhealthy")
+HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not bound
 
 
 def run(web: config.Web, *, live: bool, wait_s: float) -> int:
@@ -26,7 +27,7 @@ def run(web: config.Web, *, live: bool, wait_s: float) -> int:
     path = "/health/live" if live else "/health"
     ends = time.monotonic() + wait_s
     while True:
-        status, told = _ask(_EVERYWHERE.get(web.host, web.host), web.port, path)
+        status, told = _ask(HERE.get(web.host, web.host), web.port, path)
         if status == 0 or time.monotonic() >= ends:
             print(told)
             return status
@@ -43,12 +44,16 @@ def _ask(host: str, port: int, path: str) -> tuple[int, str]:
         return NO_ANSWER, f"no answer from {host}:{port}: {str(error) or type(error).__name__}"
     finally:
         connection.close()
-    well = answer.status == 200 or path == "/health/live"
     try:
         said = json.loads(body)
-        return int(not well), ": ".join([said["status"], *filter(None, ["; ".join(said.get("reasons", []))])])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return int(not well), f"HTTP {answer.status}"
+    except ValueError:
+        said = None
+    # Another program may have the port, and may say 200 to everything.
+    if not isinstance(said, dict) or not (said.get("status") in _STATUSES or "correlation_id" in said):
+        return NO_ANSWER, f"what answers at {host}:{port} is not crmbridge: HTTP {answer.status}"
+    well = answer.status == 200 or path == "/health/live"
+    status = str(said.get("status") or f"HTTP {answer.status}")
+    return int(not well), ": ".join([status, *filter(None, ["; ".join(said.get("reasons", []))])])
 
 
 def worker(queue_path: Path, *, wait_s: float) -> int:
@@ -76,9 +81,8 @@ def worker(queue_path: Path, *, wait_s: float) -> int:
 
 
 def at(address: str) -> config.Web:
-    """Read HOST:PORT.
-
-    Raises ValueError.
-    """
+    """Read HOST:PORT. Raises Misconfigured."""
     host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        raise Misconfigured(f"--at {address}: not HOST:PORT")
     return config.Web(host=host.strip("[]"), port=int(port))
