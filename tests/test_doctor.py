@@ -398,7 +398,19 @@ def open_data(stage: Stage, undo: contextlib.ExitStack) -> None:
     undo.callback(stage.shop.database.chmod, 0o600)
 
 
-@fault("wrong_owner", "error", "chown -R")
+@fault("data_open", "warning", "/var/backups")
+def open_backup(stage: Stage, undo: contextlib.ExitStack) -> None:
+    stage.backup.chmod(0o604)
+    undo.callback(stage.backup.chmod, 0o600)
+
+
+@fault("folder_open", "warning", "chmod o-w")
+def open_folder(stage: Stage, undo: contextlib.ExitStack) -> None:
+    stage.shop.database.parent.chmod(0o707)
+    undo.callback(stage.shop.database.parent.chmod, 0o700)
+
+
+@fault("wrong_owner", "error", "chown -hR")
 def foreign_file(stage: Stage, undo: contextlib.ExitStack) -> None:
     if os.geteuid():
         pytest.skip("needs root")
@@ -715,6 +727,27 @@ def test_what_answers_never_is_not_waited_for(stage: Stage, monkeypatch: pytest.
     (found,) = [one for one in shown["findings"] if one["level"] == "blind"]
     assert found["what"] == "no answer within 1 s from: public_url"
     assert shown["status"] == 3
+
+
+def test_an_answer_that_makes_no_sense_is_a_finding(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {"user_id": SHOP_ID, "data": [{"user_id": SHOP_ID, "subscribed_fields": [["a customer's words"]]}]}
+    monkeypatch.setattr("crmbridge.instagram.client.Client.ask", lambda *_: (200, odd))
+    (found,) = [one for one in stage.look()["findings"] if one["level"] == "blind"]
+    assert (found["slug"], found["account_id"]) == ("unseen_instagram", stage.account_id)
+    assert found["what"] == f"could not look at Instagram for {stage.account_id}: TypeError"
+
+
+def test_what_is_not_ours_in_a_shared_folder_is_left_alone(stage: Stage, undo: contextlib.ExitStack) -> None:
+    folder = stage.shop.database.parent
+    (folder / "others").write_text("")
+    (folder / "others").chmod(0o666)
+    undo.callback((folder / "others").unlink)
+    if not os.geteuid():
+        os.chown(folder / "others", 12345, 12345)
+    folder.chmod(0o1777)
+    undo.callback(folder.chmod, 0o700)
+    found = {one["slug"] for one in stage.look(calls=False)["findings"]}
+    assert not {"wrong_owner", "data_open", "folder_open"} & found
 
 
 def test_code_that_others_may_change_is_found(stage: Stage) -> None:

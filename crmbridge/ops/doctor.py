@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import queue
+import re
 import secrets
 import socket
 import ssl
@@ -27,7 +28,7 @@ from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.instagram.client import Client, Refusal
-from crmbridge.ops import check, machine, owner
+from crmbridge.ops import check, health, machine, owner
 from crmbridge.ops.check import Finding
 from crmbridge.store import accounts, overview, pauses, vitals
 from crmbridge.store.database import Row
@@ -93,10 +94,13 @@ class Report:
         try:
             for one in probe():
                 self.found.append(one)
-        except _FAILED as error:
-            said = error.message if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - also what a far side makes up
+            said = type(error).__name__ + (f": {error}" if isinstance(error, _FAILED) else "")
+            said = error.message if isinstance(error, BridgeError) else said
             todo = "run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
-            self.found.append(Finding("blind", f"unseen_{name}", f"could not look at {name}: {said}", todo=todo))
+            slug, account = f"unseen_{name.split(maxsplit=1)[0].lower()}", re.search(r"acc_\w+", name)
+            text = f"could not look at {name}: {said}"
+            self.found.append(Finding("blind", slug, text, todo=todo, account_id=account[0] if account else None))
 
 
 def run(path: Path, *, as_json: bool, verbose: bool, calls: bool, only: str | None, log_path: Path) -> int:
@@ -307,7 +311,7 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
     jobs: dict[str, Callable[[], Iterable[Finding]]] = {}
     asked = threading.Event()  # the bridge at its public address: it notes when it is asked, so that has to come first
     jobs["public_url"] = lambda: _public(given, lambda: _last_probe(report), asked)
-    jobs["the bridge"] = lambda: _bridge(given, stranger, asked)
+    jobs["bridge"] = lambda: _bridge(given, stranger, asked)
     for row in rows:
         held = pauses.hold(db, row, "crm") if db is not None else None
         keys = report.look.keys
@@ -318,8 +322,8 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
             secret = keys.open(row["webhook_secret_sealed"]) if row["webhook_secret_sealed"] else None
             report.hidden += [token, secret or ""]
             if token and row["status"] != "inactive":
-                jobs[f"{row['id']} at Instagram"] = _with(_instagram, given, client, row, token)
-            jobs[f"the CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
+                jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
+            jobs[f"CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
     answers: queue.SimpleQueue[tuple[str, list[Finding]]] = queue.SimpleQueue()
     waiting: queue.SimpleQueue[tuple[str, Callable[[], Iterable[Finding]]]] = queue.SimpleQueue()
     for entry in jobs.items():
@@ -358,7 +362,7 @@ def _with(probe: Callable[..., Iterable[Finding]], *words: Any) -> Callable[[], 
 
 
 def _local(given: config.Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(given.web.host, given.web.host)  # noqa: S104
+    host = health.HERE.get(given.web.host, given.web.host)
     return f"http://[{host}]:{given.web.port}" if ":" in host else f"http://{host}:{given.web.port}"
 
 
@@ -598,7 +602,8 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
 def _origin(url: str) -> str:
     """Return of a URL only what is no secret."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
 
 
 def _crm(
@@ -615,6 +620,7 @@ def _crm(
     event_id, now_s = new_id("evt"), time.time()
     body = contract.WebhookTest(event="webhook.test", event_id=event_id, account_id=one, timestamp=instant(now_s))
     place, crm_url = _origin(url), _put(given, row, _NEW_URL)
+    tls = place.partition("//")[2] + ("" if urlsplit(url).port else ":443")
     try:
         crm.post(session, url=url, secret=secret, event_id=event_id, body=body.model_dump_json().encode(),
                  correlation_id=new_id("req"), now_s=now_s)  # fmt: skip
@@ -631,7 +637,7 @@ def _crm(
             "crm_address_refused": "name the CRM's network in [crm] allow_networks, if it is yours, and restart; else "
             + crm_url,
             "crm_dns_failed": f"getent ahosts {urlsplit(url).hostname}; or {crm_url}",
-            "crm_tls_failed": f"openssl s_client -connect {urlsplit(url).hostname}:{urlsplit(url).port or 443} "
+            "crm_tls_failed": f"openssl s_client -connect {tls} "
             f"-servername {urlsplit(url).hostname}; mend the CRM's certificate",
             "crm_timeout": f"the CRM must answer within {given.crm.timeout_s:g} s, before it works: {look}",
             "crm_rate_limited": "let the CRM take more calls, or wait",

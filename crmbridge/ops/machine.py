@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shlex
 import sqlite3
 import ssl
 import stat
@@ -145,8 +146,12 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
     folder, code = settings.store.path.parent, config.ROOT / "crmbridge"
     whose = folder.stat()
     user = f"{whose.st_uid}:{whose.st_gid}"
+    # Only what is ours: the folder may be shared, as /tmp or a home is.
+    names = (settings.store.path.name, settings.store.queue_path.name)
+    own = [path for path in folder.iterdir() if path.name.startswith(names) or path.name == "backups"]
+    own = sorted([*own, *folder.glob("backups/*")])
     strange = []
-    for path in sorted([*folder.iterdir(), *folder.glob("backups/*")]):
+    for path in own:
         with contextlib.suppress(FileNotFoundError):  # they come and go
             if path.lstat().st_uid != whose.st_uid:
                 strange.append(path)
@@ -154,11 +159,14 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
         named = ", ".join(path.name for path in strange[:4]) + (" …" if len(strange) > 4 else "")
         yield Finding("error", "wrong_owner", f"{len(strange)} file(s) in {folder} are of another owner: {named}",
                       "the service cannot open them: it does not start, or fails at any time",
-                      f"chown -R {user} {folder}")  # fmt: skip
-    open_to = [path for path in (folder, settings.store.path, *folder.glob("backups/*")) if _others_may(path, 0o007)]
+                      f"chown -hR {user} {_named(folder, strange)}")  # fmt: skip
+    open_to = [path for path in own if path.name != "backups" and _others_may(path, 0o007)]
     if open_to:
         yield Finding("warning", "data_open", f"{', '.join(str(path) for path in open_to[:3])} is open to every user",
-                      "it holds what customers write", f"chmod -R o-rwx {folder}")  # fmt: skip
+                      "it holds what customers write", f"chmod -R o-rwx {_named(folder, open_to)}")  # fmt: skip
+    if stat.S_IMODE(whose.st_mode) & (0o002 | stat.S_ISVTX) == 0o002:
+        yield Finding("warning", "folder_open", f"every user may exchange files in {folder}",
+                      "whoever does that has the service read theirs", f"chmod o-w {folder}")  # fmt: skip
     has_secrets = bool(settings.instagram.app_secrets or settings.instagram.verify_token or settings.alerts.url)
     if has_secrets and _others_may(source, 0o004):
         yield Finding("warning", "ini_open", f"{source} is open to every user", "it holds the app secret",
@@ -175,6 +183,11 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
                       f"chown -R root:root {config.ROOT} && chmod -R go-w {config.ROOT}")  # fmt: skip
     if not (strange or open_to or loose):
         yield Finding("ok", "files", "owners and modes of the files")
+
+
+def _named(folder: Path, paths: list[Path]) -> str:
+    """Return the entries of a folder in which these paths are, as they are typed."""
+    return " ".join(dict.fromkeys(shlex.quote(str(folder / path.relative_to(folder).parts[0])) for path in paths))
 
 
 def _others_may(path: Path, bits: int) -> bool:
