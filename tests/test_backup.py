@@ -154,6 +154,22 @@ def test_a_send_that_went_out_after_the_backup_is_found_and_not_sent_again(rig: 
     assert "message.sent" in rig.events()
 
 
+def test_a_clock_that_was_ahead_at_the_backup_sends_nothing_twice(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    message_id = rig.send(account)
+    rig.now_s += 7200
+    file = back_up(rig, tmp_path)
+    rig.now_s -= 7200
+    rig.live_through(5)
+    assert sent_texts(rig) == ["hello"]
+    rig.now_s += 60
+    put_back(rig, file)
+    assert rig.db.value("SELECT since FROM backfills") < instant(rig.now_s - 86_400)
+    rig.live_through(300)
+    assert sent_texts(rig) == ["hello"]
+    assert rig.status(message_id)["status"] == "sent"
+
+
 def test_what_did_not_go_out_is_sent_once_in_its_order(rig: Rig, tmp_path: Path) -> None:
     account = rig.account()
     for text in ("one", "two", "three"):

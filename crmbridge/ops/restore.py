@@ -149,6 +149,8 @@ What happens at the next start:
   What Instagram told since is fetched again for every account, as far as it shows it, and comes to the CRM as new
     events with "recovered": true. The sequence of every conversation goes on far above the numbers that were in use.
 Not known any more, as it was after {made_at}:
-  sends that were accepted since (most have gone out: do not send them again), and keys revoked, accounts changed or
-    deleted and customers erased since: do that again.
+  sends that were accepted since (most have gone out: do not send them again), and what became of those that were
+    waiting: one that was cancelled or failed since is taken up again. To look into it first, before the
+    start: crmbridge account pause ACCOUNT --sends. Keys revoked, accounts changed or paused or deleted, and
+    customers erased since: do that again.
 Next: crmbridge check, then start the service.""")

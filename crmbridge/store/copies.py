@@ -26,6 +26,7 @@ _TABLES = ("accounts", "contacts", "inbound_events", "outbound_messages", "deliv
 _SIDE = ("-wal", "-shm", "-journal")
 _KEPT_NOTES = 100
 _GAP = 1000
+_UNSURE_S = 7 * 86_400.0
 _BEGIN_S = epoch_s("2020-01-01T00:00:00.000Z")
 
 
@@ -166,7 +167,9 @@ def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int
     What was owed then may have been done since. A CRM tells a repeated event by its id; a send is looked for in the
     conversation first, as one in doubt. No number of a conversation that may be in use is given out again.
     """
-    now, gap_s = instant(now_s), max(now_s - epoch_s(made_at), 0.0)
+    if epoch_s(made_at) > now_s:  # the clock was ahead then: when it really was, nothing tells
+        made_at = instant(now_s - _UNSURE_S)
+    now, gap_s = instant(now_s), now_s - epoch_s(made_at)
     owed = "state = 'pending' AND target = 'instagram' AND event = ?"
 
     def job() -> int:
