@@ -372,7 +372,7 @@ def no_key(stage: Stage, _: contextlib.ExitStack) -> Path:
     return stage.with_ini(key_file="var/lost.key")
 
 
-@fault("database", "error", "crmbridge init")
+@fault("database", "error", "crmbridge restore FILE")
 def no_database(stage: Stage, _: contextlib.ExitStack) -> Path:
     return stage.with_ini(path="var/lost.db")
 

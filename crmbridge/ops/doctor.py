@@ -194,7 +194,10 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
     todo = one.todo or (_SET % path if one.slug in ("app_secrets_empty", "verify_token_empty", "look_up_short") else "")
     if one.slug == "worker_dead":
         todo = check.to_start()
-    if one.slug in ("database", "key_file") and one.level == "error":
+    if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
+        # The key file tells that there was one; a new one, and nobody would miss the old one's accounts.
+        todo = "is its disk mounted (df)? Else: crmbridge restore FILE; only for a new installation: crmbridge init"
+    elif one.slug in ("database", "key_file") and one.level == "error":
         todo = one.what.rpartition(": ")[2]  # their sentences end with it
         if "cannot be read" in one.what and report.settings is not None:
             key, whose = report.settings.vault.key_file, report.settings.store.path.parent.stat()
