@@ -377,6 +377,15 @@ def no_database(stage: Stage, _: contextlib.ExitStack) -> Path:
     return stage.with_ini(path="var/lost.db")
 
 
+@fault("database", "error", "fuser -v ")
+def locked(stage: Stage, undo: contextlib.ExitStack) -> Path:
+    held = undo.enter_context(contextlib.closing(sqlite3.connect(stage.folder / "var" / "locked.db")))
+    held.execute("PRAGMA locking_mode = EXCLUSIVE")
+    held.execute("CREATE TABLE IF NOT EXISTS something (id)")
+    held.execute("BEGIN EXCLUSIVE")
+    return stage.with_ini(path="var/locked.db")
+
+
 @fault("database", "error", "put a backup back")
 def no_sqlite(stage: Stage, undo: contextlib.ExitStack) -> Path:
     broken = stage.folder / "var" / "broken.db"

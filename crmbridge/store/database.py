@@ -284,6 +284,8 @@ class Database:
         try:
             status = Runner(self._db, str(_MIGRATIONS)).status()
         except peewee.DatabaseError as error:
+            if "locked" in str(error):  # by somebody who does not go by our locks; nothing is wrong with it
+                return f"another program keeps it locked; see which, and end it: fuser -v {self.path}"
             return f"it is not a usable database ({error}): put a backup back"
         strange = [step.name for step in status if step.path is None]
         if strange:
