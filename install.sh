@@ -175,8 +175,9 @@ point_venv() {
 
 need_root() {
     PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # a plain su leaves them out
-    # the service does not have what overrides its configuration in this shell
-    for name in $(env | sed -n 's/^\(CRMBRIDGE_[A-Z_]*\)=.*/\1/p'); do unset "$name"; done
+    cd / # Python imports from where it is started, and anybody may write to a folder such as /tmp
+    # the service does not have what overrides its configuration, or changes Python, in this shell
+    for name in $(env | sed -nE 's/^(CRMBRIDGE_[A-Z_]+|PYTHON[A-Z0-9_]+)=.*/\1/p'); do unset "$name"; done
     [ "$(id -u)" = 0 ] && return
     stop "this needs root." "Type:  sudo $me $command" "Without root, 'crmbridge init' and 'crmbridge serve' run it in any folder."
 }
@@ -318,9 +319,8 @@ import huey, peewee, pydantic, requests, waitress' >/dev/null 2>&1
 install_packages() {
     make_venv
     installed=no
-    set -- "$1" "$1/wheels" "$root/wheels"
-    for wheels; do
-        if [ "$wheels" = "$1" ] || [ ! -d "$wheels" ]; then continue; fi
+    for wheels in "$1/wheels" "$root/wheels" "$opt"/*/wheels; do
+        [ -d "$wheels" ] || continue
         if (install_pinned "$1/requirements.txt" --no-index --find-links "$wheels") >/dev/null 2>&1; then
             installed=yes
             break
@@ -349,13 +349,14 @@ has_packages() {
 build() {
     tree=$opt/$version
     if [ -d "$tree" ]; then
-        runs "$tree" || rebuild "$tree"
-        return 0
+        revive "$version"
+        return
     fi
     need_space "$opt" "$code_mb" "the program"
     draft=$opt/.draft
     rm -rf -- "$draft"
     mkdir -p -- "$draft/bin"
+    own "$opt" 755 root:root
     for part in $shipped wheels; do
         if [ -e "$root/$part" ]; then cp -RL -- "$root/$part" "$draft/"; fi
     done
@@ -391,6 +392,14 @@ rebuild() {
     tell made "$1/venv"
 }
 
+# Makes the version $1 run again when the Python it was installed with is gone.
+revive() {
+    runs "$opt/$1" && return
+    need_python
+    need_memory
+    rebuild "$opt/$1"
+}
+
 write_launcher() {
     cat >"$1" <<'END'
 #!/bin/sh
@@ -402,8 +411,6 @@ if ! "$home/venv/bin/python" -ISc '' 2>/dev/null; then
     echo "  Type as root:  $home/install.sh repair" >&2
     exit 1
 fi
-# not the crmbridge.ini of the folder that somebody happens to stand in, a checkout's for instance
-export CRMBRIDGE_CONFIG="${CRMBRIDGE_CONFIG:-/etc/crmbridge/crmbridge.ini}"
 exec "$home/venv/bin/python" -P -m crmbridge "$@"
 END
 }
@@ -425,8 +432,13 @@ END
 
 # --- the server: files outside of $opt ---
 
-# Gives $1 the mode $2 and the owner $3 when it has others.
+# Gives $1 the mode $2 and the owner $3 when it has others. A link is followed when root made it; the service's may lead
+# anywhere.
 own() {
+    if [ -L "$1" ]; then
+        [ "$(stat -c %u -- "$1")" = 0 ] || return 0
+        set -- "$(readlink -f -- "$1")" "$2" "$3"
+    fi
     [ "$(stat -c '%a %U:%G' -- "$1")" != "$2 $3" ] || return 0
     chown -h -- "$3" "$1"
     chmod -- "$2" "$1"
@@ -436,9 +448,8 @@ own() {
 # Makes the folder $1 with the mode $2 and the owner $3.
 folder() {
     if [ ! -d "$1" ]; then
-        mkdir -p -- "$1"
-        chown -- "$3" "$1"
-        chmod -- "$2" "$1"
+        mkdir -m "$2" -- "$1"
+        chown -h -- "$3" "$1"
         tell made "$1"
     fi
     own "$1" "$2" "$3"
@@ -474,6 +485,9 @@ make_user() {
     if ! getent passwd "$user" >/dev/null; then
         useradd -r -M -g "$user" -d "$data" -s "$nologin" -c crmbridge "$user"
         tell made "user $user"
+    elif ! id -nG "$user" | grep -qw "$user"; then # it was there before, and could not read the configuration
+        usermod -a -G "$user" "$user"
+        tell mended "user $user: is in the group $user, too"
     fi
 }
 
@@ -514,9 +528,11 @@ place_service() {
     place_default "$1" crmbridge.confd /etc/conf.d/crmbridge
     place_default "$1" crmbridge.logrotate /etc/logrotate.d/crmbridge
     if [ "$(readlink /usr/local/bin/crmbridge)" != "$opt/current/bin/crmbridge" ]; then
-        mkdir -p /usr/local/bin
-        ln -sfn "$opt/current/bin/crmbridge" /usr/local/bin/crmbridge
-        tell made /usr/local/bin/crmbridge
+        if mkdir -p /usr/local/bin && ln -sfn "$opt/current/bin/crmbridge" /usr/local/bin/crmbridge; then
+            tell made /usr/local/bin/crmbridge
+        else
+            say "the command is $opt/current/bin/crmbridge, as /usr/local/bin cannot have a link to it"
+        fi
     fi
 }
 
@@ -528,7 +544,7 @@ service_state() {
         echo "not installed"
         return
     fi
-    state=$(rc-service crmbridge status 2>/dev/null) && code=0 || code=$?
+    state=$(rc-service crmbridge status 2>&1) && code=0 || code=$?
     case $code in
         0) echo started ;;
         3) echo stopped ;;
@@ -568,7 +584,7 @@ stop_service() {
 
 # Ends what a killed start has left behind OpenRC's back: supervisors first, which then end what is theirs.
 end_leftovers() {
-    for kind in "^supervise-daemon crmbridge" "^$opt/.* -m crmbridge serve " "^$opt/.* -m crmbridge worker "; do
+    for kind in "^supervise-daemon crmbridge" " -m crmbridge serve .*--config $ini " " -m crmbridge worker .*--config $ini "; do
         for process in /proc/[0-9]*; do
             tr '\0' ' ' 2>/dev/null <"$process/cmdline" | grep -q -e "$kind" || continue
             kill "${process#/proc/}" 2>/dev/null || continue
@@ -672,15 +688,19 @@ put_back() {
     point current "$from"
     point previous "$(noted previous)"
     place_service "$opt/$from"
-    if [ "$was" != stopped ]; then start_service; fi
+    if [ "$was" = stopped ] || (start_service); then
+        say "$from is as before; what the other version had accepted is kept"
+    else
+        say "$from is back with all that was accepted, but does not run; why stands above"
+    fi
     rm -f -- "$journal"
-    say "$from runs as before; what the other version had accepted is kept"
 }
 
 # A failure in the middle of a move ends here.
 on_exit() {
     status=$?
     trap - EXIT
+    trap '' PIPE # nobody may read what is said, but it goes on
     rm -rf -- "$opt/.draft"
     if [ -e "$journal" ]; then
         (put_back) || say "$(noted from) could not be put back; the next run of install.sh tries it again"
@@ -704,13 +724,14 @@ begin() {
         if [ -n "$(noted from)" ]; then
             version=$(noted from)
             runs "$opt/$version" || version=$(noted to)
+            revive "$version"
             read_ini "$opt/$version"
         fi
         put_back
         recovered=yes
     fi
     trap on_exit EXIT
-    trap 'exit 130' HUP INT TERM
+    trap 'exit 130' HUP INT TERM PIPE
 }
 
 # --- the server: commands ---
@@ -745,7 +766,7 @@ install_version() {
         [ ! -e "$database" ] || back_up
         move_to "$version"
         "$opt/$version/bin/crmbridge" init --config "$ini" | sed '/^kept/d'
-        echo "crmbridge $version is $(service_state); $current is kept:  $opt/current/install.sh rollback"
+        echo "crmbridge $version runs; $current is kept:  $opt/current/install.sh rollback"
     fi
 }
 
@@ -760,14 +781,17 @@ init_first() {
 # A copy of the database in its own folder, before its schema may change.
 back_up() {
     used_mb=$(du -cm -- "$database" "$database-wal" 2>/dev/null | tail -n 1 | cut -f 1)
-    need_space "$(dirname -- "$database")" $((2 * used_mb + 20)) "a backup before the upgrade"
+    for disk in "$data" "$(dirname -- "$database")"; do # it may have been moved to another disk
+        need_space "$disk" $((2 * used_mb + 20)) "the backup before the upgrade, and the upgrade,"
+    done
     file=$data/backups/before-$version-$(date +%Y%m%dT%H%M%S).db
     log=$("$opt/$version/bin/crmbridge" backup "$file" --config "$ini" 2>&1) || {
         printf '%s\n' "$log" >&2
         stop "the backup before the upgrade failed; what was said stands above." "Nothing was changed; $current runs on."
     }
     tell saved "$file"
-    find "$data/backups" -name 'before-*.db' -printf '%T@ %p\n' | sort -n | head -n -3 | cut -d ' ' -f 2- | xargs -r rm -f --
+    # whatever the clock says, this one stays
+    find "$data/backups" -name 'before-*.db' ! -path "$file" -printf '%T@ %p\n' | sort -n | head -n -2 | cut -d ' ' -f 2- | xargs -r rm -f --
 }
 
 tell_next() {
@@ -797,13 +821,12 @@ rollback() {
     [ "$recovered" = no ] || return 0
     version=$(version_at previous)
     [ -n "$version" ] || stop "there is no version before $current to go back to."
-    if ! runs "$opt/$version"; then
-        need_python
-        rebuild "$opt/$version"
-    fi
+    revive "$version"
+    # which knows the way back between their schemas
+    [ "$(newest_migration "$version")" = "$(newest_migration "$current")" ] || revive "$current"
     read_ini "$opt/$version"
     move_to "$version"
-    echo "crmbridge $version is $(service_state); $current is kept, and another rollback goes there again"
+    echo "crmbridge $version runs; $current is kept:  $opt/current/install.sh rollback   goes forward again"
 }
 
 repair() {
@@ -822,9 +845,7 @@ repair() {
 # Makes what is missing or damaged around the version that runs; without anything to mend, nothing.
 mend() {
     if ! runs "$opt/$version"; then
-        need_python
-        need_memory
-        rebuild "$opt/$version"
+        revive "$version"
         prepare_system
         if is_started; then
             stop_service
@@ -833,6 +854,8 @@ mend() {
     fi
     prepare_system
     place_service "$opt/$version"
+    # nobody wants it crashed, half started, or without the supervisor that would start it again
+    case $(service_state) in started | stopped) ;; *) stop_service && start_service ;; esac
 }
 
 uninstall() {
@@ -843,8 +866,9 @@ uninstall() {
     if [ -e /etc/init.d/crmbridge ]; then
         stop_service
         tell stopped crmbridge
-        rc-update -q del crmbridge >/dev/null 2>&1 || :
+        rc-update -q -a del crmbridge >/dev/null 2>&1 || :
     fi
+    if (read_ini "$opt/current") 2>/dev/null; then read_ini "$opt/current"; fi
     if [ "$(readlink /usr/local/bin/crmbridge)" = "$opt/current/bin/crmbridge" ]; then remove /usr/local/bin/crmbridge; fi
     remove /etc/init.d/crmbridge.worker /etc/init.d/crmbridge /etc/logrotate.d/crmbridge
     if [ "${1:-}" != --purge ]; then
@@ -853,11 +877,13 @@ uninstall() {
             [ ! -e "$place" ] || tell kept "$place"
         done
         ! getent passwd "$user" >/dev/null || tell kept "user $user, whose files these are"
-        case $me in "$opt"/*) me="./install.sh (in a checkout) or sh BUNDLE" ;; esac # it has just been removed
-        echo "Another installation takes them up again. To remove them, too:  $me uninstall --purge"
+        echo "Another installation takes them up again. Without them:  install.sh uninstall --purge, from a checkout or bundle"
         return
     fi
     remove /etc/conf.d/crmbridge "$etc" "$data" "$logs" "$opt"
+    for place in "${database:-}" "${key_file:-}"; do # where an administrator moved them
+        [ ! -e "$place" ] || tell kept "$place"
+    done
     if getent passwd "$user" >/dev/null; then
         userdel "$user"
         tell removed "user $user"
@@ -868,8 +894,9 @@ uninstall() {
 remove() {
     for place; do
         [ -e "$place" ] || [ -L "$place" ] || continue
-        rm -rf -- "$place"
-        tell removed "$place"
+        # where an administrator's link leads there may be more than ours
+        if [ -L "$place" ] && [ -d "$place" ]; then tell kept "$(readlink -f -- "$place")"; fi
+        if rm -rf -- "$place"; then tell removed "$place"; else say "$place could not be removed; why stands above"; fi
     done
 }
 
@@ -914,6 +941,7 @@ bundle() {
         /*) file=$1 ;;
         *) file=$(pwd)/$1 ;;
     esac
+    cd / # as in need_root
     scratch=$(mktemp -d)
     trap 'rm -rf -- "$scratch"' EXIT
     trap 'exit 130' HUP INT TERM

@@ -94,6 +94,15 @@ def test_with_a_python_that_the_service_could_not_run(bare: Box) -> None:
     refuses(bare, "could not run /root/python3: /root is closed to others", env={"PYTHON": "/root/python3"})
 
 
+def test_nothing_is_imported_from_where_it_is_run(bare: Box) -> None:
+    planted = (
+        'rm -rf /tmp/w; mkdir /tmp/w; cd /tmp/w; echo \'open("/tmp/w/imported", "w")\' >venv.py; cp venv.py ssl.py'
+    )
+    words = ["sh", "-c", f"{planted}; sh /srv/tree/install.sh install", "-"]
+    assert "pip must reach" in bare.run(*words, check=False, env={"PIP_RETRIES": "0", "PYTHONINSPECT": "1"}).stdout
+    assert bare.run("ls", "/tmp/w").stdout == "ssl.py\nvenv.py\n"
+
+
 def test_with_an_old_sqlite(bare: Box) -> None:
     bare.run("sed", "-i", "s/^least_sqlite=.*/least_sqlite=99.0/", "/srv/tree/install.sh")
     try:
