@@ -411,6 +411,8 @@ if ! "$home/venv/bin/python" -ISc '' 2>/dev/null; then
     echo "  Type as root:  $home/install.sh repair" >&2
     exit 1
 fi
+# not the crmbridge.ini of the folder that somebody happens to stand in, a checkout's for instance
+export CRMBRIDGE_CONFIG="${CRMBRIDGE_CONFIG:-/etc/crmbridge/crmbridge.ini}"
 exec "$home/venv/bin/python" -P -m crmbridge "$@"
 END
 }
@@ -766,7 +768,7 @@ install_version() {
         [ ! -e "$database" ] || back_up
         move_to "$version"
         "$opt/$version/bin/crmbridge" init --config "$ini" | sed '/^kept/d'
-        echo "crmbridge $version runs; $current is kept:  $opt/current/install.sh rollback"
+        echo "crmbridge $version is $(service_state); $current is kept:  $opt/current/install.sh rollback"
     fi
 }
 
@@ -826,7 +828,7 @@ rollback() {
     [ "$(newest_migration "$version")" = "$(newest_migration "$current")" ] || revive "$current"
     read_ini "$opt/$version"
     move_to "$version"
-    echo "crmbridge $version runs; $current is kept:  $opt/current/install.sh rollback   goes forward again"
+    echo "crmbridge $version is $(service_state); $current is kept, and another rollback goes there again"
 }
 
 repair() {
@@ -877,7 +879,8 @@ uninstall() {
             [ ! -e "$place" ] || tell kept "$place"
         done
         ! getent passwd "$user" >/dev/null || tell kept "user $user, whose files these are"
-        echo "Another installation takes them up again. Without them:  install.sh uninstall --purge, from a checkout or bundle"
+        case $me in "$opt"/*) me="./install.sh (in a checkout) or sh BUNDLE" ;; esac # it has just been removed
+        echo "Another installation takes them up again. To remove them, too:  $me uninstall --purge"
         return
     fi
     remove /etc/conf.d/crmbridge "$etc" "$data" "$logs" "$opt"

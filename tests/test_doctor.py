@@ -798,6 +798,7 @@ def normal(text: str) -> str:
     text = re.sub(r"https?://[^\s/;]+", "URL", text)
     text = re.sub(r"\b(localhost|bridge\.example\.com)\b", "HOST", text)
     text = text.replace("rc-service crmbridge restart", "restart crmbridge serve")
+    text = text.replace("apt install --only-upgrade libsqlite3-0", "emerge -u dev-db/sqlite")
     return " ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", text).split())
 
 

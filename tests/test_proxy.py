@@ -105,8 +105,8 @@ def is_old_caddy() -> bool:
 def caddy(folder: Path, http_port: int, https_port: int, upstream: str) -> list[str]:
     text = snippet("caddyfile").replace("127.0.0.1:8080", upstream)
     if is_old_caddy():
-        (older,) = re.findall(r"# Caddy before 2\.7, .* as two: (.*)\n", text)
-        text = re.sub(r"^\t*request_buffers .*$", older.replace("; ", "\n"), text, flags=re.MULTILINE)
+        ((first, second),) = re.findall(r"# Caddy before 2\.7, .*\n\t*# \"(.*)\" and \"(.*)\"\n", text)
+        text = re.sub(r"^\t*request_buffers .*$", f"{first}\n{second}", text, flags=re.MULTILINE)
     ours = f"admin off\nskip_install_trust\ndefault_bind 127.0.0.1\nhttp_port {http_port}\nhttps_port {https_port}\n"
     text = text.replace("{\n", "{\n" + ours, 1)
     text = text.replace(f"\n{NAME} {{\n", f"\n{NAME} {{\ntls {folder}/fullchain.pem {folder}/privkey.pem\n")

@@ -60,7 +60,12 @@ def versions() -> Iterator[Finding]:
         yield Finding("ok", "openssl", ssl.OPENSSL_VERSION)
     else:
         yield Finding("warning", "openssl", f"{ssl.OPENSSL_VERSION} gets no security fixes any more",
-                      "every call to Instagram and the CRM goes through it", "emerge -u dev-libs/openssl")  # fmt: skip
+                      "every call to Instagram and the CRM goes through it",
+                      _by_system("emerge -u dev-libs/openssl", "apt install --only-upgrade libssl3"))  # fmt: skip
+
+
+def _by_system(gentoo: str, debian: str) -> str:
+    return debian if os.path.exists("/etc/debian_version") else gentoo
 
 
 def has_wal_reset(version: tuple[int, ...]) -> bool:
@@ -74,6 +79,7 @@ def wal_reset(others: list[Process], version: tuple[int, ...] = sqlite3.sqlite_v
     names = ", ".join(f"{Path(one.words[0]).name} (pid {one.pid})" for one in others)
     if not has_wal_reset(version):
         return
+    newer = _by_system("emerge -u dev-db/sqlite", "apt install --only-upgrade libsqlite3-0")
     about = "SQLite {}.{}.{} has the WAL-reset bug (mended in 3.51.3, 3.50.7 and 3.44.6)".format(*version)
     bug = (
         "if a commit of another connection starts the write-ahead log anew just when a checkpoint begins, that takes "
@@ -87,11 +93,11 @@ def wal_reset(others: list[Process], version: tuple[int, ...] = sqlite3.sqlite_v
     if names:
         yield Finding("warning", "sqlite_wal_reset", f"{about}, and {names} has the database open, too",
                       f"{bug}{ours}; but others do not take that lock, and may commit or checkpoint at any time",
-                      "end that program, or: emerge -u dev-db/sqlite, then restart the service")  # fmt: skip
+                      f"end that program, or: {newer}, then restart the service")  # fmt: skip
     else:
         yield Finding("note", "sqlite_wal_reset", about,
                       f"{bug}{ours}. Beside the running service let no other program write into the file",
-                      "emerge -u dev-db/sqlite when there is a newer one, then restart the service")  # fmt: skip
+                      f"{newer} when there is a newer one, then restart the service")  # fmt: skip
 
 
 def clock(db: database.Database | None) -> Iterator[Finding]:
@@ -115,8 +121,8 @@ def clock(db: database.Database | None) -> Iterator[Finding]:
     if adjtimex is not None and adjtimex(ctypes.create_string_buffer(512)) == _TIME_ERROR:
         yield Finding("note", "clock_unkept", "the kernel knows of nobody who keeps the clock right",
                       "it drifts by seconds a day; a CRM that checks webhook-timestamp refuses what is minutes off",
-                      "emerge net-misc/chrony && rc-update add chronyd default && rc-service chronyd start"
-                      )  # fmt: skip
+                      _by_system("emerge net-misc/chrony && rc-update add chronyd default && rc-service chronyd start",
+                                 "apt install chrony"))  # fmt: skip
 
 
 def disk(settings: config.Settings, db: database.Database | None) -> Iterator[Finding]:
@@ -405,7 +411,7 @@ def settings(given: config.Settings, source: Path, crm_urls: list[str]) -> Itera
 def backups(settings: config.Settings, db: database.Database | None) -> Iterator[Finding]:
     """Look for the last good backup, and for a later one that failed."""
     folder = settings.store.path.parent
-    todo = f"crmbridge backup {folder}/backups/ --keep 7; daily by cron: README, Backups"
+    todo = f"crmbridge backup {folder}/backups/ --keep 14; daily by cron: README, Backups"
     if db is None:
         return
     good, tried = copies.last(db), copies.last(db, good=False)

@@ -129,9 +129,10 @@ def run(path: Path, target: Path | None, *, calls: bool, log_path: Path) -> int:
                 entry = tarfile.TarInfo(f"crmbridge-support/{name}")
                 entry.size, entry.mtime, entry.mode = len(content.encode()), now_s, 0o600
                 bundle.addfile(entry, io.BytesIO(content.encode()))
+        size = file.tell()
     if report.look.db is not None:
         report.look.db.close()
-    print(f"made     {target}, {target.stat().st_size if os.access(target.parent, os.X_OK) else 0} bytes")
+    print(f"made     {target}, {size} bytes")
     print("Secrets, texts, names and customers' ids are struck out; look through it before you give it away.")
     return 0
 

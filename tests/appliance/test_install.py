@@ -75,10 +75,12 @@ def test_a_second_run_changes_nothing(installed: Box) -> None:
 
 
 def test_uninstall_leaves_what_is_the_owners_and_purge_does_not(installed: Box) -> None:
+    installed.run("sh", "-c", "cd /opt/crmbridge/current && crmbridge check | grep /etc/crmbridge/crmbridge.ini")
     said = installed.run("/opt/crmbridge/current/install.sh", "uninstall").stdout
     for kept in ("/etc/crmbridge", "/etc/conf.d/crmbridge", "/var/lib/crmbridge", "/var/log/crmbridge"):
         assert f"kept     {kept}\n" in said
         assert (installed.root / kept.lstrip("/")).exists()
+    assert "/opt/crmbridge" not in said.splitlines()[-1]  # nothing is there any more to be typed
     left = "ls -d /opt/crmbridge /etc/init.d/crmbridge* /etc/logrotate.d/crmbridge /usr/local/bin/crmbridge 2>/dev/null"
     assert installed.run("sh", "-c", left, check=False).stdout == ""
     assert installed.run("pgrep", "-f", "crmbridge serve", check=False).stdout == ""

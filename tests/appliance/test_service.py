@@ -70,6 +70,7 @@ def test_a_wrong_configuration_is_named_and_stops_nothing(shop: Shop) -> None:
             told = shop.box.run("rc-service", "crmbridge", *words, check=False)
             assert told.returncode != 0
             assert "there is no section [nonsense]" in told.stdout or "[web] port: bad value 'many'" in told.stdout
+            assert ("the running process goes on" in told.stdout) == (words != ["checkconfig"])
         assert "alive" in shop.rc("healthcheck")  # and the supervisor does not take it for dead
     shop.ini.write_text(good.replace("port = 8080", "port = 8081"))
     assert "alive" in shop.rc("healthcheck")
