@@ -43,9 +43,9 @@ def test_doctor_tells_a_fresh_server_what_is_missing_and_a_stopped_one_to_be_sta
     for slug in ("worker_dead", "not_serving"):
         assert found[slug]["level"] == "error"
         assert found[slug]["todo"].startswith("rc-service crmbridge start")
-    box.run("touch", "/var/lib/crmbridge/planted")
+    box.run("touch", "/var/lib/crmbridge/bridge.db.planted")
     _, found = look(box, "--no-calls")
-    assert found["wrong_owner"]["todo"].endswith(" /var/lib/crmbridge")
+    assert found["wrong_owner"]["todo"].endswith(" /var/lib/crmbridge/bridge.db.planted")
     box.run("sh", "-c", found["wrong_owner"]["todo"])
     assert "wrong_owner" not in look(box, "--no-calls")[1]
     assert box.run("find", "/var/lib/crmbridge", "!", "-user", "crmbridge").stdout == ""

@@ -186,7 +186,7 @@ def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(laye
 
 # Where a first installation is killed: as in test_upgrade.
 STEPS = (
-    ("log=", 3),
+    ("installed=no", 0.3),
     ("mv -- /opt/crmbridge/.draft", 0),
     ("usermod", 0),
     ("mv -- /etc/crmbridge/crmbridge.ini.new", 0),
