@@ -1,6 +1,5 @@
 """Fixtures: a running shop for a module (`shop`) or a test (`fresh_shop`), rooms on a set clock (`rig`), a browser."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from tests import rig as rigs
 from tests import shop as shops
+from tests.needs import require
 
 FLAGS = (
     "--no-sandbox",
@@ -43,11 +43,7 @@ def rig(tmp_path: Path) -> Iterator[rigs.Rig]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium")
-    if chromium is None:
-        problem = "there is no chromium; on Debian: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
+    require(chromium, "there is no chromium; on Debian: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -21,6 +21,7 @@ from crmbridge import vault
 from crmbridge.events import instant
 from crmbridge.ops import backup, restore
 from crmbridge.store import copies, vitals
+from tests.needs import require
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID, Shop
 from tests.test_cli import ROOT, run
@@ -450,8 +451,8 @@ def test_a_backup_that_makes_no_sense_is_refused(made: Path, words: tuple[str, .
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "crmbridge-test", place], check=False).returncode:
-        pytest.skip("cannot mount a file system")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2600k", "crmbridge-test", str(place)]
+    require(subprocess.run(mount, check=False).returncode == 0, "cannot mount a file system")
     yield place
     subprocess.run(["umount", place], check=True)
 
@@ -496,8 +497,8 @@ def killed_at(folder: Path, number: int, *words: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_a_backup_killed_anywhere_leaves_the_service_well_and_the_next_one_clears_up(made: Path) -> None:
+    require(shutil.which("strace"), "needs strace")
     number, status = 1, -9
     while status:
         status = killed_at(made, number, "backup", "backups/")
@@ -511,8 +512,8 @@ def test_a_backup_killed_anywhere_leaves_the_service_well_and_the_next_one_clear
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_a_restore_killed_anywhere_leaves_one_database_or_the_other(made: Path) -> None:
+    require(shutil.which("strace"), "needs strace")
     database = made / "var" / "bridge.db"
     assert run(made, "backup", "it.db").returncode == 0
     old = "INSERT INTO contacts (account_id, contact, conversation_id, created_at) VALUES ('acc_1', 'new', 'cnv', '')"

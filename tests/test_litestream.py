@@ -1,6 +1,5 @@
 """Litestream beside the running bridge, as README sets it up: the bridge alone checkpoints, and nothing is lost."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from crmbridge.store import copies
+from tests.needs import require
 from tests.shop import SHOP_ID, Shop
 from tests.test_backup import query
 from tests.test_cli import ROOT
@@ -24,9 +24,8 @@ BESIDE = Path(sys.executable).parent / "litestream"
 @pytest.fixture
 def litestream() -> str:
     found = shutil.which("litestream") or (str(BESIDE) if BESIDE.exists() else None)
-    if found is None and os.environ.get("CI"):
-        pytest.fail("litestream is missing: tests/requirements.txt has it")
-    return found or pytest.skip("needs litestream, which tests/requirements.txt has for Linux on x86_64 and aarch64")
+    require(found, "needs litestream, which tests/requirements.txt has for Linux on x86_64 and aarch64")
+    return str(found)
 
 
 @pytest.fixture

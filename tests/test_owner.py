@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import require
 from tests.test_cli import ROOT
 
 UID = GID = 54_321  # nobody's
@@ -31,8 +32,7 @@ sys.exit(main.main())
 
 @pytest.fixture(scope="module", autouse=True)
 def may_become_another() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+    require(os.geteuid() == 0, "needs root")
 
 
 def started(place: Path, *words: str) -> subprocess.Popen[str]:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from crmbridge import apikey, signing
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.meta import APP_SECRET
+from tests.needs import require
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop, opened
 from tests.test_docs_page import Visit, try_a_key
 
@@ -175,11 +176,7 @@ def said(text: str) -> bytes:
 def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     make: Callable[..., list[str]] = request.param
     kind = make.__name__
-    if shutil.which(kind) is None:
-        problem = f"there is no {kind}; on Debian: apt-get install --no-install-recommends {kind}"
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
+    require(shutil.which(kind), f"there is no {kind}; on Debian: apt-get install --no-install-recommends {kind}")
     folder = tmp_path_factory.mktemp(kind)
     certify(folder)
     (challenge := folder / "html" / ".well-known" / "acme-challenge").mkdir(parents=True)

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
-
 from crmbridge.sandbox.demo import Bridge
+from tests.needs import require
 
 SECTOR = 512  # a disk writes a sector whole or not at all
 FILES = ("bridge.db", "bridge.db-wal")  # SQLite makes the -shm file anew
@@ -28,15 +27,6 @@ _CALLS = "openat,pwrite64,pwritev,write,writev,fsync,fdatasync,ftruncate,falloca
 _FLUSH_S = 30.0
 
 Kind = Literal["write", "truncate", "sync", "create", "unlink"]
-
-
-def require(available: bool, reason: str) -> None:
-    """Skip the test when the machine lacks what it needs; fail on CI, where nothing may be skipped."""
-    if available:
-        return
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def require_strace() -> None:

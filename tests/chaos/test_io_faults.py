@@ -22,6 +22,7 @@ import requests
 
 from crmbridge.sandbox import Sandbox
 from tests.chaos import power
+from tests.needs import require
 from tests.shop import QUICK, SHOP_ID, Shop
 
 CUSTOMERS = 12
@@ -357,7 +358,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "crmbridge-test", str(var)]
     has_mount = shutil.which("mount") is not None
     mounted = subprocess.run(command, capture_output=True, text=True, check=False) if has_mount else None
-    power.require(mounted is not None and mounted.returncode == 0, "a small disk cannot be mounted here")
+    require(mounted is not None and mounted.returncode == 0, "a small disk cannot be mounted here")
     try:
         yield tmp_path
     finally:
