@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_cli import ROOT, run
 
-NEWEST = "0005_appliance"
+NEWEST = "0006_truths"
 FOLDER = Path("crmbridge") / "store" / "migrations"
 HEAD = "from peewee import Database\n\n\n"
 GOOD = (
@@ -57,13 +57,13 @@ def test_the_newest_migration_is_named_without_a_database(tmp_path: Path) -> Non
 
 def test_there_and_back_again(code: Path) -> None:
     before = dump(code)
-    plant(code, "0006_shoes", GOOD)
-    assert at(code, "migrate").stdout == "applied 0006_shoes\n"
+    plant(code, "0007_shoes", GOOD)
+    assert at(code, "migrate").stdout == "applied 0007_shoes\n"
     assert "ANNA" in str(dump(code))
     assert at(code, "key", "create", "--name", "berta", "--admin").returncode == 0
     back = at(code, "migrate", "--to", NEWEST)
-    assert (back.returncode, back.stdout) == (0, "took back 0006_shoes\n")
-    (code / FOLDER / "0006_shoes.py").unlink()
+    assert (back.returncode, back.stdout) == (0, "took back 0007_shoes\n")
+    (code / FOLDER / "0007_shoes.py").unlink()
     after = [line for line in dump(code) if "berta" not in line]
     assert sorted(map(str.lower, after)) == sorted(map(str.lower, before))  # what came meanwhile stays
     assert at(code, "migrate", "--to", NEWEST).stdout == "nothing to do\n"
@@ -72,8 +72,8 @@ def test_there_and_back_again(code: Path) -> None:
 
 def test_every_migration_since_the_fifth_goes_back(code: Path) -> None:
     names = sorted(path.stem for path in (code / FOLDER).glob("[0-9]*.py"))
-    since = names[names.index(NEWEST) :]
-    back = at(code, "migrate", "--to", names[names.index(NEWEST) - 1])
+    since = names[names.index("0005_appliance") :]
+    back = at(code, "migrate", "--to", names[names.index("0005_appliance") - 1])
     assert back.stdout.split("\n")[:-1] == [f"took back {name}" for name in reversed(since)]
     forth = at(code, "migrate")
     assert forth.stdout.split("\n")[:-1] == [f"applied {name}" for name in since]
@@ -83,7 +83,7 @@ def test_every_migration_since_the_fifth_goes_back(code: Path) -> None:
 def test_a_step_that_fails_leaves_schema_and_rows_untouched(code: Path, fault: str) -> None:
     before = dump(code)
     last = '    db.execute_sql("UPDATE api_keys SET name = upper(name)")\n'
-    plant(code, "0006_shoes", GOOD.replace(last, f'{last}    db.execute_sql("{fault}")\n', 1))
+    plant(code, "0007_shoes", GOOD.replace(last, f'{last}    db.execute_sql("{fault}")\n', 1))
     failed = at(code, "migrate")
     assert failed.returncode == 1
     assert "cannot be migrated" in failed.stderr
@@ -91,7 +91,7 @@ def test_a_step_that_fails_leaves_schema_and_rows_untouched(code: Path, fault: s
 
 
 def test_a_step_back_that_fails_leaves_all_of_it(code: Path) -> None:
-    plant(code, "0006_shoes", GOOD.replace("lower(name)", "nonsense"))
+    plant(code, "0007_shoes", GOOD.replace("lower(name)", "nonsense"))
     assert at(code, "migrate").returncode == 0
     before = dump(code)
     failed = at(code, "migrate", "--to", NEWEST)
@@ -101,7 +101,7 @@ def test_a_step_back_that_fails_leaves_all_of_it(code: Path) -> None:
 
 
 def test_what_cannot_be_taken_back_is_refused_before_anything_changes(code: Path) -> None:
-    plant(code, "0006_shoes", GOOD)
+    plant(code, "0007_shoes", GOOD)
     assert at(code, "migrate").returncode == 0
     before = dump(code)
     for to, said in (
@@ -112,15 +112,15 @@ def test_what_cannot_be_taken_back_is_refused_before_anything_changes(code: Path
         assert failed.returncode == 1
         assert said in failed.stderr
         assert dump(code) == before
-    (code / FOLDER / "0006_shoes.py").unlink()
+    (code / FOLDER / "0007_shoes.py").unlink()
     newer = at(code, "migrate", "--to", NEWEST)
-    assert (newer.returncode, "0006_shoes" in newer.stderr) == (1, True)
+    assert (newer.returncode, "0007_shoes" in newer.stderr) == (1, True)
 
 
 def test_nothing_is_migrated_under_a_running_process(code: Path) -> None:
     import fcntl
 
-    plant(code, "0006_shoes", GOOD)
+    plant(code, "0007_shoes", GOOD)
     with (code / "var" / "bridge.db.open").open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_SH)  # as every process does that has the database open
         failed = at(code, "migrate")
@@ -129,4 +129,4 @@ def test_nothing_is_migrated_under_a_running_process(code: Path) -> None:
         for words in (["key", "list"], ["serve"]):
             refused = at(code, *words)
             assert (refused.returncode, "is being migrated or restored" in refused.stderr) == (1, True)
-    assert at(code, "migrate").stdout == "applied 0006_shoes\n"
+    assert at(code, "migrate").stdout == "applied 0007_shoes\n"
