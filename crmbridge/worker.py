@@ -11,7 +11,6 @@ import socket
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from huey.consumer import Consumer, Scheduler
 from huey.registry import Message
 from huey.serializer import Serializer
 from huey.signals import SIGNAL_ERROR
-from huey.storage import SqliteStorage
+from huey.storage import MemoryStorage, SqliteStorage
 
 from crmbridge import log
 from crmbridge.delivery import Engine
@@ -34,52 +33,51 @@ _IDLE_WAIT_S = 5.0
 
 
 class _Storage(SqliteStorage):  # type: ignore[misc]
-    """Huey's SQLite queue whose reader sleeps until something is enqueued, instead of polling."""
+    """Huey's queue, of which only its file lies in SQLite: what this process enqueues and schedules stays in memory.
+
+    It is no record: a bell that is lost is rung again. So nobody waits for a file that is locked or full, and the
+    reader sleeps until something is enqueued.
+    """
 
     blocking = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._own = MemoryStorage()
         self._news = threading.Condition()
         self._count = 0
-        self._unwritten: deque[bytes] = deque()
         super().__init__(*args, **kwargs)
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:
-        try:
-            super().enqueue(data, priority)
-        except sqlite3.Error as error:
-            # A full disk must not silence the bell: it is no record, so memory will do.
-            log.warning("queue.unwritable", error=type(error).__name__)
-            self._unwritten.append(data)
-        self.notify()
-
-    def add_to_schedule(self, data: bytes, ts: datetime.datetime) -> None:
-        try:
-            super().add_to_schedule(data, ts)
-        except sqlite3.Error as error:
-            log.warning("queue.unwritable", error=type(error).__name__)  # the next ring finds what is due
-
-    def notify(self) -> None:
+        self._own.enqueue(data, priority)
         with self._news:
             self._count += 1
             self._news.notify()
 
-    def notify_all(self) -> None:
-        with self._news:
-            self._count += 1
-            self._news.notify_all()
-
     def dequeue(self) -> bytes | None:
         with self._news:
             seen = self._count
-        if self._unwritten:
-            return self._unwritten.popleft()
-        data: bytes | None = super().dequeue()
+        data: bytes | None = self._own.dequeue()
         if data is None:
             with self._news:
                 if self._count == seen:
                     self._news.wait(_IDLE_WAIT_S)
         return data
+
+    def add_to_schedule(self, data: bytes, ts: datetime.datetime) -> None:
+        self._own.add_to_schedule(data, ts)
+
+    def read_schedule(self, ts: datetime.datetime) -> list[bytes]:
+        due: list[bytes] = self._own.read_schedule(ts)
+        return due
+
+    def peek_many(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Answer whether tasks are revoked: none ever is."""
+        return {}
+
+    def notify_all(self) -> None:
+        with self._news:
+            self._count += 1
+            self._news.notify_all()
 
 
 class _Json(Serializer):  # type: ignore[misc]
@@ -277,7 +275,8 @@ def _require_queue(path: Path) -> None:
     if not path.exists() or not path.stat().st_size:
         return
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as queue:
+        # Immutable: a lock that another program holds says nothing of what it is.
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
             tables = {name for (name,) in queue.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.Error:
         tables = {"?"}

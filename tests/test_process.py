@@ -1,6 +1,8 @@
 """The server as a process: kill -9, restarts, a lost queue, load, and the split into web and worker."""
 
+import contextlib
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +26,9 @@ def texts(shop: Shop) -> Counter[str]:
 
 def test_killed_between_accepting_and_delivering_everything_arrives_once(fresh_shop: Shop) -> None:
     shop = fresh_shop
+    shop.meta.customer_says(SHOP_ID, CUSTOMER, "from before")
+    shop.crm.wait(1)
+    shop.crm.reset()
     shop.crm.answer_always(500)
     shop.meta.fault("messages", times=10_000, status=503, body="")
     for number in range(40):
@@ -55,6 +60,26 @@ def test_the_queue_may_be_deleted_while_stopped(tmp_path: Path) -> None:
         shop.start()
         shop.crm.wait(5, where=lambda entry: entry.answered == 200)
         assert set(texts(shop).values()) == {1}
+
+
+def test_a_queue_that_another_program_locks_holds_up_neither_webhooks_nor_the_sweep(fresh_shop: Shop) -> None:
+    shop = fresh_shop
+    queue = shop.database.with_name("queue.db")
+    pause = "INSERT INTO pauses SELECT id, 'crm', 'operator', NULL, created_at, NULL FROM accounts"
+    with contextlib.closing(sqlite3.connect(queue, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for number in range(10):
+            posted = shop.meta.customer_says(SHOP_ID, f"80{number}", f"in {number}")
+            assert (posted.status, posted.ms < 3000) == (200, True)
+        shop.crm.wait(10, timeout_s=30)
+        shop.change(pause)
+        shop.meta.customer_says(SHOP_ID, "900", "found by the sweep")
+        shop.change("DELETE FROM pauses")  # nobody rings for it
+        shop.crm.wait(1, timeout_s=60, where=lambda entry: entry.event.get("message") == "found by the sweep")
+        shop.kill()
+        shop.start()
+        shop.meta.customer_says(SHOP_ID, "901", "after a start")
+        shop.crm.wait(1, timeout_s=30, where=lambda entry: entry.event.get("message") == "after a start")
 
 
 @pytest.mark.slow
