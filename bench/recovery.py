@@ -32,6 +32,9 @@ class _Silent:
     def clear(self, kind: str, **facts: Any) -> None:
         pass
 
+    def withdraw(self, kind: str, **facts: Any) -> None:
+        pass
+
     def opened(self, kind: str) -> dict[str, str]:
         return {}
 
@@ -52,6 +55,8 @@ def die(folder: Path, number: int) -> Counter[str]:
         Schedule(**SCHEDULE, patience=rooms.patience),  # type: ignore[arg-type]
         LIMITS,
         _Silent(),
+        askers=wiring.make_askers(rooms),
+        conversations=rooms.client.conversations,
         clock=clock,
         linger_s=0,
     )

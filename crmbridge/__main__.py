@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
                             help="what goes to the CRM (default: both)")  # fmt: skip
         parser.add_argument("--sends", action="append_const", dest="what", const="sends",
                             help="what goes to Instagram (default: both)")  # fmt: skip
+    resume.add_argument("--held", action="store_true", help="also what is held by what the CRM or Instagram answered; "
+                        "without a pause that is meant anyway")  # fmt: skip
     end = pause.add_mutually_exclusive_group()
     end.add_argument("--until", metavar="TIME", help="when it ends by itself, such as 2027-01-15T08:00:00Z")
     end.add_argument("--for", metavar="SPAN", dest="lasts", help="how long it lasts, such as 30m, 2h or 3d")
@@ -382,7 +384,7 @@ def _account_resume(options: argparse.Namespace) -> None:
     from crmbridge.ops import accounts as ops
 
     with _database(options) as db:
-        ops.resume(db, options.id, options.what or (), _patience(options))
+        ops.resume(db, options.id, options.what or (), _patience(options), held=options.held)
     _ring(options)
 
 

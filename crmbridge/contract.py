@@ -20,7 +20,7 @@ ExternalId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.:-]{1,128}$")]
 Timestamp = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
 Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
-SigningSecret = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+SigningSecret = Annotated[str, Field(min_length=8, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Url = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
 
 MessageStatusName = Literal["pending", "sent", "delivered", "read", "failed"]
@@ -157,6 +157,7 @@ class PauseRequest(_Request):
 
 class ResumeRequest(_Request):
     what: What = _BOTH
+    held: bool = False
 
 
 class RetryOne(_Request):
@@ -222,7 +223,7 @@ class Attempt(_Answer):
     number: int
     started_at: Timestamp
     finished_at: Timestamp | None
-    outcome: Literal["done", "retry", "refused", "in_doubt", "fault", "abandoned", "absent"] | None
+    outcome: Literal["done", "retry", "refused", "in_doubt", "fault", "abandoned", "absent", "unclear"] | None
     code: str | None
     http_status: int | None
     error: str | None
@@ -259,13 +260,21 @@ class Subscription(_Answer):
     error: str | None
 
 
-class Pause(Held):
-    cause: Literal["operator", "crm_gone"]
-
-
 class Pauses(_Answer):
-    deliveries: Pause | None
-    sends: Pause | None
+    deliveries: Held | None
+    sends: Held | None
+
+
+class Hold(_Answer):
+    by: Literal["inactive", "error", "gone", "unauthorized"]
+    since: Timestamp
+    reason: str | None
+    asked_again_at: Timestamp | None
+
+
+class Holds(_Answer):
+    deliveries: Hold | None
+    sends: Hold | None
 
 
 class Account(_Answer):
@@ -277,10 +286,16 @@ class Account(_Answer):
     crm_webhook_url: str | None
     subscription: Subscription
     paused: Pauses
+    held: Holds
     token_checked_at: Timestamp | None
     token_expires_at: Timestamp | None
     created_at: Timestamp
     updated_at: Timestamp
+
+
+class AccountChanged(Account):
+    warnings: list[str]
+    webhook_secret: str = _LEFT_OUT
 
 
 class AccountList(_Answer):
@@ -669,8 +684,10 @@ class WebhookTest(BaseModel):
 
     event: Literal["webhook.test"]
     event_id: EventId
+    sequence: None
     account_id: AccountId
     timestamp: Timestamp
+    test: Literal[True]
 
 
 class EventPage(_Answer):

@@ -1,10 +1,13 @@
 """Posts a signed event to a CRM and maps its answer to done, retry or refused."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 from crmbridge import __version__, net, signing
 from crmbridge.errors import Refused, Retry
+from crmbridge.events import instant, new_id
 
 _USER_AGENT = f"crmbridge/{__version__}"
 
@@ -20,15 +23,16 @@ def post(
     session: net.Session,
     *,
     url: str,
-    secret: str | None,
+    secrets: Sequence[str],
     event_id: str,
     body: bytes,
     correlation_id: str,
     now_s: float,
 ) -> Posted:
-    """Deliver one event: 2xx is done, 401 is final, 410 stops the account's deliveries, all else is tried again.
+    """Deliver one event: 2xx is done, 401 is final, both 401 and 410 stop deliveries, all else is tried again.
 
-    Raises Refused or Retry. The signature covers the exact bytes of `body`.
+    Raises Refused or Retry. The signatures cover the exact bytes of `body`; X-Hub-Signature-256 is made with the first
+    of the `secrets`, webhook-signature with all that are Standard Webhooks secrets.
     """
     headers = {
         "Content-Type": "application/json",
@@ -36,12 +40,12 @@ def post(
         "webhook-id": event_id,
         "X-Correlation-Id": correlation_id,
     }
-    if secret:
-        headers["X-Hub-Signature-256"] = signing.hub_signature(secret, body)
-        key = signing.standard_key(secret)
-        if key is not None:
-            headers["webhook-timestamp"] = str(int(now_s))
-            headers["webhook-signature"] = signing.standard_signature([key], event_id, int(now_s), body)
+    if secrets:
+        headers["X-Hub-Signature-256"] = signing.hub_signature(secrets[0], body)
+    keys = [key for secret in secrets if (key := signing.standard_key(secret)) is not None]
+    if keys:
+        headers["webhook-timestamp"] = str(int(now_s))
+        headers["webhook-signature"] = signing.standard_signature(keys, event_id, int(now_s), body)
     try:
         answer = session.call("POST", url, headers=headers, body=body)
     except net.CallFailed as failure:
@@ -53,7 +57,7 @@ def post(
             "the CRM answered 401: it does not accept our signature",
             code="crm_unauthorized",
             http_status=401,
-            alert="crm_unauthorized",
+            stops="crm_unauthorized",
         )
     if answer.status == 410:
         raise Retry(
@@ -69,6 +73,24 @@ def post(
         code=code,
         http_status=answer.status,
         after_s=retry_after_s(answer.headers.get("Retry-After"), now_s),
+    )
+
+
+def test(session: net.Session, *, url: str, secrets: Sequence[str], account_id: str, now_s: float) -> Posted:
+    """Send a signed ``webhook.test``, of which nothing is stored. Raises Refused or Retry as `post` does."""
+    event_id = new_id("evt")
+    event = {
+        "event": "webhook.test",
+        "event_id": event_id,
+        "sequence": None,
+        "account_id": account_id,
+        "timestamp": instant(now_s),
+        "test": True,
+    }
+    body = json.dumps(event, separators=(",", ":")).encode()
+    correlation_id = new_id("req")
+    return post(
+        session, url=url, secrets=secrets, event_id=event_id, body=body, correlation_id=correlation_id, now_s=now_s
     )
 
 

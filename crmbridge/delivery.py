@@ -14,15 +14,16 @@ from typing import Literal
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.clock import SET_S, Clock
-from crmbridge.endpoints import NO_ROOM, Endpoint, Endpoints, Limits, Room
-from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Refused, Retry
-from crmbridge.events import epoch_s, instant
-from crmbridge.store import deliveries, turn, vitals
-from crmbridge.store.database import Database
+from crmbridge.endpoints import ASK, NO_ROOM, Change, Endpoint, Endpoints, Limits, Pace, Room
+from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Invalid, Refused, Retry, Unclear
+from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.store import deliveries, holds, turn, vitals
+from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import ACTION, Claimed, Outcome, Patience, Verdict
-from crmbridge.store.turn import Finished, Terms, Turn
+from crmbridge.store.turn import Finished, Question, Terms, Turn
 
 Sender = Callable[[Claimed], Outcome]
+Asker = Callable[[Row], None]  # asks a far side; raises AttemptFailed or BridgeError when it does not answer well
 
 HINT_MIN_S, HINT_MAX_S = 1.0, 21_600.0
 FLOORS_S = {
@@ -38,12 +39,10 @@ _FAULTS_IN_FRONT = 3
 _BARREN_TURNS = 20
 _UNWANTED = "crm_error"  # what a 410 comes to when others get through
 # The alerts of what stops an account, and what to do about them.
-_STOPS = {"crm": ("crm_gone",), "instagram": ("token_dead", "account_error")}
+_STOPS = {"crm": ("crm_gone", "crm_unauthorized"), "instagram": ("token_dead", "account_error")}
 _WELL = {"crm": "the CRM takes an event again", "instagram": "Instagram answers again"}
-_TODO = {
-    "crm": "mend the URL (PUT /api/v1/accounts/{account}), or: crmbridge account resume {account} --deliveries",
-    "instagram": "mend it, then PUT /api/v1/accounts/{account} with a new access_token or status: active",
-}
+_ROUNDED_S = 0.0005  # stored times are told in whole milliseconds
+_TOGETHER_S = 300.0  # accounts that are stopped within this time have one trouble, and it is not theirs
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def decide(
         return Verdict(state, due, steps_aside=worn, in_doubt=claimed.kind == "look_up")
     if outcome.kind == "in_doubt":
         return Verdict("pending", instant(now_s + schedule.look_up_s[0]), in_doubt=True)
-    if outcome.kind == "absent":
-        return _after_absence(claimed, schedule, now_s)
+    if outcome.kind in ("absent", "unclear"):
+        return _after_look_up(claimed, outcome, schedule, now_s, jitter)
     if now_s >= expires_s:
         return Verdict("dead", now)
     steps_aside = False
@@ -119,13 +118,24 @@ def decide(
     return Verdict("pending", due, steps_aside=steps_aside, in_doubt=claimed.kind == "look_up")
 
 
-def _after_absence(claimed: Claimed, schedule: Schedule, now_s: float) -> Verdict:
-    """The channel does not show a doubtful send: look again, then take it as not sent."""
-    looked = claimed.look_ups + 1
-    if looked < len(schedule.look_up_s):
-        return Verdict("pending", instant(now_s + schedule.look_up_s[looked]), in_doubt=True)
-    worn = claimed.retries > len(schedule.instagram_retry_s) or now_s >= epoch_s(claimed.expires_at)
-    return Verdict("dead" if worn else "pending", instant(now_s))
+def _after_look_up(
+    claimed: Claimed, outcome: Outcome, schedule: Schedule, now_s: float, jitter: Callable[[], float]
+) -> Verdict:
+    """The channel did not show a doubtful send. Only absent twice running means not sent; unclear twice is the end."""
+    absent = 0
+    for told in (*claimed.seen, outcome.kind):
+        absent = absent + 1 if told == "absent" else 0
+    wanted = max(len(schedule.look_up_s), 2)
+    if absent < wanted:
+        is_over = outcome.kind == "unclear" and "unclear" in claimed.seen
+        due = instant(now_s + schedule.look_up_s[min(absent or 1, len(schedule.look_up_s) - 1)])
+        return Verdict("dead", instant(now_s)) if is_over else Verdict("pending", due, in_doubt=True)
+    delays = schedule.instagram_retry_s
+    if claimed.retries > len(delays) or now_s >= epoch_s(claimed.expires_at):
+        return Verdict("dead", instant(now_s))
+    # The next try is a retry like any other: it keeps the distance that the list says.
+    tried_s = epoch_s(claimed.previous_at) if claimed.previous_at else now_s
+    return Verdict("pending", instant(max(now_s, tried_s + delays[max(claimed.retries, 1) - 1] * jitter())))
 
 
 def is_worn(claimed: Claimed, schedule: Schedule) -> bool:
@@ -144,6 +154,8 @@ class Engine:
         limits: Limits,
         alarm: Alarm,
         *,
+        askers: Mapping[str, Asker],
+        conversations: Pace,
         clock: Clock | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311
         linger_s: float = 2.0,
@@ -151,19 +163,25 @@ class Engine:
     ) -> None:
         self._db = db
         self._senders = senders
+        self._askers = askers
+        self._conversations = conversations
         self._schedule = schedule
         self._alarm = alarm
         self._clock = clock or Clock()
         self._jitter = jitter
         self._linger_s = linger_s  # a drain sleeps this long for the next due row; Huey's schedule is coarser
         self._down_after_s = down_after_s
-        self._endpoints = Endpoints(limits)
+        self._endpoints = Endpoints(limits, conversations)
         self._pool = _started_pool(schedule.senders)
         self._changed = threading.Condition()
         self._finished: list[tuple[Claimed, Outcome]] = []
         self._unrecorded: list[Finished] = []
         self._in_flight: dict[str, Claimed] = {}
         self._hasten: dict[Endpoint, str] = {}
+        self._asking: set[Endpoint] = set()
+        self._answers: list[tuple[Question, bool]] = []
+        self._trials: frozenset[Endpoint] = frozenset()  # in the turn before
+        self._stops: list[tuple[float, str]] = []  # when which account was stopped, of late
         self._started_s = self._clock.now_s()
         self._newest = 0  # the last delivery that the turn before has seen
         self._held: frozenset[Endpoint] = frozenset()  # in the turn before
@@ -221,7 +239,7 @@ class Engine:
         return clean
 
     def _busy(self) -> bool:
-        return bool(self._in_flight or self._finished or self._unrecorded)
+        return bool(self._in_flight or self._finished or self._unrecorded or self._asking)
 
     # --- a turn: bookkeeping in one transaction, then calls ---
 
@@ -231,23 +249,29 @@ class Engine:
         with self._changed:
             self._news = False
             finished, self._finished = self._finished, []
+            answers, self._answers = self._answers, []
             free = 0 if self._stopping else self._schedule.senders - len(self._in_flight)
             in_flight = frozenset(self._in_flight)
         now_s = self._clock.now_s()
         for claimed, _ in finished:
             self._endpoints.ended(_endpoint(claimed), is_retry=_is_retry(claimed))
+        for question, is_answered in answers:
+            self._note_answer(question, now_s, is_answered=is_answered)
         # Judged once, and kept until it is recorded, by a later drain if this one fails.
+        # What was done comes first: it tells that a far side works that refuses something else.
+        finished.sort(key=lambda entry: entry[1].kind != "done")
         self._unrecorded += [self._judge(claimed, outcome, now_s) for claimed, outcome in finished]
         schedule = self._schedule
         found = turn.take(
             self._db,
             self._unrecorded,
             self._terms(now_s),
-            room=lambda endpoint: self._room(endpoint, now_s),
+            room=lambda endpoint, is_on_trial=False: self._room(endpoint, now_s, is_on_trial=is_on_trial),
             senders=free,
             spare=schedule.senders // 3,
             hasten=self._hasten,
             in_flight=in_flight,
+            trials=self._trials,
         )
         settled, self._unrecorded = self._unrecorded, []
         self._newest, self._barren = found.newest, 0 if settled or found.claimed or found.late else self._barren + 1
@@ -264,6 +288,12 @@ class Engine:
         for endpoint in resumed:  # what failed before goes now
             self._endpoints.ask_again(endpoint)
             self._hasten[endpoint] = instant(now_s)
+        self._trials = found.trials
+        self._conversations.want(found.wanted)
+        for question in found.questions:
+            self._ask(question)
+        for entry in found.stopped:  # before what came of it
+            self._tell_stopped(entry, now_s)
         for entry in settled:
             self._report(entry, now_s, is_ours=entry.claimed not in found.fenced)
         self._report_oddities(found)
@@ -272,68 +302,76 @@ class Engine:
     def _terms(self, now_s: float) -> Terms:
         return Terms(now_s, self._schedule.lease_s, self._schedule.look_up_s[0], self._schedule.patience)
 
-    def _room(self, endpoint: Endpoint, now_s: float) -> Room:
-        return NO_ROOM if self._stopping else self._endpoints.room(endpoint, now_s)
+    def _room(self, endpoint: Endpoint, now_s: float, *, is_on_trial: bool) -> Room:
+        return NO_ROOM if self._stopping else self._endpoints.room(endpoint, now_s, is_on_trial=is_on_trial)
 
     def _judge(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Finished:
         """Note what a call says about its endpoint, and decide what becomes of its delivery."""
         endpoint, change = _endpoint(claimed), None
-        previous_s = epoch_s(claimed.previous_at) if claimed.previous_at else None
         if claimed.target == "crm" and outcome.stops and self._is_unwanted_alone(claimed, outcome):
-            outcome = replace(outcome, code=_UNWANTED, counts=True, stops=None)
-        if outcome.rest_s:
-            self._endpoints.rest(endpoint, now_s + min(outcome.rest_s, HINT_MAX_S))
-        answered = outcome.kind in ("refused", "absent") or (outcome.kind == "retry" and outcome.counts)
+            is_gone = outcome.kind == "retry"
+            outcome = replace(outcome, code=_UNWANTED if is_gone else outcome.code, counts=True, stops=None)
+        if outcome.kind == "in_doubt" and self._endpoints.is_broken(endpoint):
+            outcome = replace(outcome, counts=False)  # it is Instagram as a whole, not this send
+        rest_s = max(outcome.rest_s, (outcome.after_s or 0) if claimed.target == "instagram" else 0)
+        if rest_s:
+            self._endpoints.rest(endpoint, now_s + min(rest_s, HINT_MAX_S))
+        answered = outcome.kind in ("refused", "absent", "unclear") or (outcome.kind == "retry" and outcome.counts)
         if outcome.kind == "done" or (claimed.target == "instagram" and answered):
             change = self._endpoints.worked(endpoint, now_s)
-            self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id, message=_WELL[claimed.target])
-            if claimed.target == "crm":
-                self._alarm.clear("crm_unauthorized", account=claimed.account_id)
-        elif outcome.kind == "retry" and claimed.kind == "call" and not outcome.stops:
+            if claimed.kind == "look_up":
+                self._endpoints.answered(("instagram", claimed.account_id))
+            else:
+                self._alarm.clear(f"{claimed.target}_down", account=claimed.account_id, message=_WELL[claimed.target])
+        elif outcome.kind in ("retry", "in_doubt") and not outcome.stops:
             change = self._endpoints.failed(
                 endpoint,
                 now_s,
                 http_status=outcome.http_status,
                 is_worn=is_worn(claimed, self._schedule),
-                previous_s=previous_s,
+                previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
                 contact=claimed.contact,
                 was_head=claimed.ready == 1,
             )
-            if outcome.after_s is not None and claimed.target == "instagram":
-                self._endpoints.rest(endpoint, now_s + min(outcome.after_s, HINT_MAX_S))
-        failing_s = self._endpoints.failing_s(endpoint, now_s)
-        if failing_s >= self._down_after_s:
-            problem = (
-                f"it has been failing since {instant(now_s - failing_s)}; the last try: {outcome.message}; what was "
-                f"tried is given up at {claimed.expires_at}"
-            )
-            self._alarm.alert(f"{claimed.target}_down", problem, account=claimed.account_id)
-        if change in ("broken", "recovered"):
-            log.warning(
-                f"endpoint.{change}",
-                target=claimed.target,
-                account=claimed.account_id,
-                code=outcome.code,
-                probe_s=round(self._endpoints.rests_until_s(endpoint, now_s) - now_s, 1)
-                if change == "broken"
-                else None,
-            )
-        if change == "recovered":  # what failed while it was down goes now, but not what failed in this very call
-            self._hasten[endpoint] = instant(now_s - outcome.ms / 1000 - 0.001)
-        elif change == "proven":  # and what failed before a restart
-            self._hasten[endpoint] = instant(self._started_s)
+            ends = f"; what was tried is given up at {claimed.expires_at}"
+            self._tell_down((claimed.target, claimed.account_id), f"the last try: {outcome.message}{ends}", now_s)
+        if change is not None:
+            self._follow(endpoint, change, outcome, now_s)
         works = not self._endpoints.is_broken(endpoint)
         verdict = decide(claimed, outcome, self._schedule, now_s, self._jitter, endpoint_works=works)
-        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault"):
+        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault", "unclear"):
             outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
         return Finished(claimed, outcome, verdict)
 
+    def _follow(self, endpoint: Endpoint, change: Change, outcome: Outcome, now_s: float) -> None:
+        """Do what follows from an endpoint's change: what failed while it was down is tried at once."""
+        target, account_id = endpoint
+        if change == "proven":  # and what failed before a restart
+            self._hasten[endpoint] = instant(self._started_s)
+            return
+        probe_s = round(self._endpoints.rests_until_s(endpoint, now_s) - now_s, 1) if change == "broken" else None
+        log.warning(f"endpoint.{change}", target=target, account=account_id, code=outcome.code, probe_s=probe_s)
+        if change == "recovered":  # but not what failed in this very call
+            self._hasten[endpoint] = instant(now_s - outcome.ms / 1000 - 0.001)
+            if target == "instagram":
+                self._hasten[ASK, account_id] = self._hasten[endpoint]
+
+    def _tell_down(self, endpoint: Endpoint, problem: str, now_s: float) -> None:
+        """Raise an alert when an endpoint has done nothing but fail for long."""
+        failing_s = self._endpoints.failing_s(endpoint, now_s)
+        if failing_s >= self._down_after_s:
+            since = f"it has been failing since {instant(now_s - failing_s)}"
+            self._alarm.alert(f"{endpoint[0]}_down", f"{since}; {problem}", account=endpoint[1])
+
     def _is_unwanted_alone(self, claimed: Claimed, outcome: Outcome) -> bool:
-        """Tell whether a far side that says it is gone takes others: then it is this message that it does not want."""
+        """Tell whether a far side that takes nothing any more takes others: then it is this one that it does not want.
+
+        So it is when it took another after a call of this one began.
+        """
         if (claimed.last_code, claimed.last_http_status) == (_UNWANTED, outcome.http_status):
             return True  # found so before
-        previous_at = claimed.previous_at
-        return previous_at is not None and self._endpoints.worked_since(_endpoint(claimed), epoch_s(previous_at))
+        began = deliveries.first_try(self._db, claimed.id) or claimed.claimed_at
+        return self._endpoints.worked_since(_endpoint(claimed), epoch_s(began) + _ROUNDED_S)
 
     def _next_s(self, found: Turn, now_s: float) -> float | None:
         """Return when there may be something to do: a row is due and its endpoint may be called."""
@@ -345,6 +383,8 @@ class Engine:
         for endpoint, due, number in found.replays:
             free_s = self._endpoints.replays_at_s(endpoint, number, now_s)
             looks.append(max(epoch_s(due), free_s, self._endpoints.rests_until_s(endpoint, now_s)))
+        if found.ask_at is not None:
+            looks.append(epoch_s(found.ask_at))
         return min(looks, default=None)
 
     def _follow_clock(self) -> None:
@@ -364,12 +404,14 @@ class Engine:
         with self._changed:
             if self._finished:
                 return True
+            if self._answers:
+                return True
             if self._stopping and not self._in_flight:
                 return self._leave()
             if self._news and not self._stopping:
                 return True
             left_s = None if next_s is None else next_s - self._clock.now_s()
-            if self._in_flight:
+            if self._in_flight or self._asking:
                 self._changed.wait(_LOOK_AGAIN_S if left_s is None or left_s <= 0 else min(left_s, _LOOK_AGAIN_S))
                 return True
             if left_s is None or left_s > self._linger_s or self._barren > _BARREN_TURNS:
@@ -406,6 +448,67 @@ class Engine:
                 del self._in_flight[claimed.claim_id]
                 self._finished.append((claimed, outcome))
                 self._changed.notify()
+
+    # --- a question, which no delivery is about ---
+
+    def _ask(self, question: Question) -> None:
+        """Ask a far side on a thread of its own; a look-up that is under way asks Instagram just as well."""
+        endpoint, is_asked = question.endpoint, self._endpoints.is_busy((ASK, question.account["id"]))
+        if endpoint in self._asking or self._stopping or (question.hold is None and is_asked):
+            return
+        if question.hold is None:
+            self._endpoints.started(endpoint, is_retry=False)
+        self._asking.add(endpoint)
+        self._pool.submit(self._put, question)
+
+    def _put(self, question: Question) -> None:
+        target, account, hold = question.endpoint[0], question.account, question.hold
+        is_answered, is_well, problem = False, False, None
+        try:
+            with log.correlated(new_id("req")):
+                try:
+                    self._askers[target](account)
+                    is_answered = is_well = True
+                except (AttemptFailed, BridgeError) as failure:
+                    is_answered, problem = isinstance(failure, Invalid), failure.message
+                except Exception as error:
+                    log.exception("endpoint.fault", target=target, account=account["id"])
+                    problem = type(error).__name__
+                log.info("endpoint.asked", target=target, account=account["id"], well=is_well, error=problem)
+                if hold is not None:
+                    self._weigh(question, is_well=is_well)
+        finally:
+            self._db.close_thread()
+            with self._changed:
+                self._asking.discard(question.endpoint)
+                self._answers.append((question, is_answered))
+                self._changed.notify()
+
+    def _weigh(self, question: Question, *, is_well: bool) -> None:
+        """Let an endpoint go on trial whose far side answered well, or ask again later."""
+        now_s, hold, target, account = self._clock.now_s(), question.hold, question.endpoint[0], question.account
+        assert hold is not None  # noqa: S101
+        try:
+            if not is_well:
+                holds.ask_later(self._db, hold, now_s)
+            elif holds.let_go(
+                self._db, account, hold["target"], now=instant(now_s), patience=self._schedule.patience, answered=hold
+            ):
+                log.warning("endpoint.on_trial", target=target, account=account["id"], cause=hold["cause"])
+        except BridgeError as error:
+            log.error("endpoint.unsettled", target=target, account=account["id"], error=error.message)
+
+    def _note_answer(self, question: Question, now_s: float, *, is_answered: bool) -> None:
+        """Note whether a broken endpoint answered the question that goes before the next send."""
+        if question.hold is not None:
+            return
+        self._endpoints.ended(question.endpoint, is_retry=False)
+        if is_answered:
+            self._endpoints.answered(question.endpoint)
+            self._endpoints.ask_again((ASK, question.account["id"]))
+        else:
+            self._endpoints.unanswered(question.endpoint, now_s)
+            self._tell_down(question.endpoint, "it does not answer a question either", now_s)
 
     # --- what is told ---
 
@@ -463,14 +566,26 @@ class Engine:
     def _report_oddities(self, found: Turn) -> None:
         for claimed in found.fenced:
             log.warning("delivery.fenced", delivery=claimed.id, claim=claimed.claim_id)
-        for entry in found.stopped:
-            kind, account = str(entry.outcome.stops), entry.claimed.account_id
-            todo = _TODO[entry.claimed.target].format(account=account)
-            self._alarm.alert(kind, entry.outcome.message or "", account=account, todo=todo, delivery=entry.claimed.id)
         for row, code in found.late:
             log.warning("delivery.late", delivery=row["id"], message_id=row["message_id"], code=code)
         for row in found.unrendered:
             self._alarm.alert("system_fault", f"delivery {row['id']} cannot be rendered", delivery=row["id"])
+
+    def _tell_stopped(self, entry: Finished, now_s: float) -> None:
+        """Raise the alert of an endpoint that is held now; of several accounts that Instagram stopped, a single one."""
+        kind, account, message = str(entry.outcome.stops), entry.claimed.account_id, entry.outcome.message or ""
+        if entry.claimed.target == "instagram":
+            late = [one for one in self._stops if now_s - one[0] < _TOGETHER_S and one[1] != account]
+            self._stops = [*late, (now_s, account)]
+            if late:
+                names = sorted(name for _, name in self._stops)
+                said = f"Instagram has stopped {len(names)} accounts within minutes: {', '.join(names)}"
+                self._alarm.alert("meta_trouble", f"{said}; the last: {message}")
+                for name in names:
+                    for own in _STOPS["instagram"]:
+                        self._alarm.withdraw(own, account=name)
+                return
+        self._alarm.alert(kind, message, account=account, delivery=entry.claimed.id)
 
 
 def _started_pool(threads: int) -> ThreadPoolExecutor:
@@ -488,7 +603,7 @@ def _is_retry(claimed: Claimed) -> bool:
 
 
 def _endpoint(claimed: Claimed) -> Endpoint:
-    return claimed.target, claimed.account_id
+    return ASK if claimed.kind == "look_up" else claimed.target, claimed.account_id
 
 
 def _outcome(failure: AttemptFailed, account_id: str) -> Outcome:
@@ -498,7 +613,9 @@ def _outcome(failure: AttemptFailed, account_id: str) -> Outcome:
         hints = {name: getattr(failure, name) for name in ("after_s", "counts", "at_most", "stops")}
         return Outcome("retry", **known, **hints)  # type: ignore[arg-type]
     if isinstance(failure, Refused):
-        return Outcome("refused", **known, alert=failure.alert)  # type: ignore[arg-type]
+        return Outcome("refused", **known, alert=failure.alert, stops=failure.stops)  # type: ignore[arg-type]
     if isinstance(failure, InDoubt):
-        return Outcome("in_doubt", **known)  # type: ignore[arg-type]
+        return Outcome("in_doubt", **known, after_s=failure.after_s)  # type: ignore[arg-type]
+    if isinstance(failure, Unclear):
+        return Outcome("unclear", **known)  # type: ignore[arg-type]
     raise TypeError(type(failure).__name__)

@@ -3,11 +3,14 @@
 Kept in memory by the one worker; knows no rows and makes no calls.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Endpoint = tuple[str, str]  # target, account id
+Endpoint = tuple[str, str]  # target, account id; the target `ASK` stands for look-ups in Instagram's conversations
+ASK = "ask"
 Change = Literal["broken", "recovered", "proven"]
 _BREAK_AFTER = 10  # failures in a row over all rows of an endpoint, while some are still in their quick retries
 REPLAY_BURST = 20  # replays that may go one after the other, when none went for long enough
@@ -22,13 +25,14 @@ class Room:
     were dead. While it is broken it gets one
     `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
     in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
+    Instagram, which may take a message and answer with an error, must first answer a question (``ask``).
     `is_idle` tells that it has no call now: its first one is served before another endpoint's second.
     """
 
     calls: int
     retries: int
     is_idle: bool = True
-    probe: Literal["head", "behind"] | None = None
+    probe: Literal["head", "behind", "ask"] | None = None
     contact: str = ""
     replays: int = 0
 
@@ -43,6 +47,7 @@ class _State:
     failures: int = 0
     worked_s: float = 0.0
     broken: bool = False
+    has_answered: bool = False  # a question, since it was broken
     failing_since_s: float = 0.0
     probes: int = 0
     rests_until_s: float = 0.0
@@ -68,26 +73,76 @@ class Limits:
     replay_per_s: float = 20.0
 
 
-class Endpoints:
-    """The states of all endpoints. Not locked: only the drain uses it."""
+class Pace:
+    """Spaces out an account's calls of one API; safe from any thread.
 
-    def __init__(self, limits: Limits) -> None:
+    Some go first: whoever does not waits as long as one of those is `wanted`.
+    """
+
+    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._between_s = 1 / per_s
+        self._clock = clock
+        self._next_s: dict[str, float] = {}
+        self._wanted: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+
+    def want(self, accounts: frozenset[str]) -> None:
+        """Note for which accounts calls that go first are waiting."""
+        self._wanted = accounts
+
+    def free_in_s(self, account: str) -> float:
+        """Return in how many seconds a call may begin that goes first."""
+        return max(self._next_s.get(account, 0.0) - self._clock(), 0.0)
+
+    def take(self, account: str) -> float:
+        """Take the next free moment; return in how many seconds it is."""
+        with self._lock:
+            now_s = self._clock()
+            begin_s = max(self._next_s.get(account, now_s), now_s)
+            self._next_s[account] = begin_s + self._between_s
+            return begin_s - now_s
+
+    def wait_last(
+        self, account: str, pause: Callable[[float], None], is_over: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until a call may begin that does not go first, and take that moment; give up when `is_over` says so."""
+        while not is_over():
+            wait_s = max(self.free_in_s(account), self._between_s if account in self._wanted else 0.0)
+            if not wait_s:
+                self.take(account)
+                return
+            pause(wait_s)
+
+
+class Endpoints:
+    """The states of all endpoints. Not locked: only the drain uses it. `pace` is that of ``ASK`` calls."""
+
+    def __init__(self, limits: Limits, pace: Pace) -> None:
         self._limits = limits
+        self._pace = pace
         self._states: dict[Endpoint, _State] = {}
 
-    def room(self, endpoint: Endpoint, now_s: float) -> Room:
-        """Return what an endpoint may get now."""
+    def room(self, endpoint: Endpoint, now_s: float, *, is_on_trial: bool = False) -> Room:
+        """Return what an endpoint may get now: on trial a single call, and all others only when that succeeds."""
         state = self._state(endpoint)
+        if is_on_trial and not state.broken:
+            state.broken, state.has_answered, state.rests_until_s, state.probes = True, True, 0.0, 0
         if now_s < state.rests_until_s and state.behind is None:
+            return NO_ROOM
+        if endpoint[0] == ASK and (state.in_flight or self._pace.free_in_s(endpoint[1])):
             return NO_ROOM
         replays = self._replays(state, now_s)
         if state.broken:
             if state.in_flight:
                 return NO_ROOM
+            if endpoint[0] == "instagram" and not state.has_answered:
+                return Room(0, 0, probe="ask")
             contact, state.behind = state.behind, None
             if contact is not None:
                 return Room(1, 1, probe="behind", contact=contact)
             return Room(1, 1, probe="head", replays=replays)
+        if endpoint[0] == ASK:
+            return Room(1, 1)
         calls = self._limits.slots - state.in_flight
         per_s = self._limits.per_s.get(endpoint[0])
         if per_s is not None:
@@ -106,6 +161,8 @@ class Endpoints:
     def rests_until_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return before when it is no use to look at an endpoint again."""
         state = self._state(endpoint)
+        if endpoint[0] == ASK:
+            return max(state.rests_until_s, now_s + self._pace.free_in_s(endpoint[1]))
         per_s = self._limits.per_s.get(endpoint[0])
         paced_s = now_s + (1 - state.tokens) / per_s if per_s is not None and state.tokens < 1 else 0.0
         return max(state.rests_until_s, paced_s)
@@ -114,6 +171,10 @@ class Endpoints:
         """Return when that many replays may go to an endpoint."""
         missing = min(number, REPLAY_BURST) - self._state(endpoint).replays
         return now_s + max(missing, 0.0) / self._limits.replay_per_s
+
+    def is_busy(self, endpoint: Endpoint) -> bool:
+        """Tell whether an endpoint has a call now."""
+        return self._state(endpoint).in_flight > 0
 
     def is_broken(self, endpoint: Endpoint) -> bool:
         """Tell whether an endpoint is believed to be down."""
@@ -147,7 +208,7 @@ class Endpoints:
         state = self._state(endpoint)
         is_first, state.worked_s = not state.worked_s, now_s
         was_broken, state.failures, state.probes = state.broken, 0, 0
-        state.broken, state.behind = False, None
+        state.broken, state.has_answered, state.behind = False, False, None
         state.rests_until_s = 0.0 if was_broken else state.rests_until_s
         return "recovered" if was_broken else "proven" if is_first else None
 
@@ -171,6 +232,7 @@ class Endpoints:
         if not state.failures:
             state.failing_since_s = now_s
         state.failures += 1
+        state.has_answered = False
         was_broken = state.broken
         others_pass = previous_s is not None and self.worked_since(endpoint, previous_s)
         state.broken = was_broken or (is_worn and not others_pass) or state.failures >= _BREAK_AFTER
@@ -190,6 +252,16 @@ class Endpoints:
         """Leave an endpoint alone until then."""
         state = self._state(endpoint)
         state.rests_until_s = max(state.rests_until_s, until_s)
+
+    def answered(self, endpoint: Endpoint) -> None:
+        """Note that the far side answered a question: one that is broken may be sent something now."""
+        self._state(endpoint).has_answered = True
+
+    def unanswered(self, endpoint: Endpoint, now_s: float) -> None:
+        """Note that the far side did not answer the question that was to tell whether it is well again."""
+        state, pauses = self._state(endpoint), self._limits.probe_s
+        self.rest(endpoint, now_s + pauses[min(state.probes, len(pauses) - 1)])
+        state.probes += 1
 
     def ask_again(self, endpoint: Endpoint) -> None:
         """Do not wait any longer before the next probe of a broken endpoint: somebody says that it is well."""

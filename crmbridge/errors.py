@@ -117,15 +117,40 @@ class Retry(AttemptFailed):
 
 
 class Refused(AttemptFailed):
-    """Final: no repetition of the same call can succeed. `alert` names the alert where a person must act."""
+    """Final: no repetition of the same call can succeed. `alert` names the alert where a person must act.
 
-    def __init__(self, message: str, *, code: str, http_status: int | None = None, alert: str | None = None) -> None:
+    `stops` names it where no other call to this far side can succeed either.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        http_status: int | None = None,
+        alert: str | None = None,
+        stops: str | None = None,
+    ) -> None:
         super().__init__(message, code=code, http_status=http_status)
         self.alert = alert
+        self.stops = stops
+
+
+class Unclear(AttemptFailed):
+    """The far side was asked whether a call took effect, and what it tells does not say so."""
 
 
 class InDoubt(AttemptFailed):
-    """The call may or may not have taken effect; it must not simply be repeated."""
+    """The call may or may not have taken effect; it must not simply be repeated.
+
+    The far side wants to be left alone for `after_s` seconds, if it said so.
+    """
+
+    def __init__(
+        self, message: str, *, code: str, http_status: int | None = None, after_s: float | None = None
+    ) -> None:
+        super().__init__(message, code=code, http_status=http_status)
+        self.after_s = after_s
 
 
 # --- the operator's side ------------------------------------------------------------------------

@@ -114,23 +114,25 @@ class ReplyTo:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A message of the shop as the channel shows it in a thread, made at `at_s` seconds since the epoch.
+    """A message as the channel shows it in a thread, made at `at_s` seconds since the epoch by the channel's clock.
 
-    `kinds` are the types of what came with it, ``unknown`` where the channel does not tell.
+    `is_ours` tells that the shop wrote it, `kinds` are the types of what came with it, ``unknown`` where the channel
+    does not tell.
     """
 
     external_id: str
     text: str
     at_s: float
+    is_ours: bool
     kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """What the shop wrote in a thread, as the channel shows it: all of it since `since_s`, or 0 for the beginning."""
+    """The newest messages of a thread as the channel shows them; our clock is `ahead_s` ahead of the channel's."""
 
     shown: tuple[Shown, ...]
-    since_s: float
+    ahead_s: float = 0.0
 
 
 NOTED = "channel.noted"  # kept, and no CRM is told

@@ -7,9 +7,12 @@ import base64
 import binascii
 import hashlib
 import hmac
+import os
 from collections.abc import Iterable
 
 _STANDARD_PREFIX = "whsec_"
+SHORTEST, WEAK = 8, 16  # characters of a secret: fewer are refused, fewer are weak
+_FEW = 6  # different characters
 
 
 def hub_signature(secret: str, body: bytes) -> str:
@@ -24,6 +27,27 @@ def hub_signature_matches(secrets: Iterable[str], header: str | None, body: byte
     for secret in secrets:
         matched |= hmac.compare_digest(hub_signature(secret, body).encode(), given)
     return matched
+
+
+def make_secret() -> str:
+    """Return a new Standard Webhooks secret."""
+    return _STANDARD_PREFIX + base64.b64encode(os.urandom(32)).decode()
+
+
+def problem_of(secret: str) -> str | None:
+    """Say why a text can be no webhook secret, in words that follow its name; None when it can."""
+    if len(secret) < SHORTEST:
+        return f"must have at least {SHORTEST} characters"
+    if secret != secret.strip():
+        return "must not begin or end with a blank"
+    if secret.startswith(_STANDARD_PREFIX) and standard_key(secret) is None:
+        return "begins with whsec_ and must go on with 24 to 64 bytes in standard, padded base64"
+    return None
+
+
+def is_weak(secret: str) -> bool:
+    """Tell whether a webhook secret is easy to guess."""
+    return standard_key(secret) is None and (len(secret) < WEAK or len(set(secret)) < _FEW)
 
 
 def standard_key(secret: str) -> bytes | None:

@@ -11,7 +11,7 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import accounts, pauses, vitals
+from crmbridge.store import accounts, holds, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
 
@@ -69,6 +69,8 @@ class Watch:
                 account = accounts.find(self._db, account_id) if account_id else None
                 if account_id and account is None:
                     self._alarm.clear(kind, account=account_id, message="the account was deleted")
+                elif kind == "meta_trouble":
+                    self._weigh_trouble()
                 elif account is not None and self._is_over(kind, account, since):
                     self._alarm.clear(kind, account=account_id, message=_ENDS.get(kind))
 
@@ -94,14 +96,24 @@ class Watch:
             return not record.has_pending(self._db, "instagram", account["id"])
         if kind == "silence":
             return account["status"] != "active" or (record.last_heard(self._db, account["id"]) or "") > since
-        if kind == "crm_gone":
-            held = pauses.everyone(self._db).get(("crm", account["id"]))
-            return held is None or held["cause"] != "crm_gone"
+        if kind in ("crm_gone", "crm_unauthorized"):
+            held = holds.find(self._db, account["id"], "crm")
+            is_held = held is not None and held["trial_since"] is None
+            return not is_held and (kind == "crm_gone" or not record.has_pending(self._db, "crm", account["id"]))
         if kind == "held_long":
             return not self._held_long(account)
         if kind in ("account_error", "token_dead"):
-            return account["status"] != "error" and self._token_left_s(account) > 0
+            is_well = account["status"] != "error" and self._token_left_s(account) > 0
+            return is_well and not record.has_pending(self._db, "instagram", account["id"])
         return False
+
+    def _weigh_trouble(self) -> None:
+        """End what was taken for trouble at Meta when at most one account is left: that one has its own."""
+        stopped = [one for one in accounts.everyone(self._db) if one["status"] == "error"]
+        if len(stopped) <= 1:
+            self._alarm.clear("meta_trouble")
+            for one in stopped:
+                self._alarm.alert("account_error", one["status_reason"] or "", account=one["id"])
 
     def listen(self) -> None:
         """Tell of accounts that have fallen silent and of tokens that end."""
@@ -118,7 +130,7 @@ class Watch:
         now_s, found = self._clock(), []
         for what, target in pauses.WHAT.items():
             held = pauses.hold(self._db, account, target)
-            if held is None or held.get("cause", account["status"]) in ("crm_gone", "error"):
+            if held is None or held["cause"] in ("gone", "unauthorized", "error"):
                 continue  # these have alerts of their own
             since_s, end = epoch_s(held["since"]), held["until"]
             has_no_end = end is None or epoch_s(end) - since_s > _LONG_HOLD_DAYS * _DAY_S

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
 from crmbridge.alerts.kinds import KINDS
-from crmbridge.errors import Misconfigured, Refused
+from crmbridge.errors import Misconfigured, Refused, Unclear
+from crmbridge.events import epoch_s
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
+from crmbridge.store.database import Row
 from crmbridge.store.deliveries import Claimed, Outcome, Patience
 
 _NAME_TIMEOUT_S = 10.0
@@ -26,6 +28,7 @@ class Rooms:
     db: database.Database
     vault: vault.Vault
     client: Client
+    crm: net.Session
     reach: net.Reach
     alerts: Alerts
     patience: Patience
@@ -52,6 +55,12 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
         db=db,
         vault=keys_of_secrets,
         client=Client(graph, settings.instagram.graph_url, _more_fields(settings.instagram)),
+        crm=net.Session(
+            reach,
+            connect_timeout_s=settings.crm.connect_timeout_s,
+            timeout_s=settings.crm.timeout_s,
+            connections=settings.delivery.slots_per_endpoint,
+        ),
         reach=reach,
         alerts=Alerts(
             db,
@@ -76,24 +85,16 @@ def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
 def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
     """Return the functions that make one call each, by target and kind."""
 
-    settings = rooms.settings
-    session = net.Session(
-        rooms.reach,
-        connect_timeout_s=settings.crm.connect_timeout_s,
-        timeout_s=settings.crm.timeout_s,
-        connections=settings.delivery.slots_per_endpoint,
-    )
-
     def to_crm(claimed: Claimed) -> Outcome:
-        sealed = claimed.account["webhook_secret_sealed"]
+        now_s = time.time()
         posted = crm.post(
-            session,
+            rooms.crm,
             url=claimed.account["crm_webhook_url"],
-            secret=rooms.vault.open(sealed) if sealed else None,
+            secrets=_webhook_secrets(rooms, claimed.account, now_s),
             event_id=claimed.event_id or claimed.id,
             body=claimed.body.encode(),
             correlation_id=claimed.correlation_id,
-            now_s=time.time(),
+            now_s=now_s,
         )
         return Outcome("done", http_status=posted.http_status)
 
@@ -110,20 +111,43 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
         contact = content.get("comment_author") if "comment_id" in content else claimed.contact
         if contact is None:
             raise Refused("nobody knows whose conversation a private reply would be in", code="in_doubt")
-        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact)
+        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact, claimed.account_id)
         try:
-            possible = messages.matching(rooms.db, claimed, thread)
+            found = messages.match(rooms.db, claimed, thread)
         finally:
             rooms.db.close_thread()
-        if possible is None:
-            raise Refused("too much was written since to find it in the conversation", code="in_doubt")
-        if len(possible) > 1:
-            raise Refused("the conversation shows more than one message that it may be", code="in_doubt")
-        if not possible:
-            return Outcome("absent", "absent", "Instagram's conversation does not show it")
-        return Outcome("done", "found", external_id=possible[0].external_id)
+        if found.kind == "several":
+            raise Refused(found.why, code="in_doubt")
+        if found.kind == "unclear":
+            raise Unclear(found.why, code="unclear")
+        if found.kind == "absent":
+            return Outcome("absent", "absent", found.why)
+        return Outcome("done", "found", external_id=found.external_id)
 
     return {"crm": to_crm, "instagram": to_instagram, "look_up": look_up}
+
+
+def make_askers(rooms: Rooms) -> dict[str, Callable[[Row], None]]:
+    """Return the functions that ask a far side, by target, whether it takes an account's calls."""
+
+    def ask_crm(account: Row) -> None:
+        now_s = time.time()
+        secrets = _webhook_secrets(rooms, account, now_s)
+        url, account_id = account["crm_webhook_url"], account["id"]
+        crm.test(rooms.crm, url=url, secrets=secrets, account_id=account_id, now_s=now_s)
+
+    def ask_instagram(account: Row) -> None:
+        token = rooms.vault.open(account["access_token_sealed"])
+        rooms.client.may_write(token, account["instagram_account_id"], account["id"])
+
+    return {"crm": ask_crm, "instagram": ask_instagram}
+
+
+def _webhook_secrets(rooms: Rooms, account: Row, now_s: float) -> list[str]:
+    """Return what an account's events are signed with: its secret, and for a while the one before."""
+    sealed, before = account["webhook_secret_sealed"], account["old_webhook_secret_sealed"]
+    is_kept = before is not None and now_s < epoch_s(account["old_webhook_secret_until"])
+    return [rooms.vault.open(one) for one in (sealed, before if is_kept else None) if one]
 
 
 def make_worker(rooms: Rooms) -> Any:
@@ -163,6 +187,8 @@ def make_worker(rooms: Rooms) -> Any:
         schedule,
         limits,
         rooms.alerts,
+        askers=make_askers(rooms),
+        conversations=rooms.client.conversations,
         clock=clock,
         down_after_s=rooms.settings.alerts.endpoint_down_after_s,
     )
@@ -233,7 +259,7 @@ def make_helpers(rooms: Rooms, wake: Callable[[], None]) -> list[Any]:
         timeout_s=min(instagram.timeout_s, _NAME_TIMEOUT_S),
         connections=THREADS,
     )
-    asker = Client(session, instagram.graph_url)
+    asker = Client(session, instagram.graph_url, conversations=rooms.client.conversations)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="names")
     asking, tending = Aside("asking", db, alerts), Aside("tending", db, alerts)
     names = Names(db, asker, rooms.vault, rooms.patience, wake, pool.submit, tell=asking.tell, clock=time.time)

@@ -14,9 +14,10 @@ from crmbridge import apikey, config, net, vault, wiring
 from crmbridge.alerts import Alerts
 from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
-from crmbridge.endpoints import Limits
+from crmbridge.endpoints import Limits, Pace
 from crmbridge.events import instant
 from crmbridge.instagram import webhook
+from crmbridge.instagram.client import CONVERSATIONS_PER_S, MEDIA_PER_S
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
@@ -87,6 +88,10 @@ class Rig:
         self.rooms = wiring.open_rooms(self.settings)
         # Nothing waits for names unless a test asks for them.
         self.rooms.patience = replace(self.rooms.patience, ask_s=0)
+        client = self.rooms.client
+        client.clock, client.pause = (lambda: self.now_s), (lambda _: None)
+        client.conversations = Pace(CONVERSATIONS_PER_S, lambda: self.now_s)
+        client.media = Pace(MEDIA_PER_S, lambda: self.now_s)
         self.db, self.patience = self.rooms.db, self.rooms.patience
         self.alarm = Recorder(self.db, lambda: self.now_s)
         self.engine = self.make_engine()
@@ -112,6 +117,8 @@ class Rig:
             Schedule(**schedule),
             limits,
             self.alarm,
+            askers=wiring.make_askers(self.rooms),
+            conversations=self.rooms.client.conversations,
             clock=self.clock,
             jitter=lambda: 1.0,
             linger_s=0,
@@ -143,8 +150,49 @@ class Rig:
         return inbound.keep(self.db, events, correlation_id="test", now_s=self.now_s, patience=self.patience)
 
     def say(self, text: str, mid: str, *, contact: str = CUSTOMER, at_s: float | None = None) -> list[Kept]:
-        """Have a customer write."""
+        """Have a customer write: Instagram's conversation shows it, too."""
+        at_ms = int((self.now_s if at_s is None else at_s) * 1000)
+        self.meta.customer_says(SHOP_ID, contact, text, mid=mid, timestamp_ms=at_ms, told="never")
         return self.hear(self.item({"message": {"mid": mid, "text": text}}, contact=contact, at_s=at_s))
+
+    def meet(self, *contacts: str) -> None:
+        """Have customers write, now a while ago: Instagram's conversations show what is known here, too."""
+        for contact in contacts or (CUSTOMER,):
+            self.say("hello", f"met-{contact}", contact=contact)
+        self.now_s += 60
+        self.drain()
+        self.crm.received.clear()
+
+    def lose(self, text: str, mid: str, *, contact: str = CUSTOMER) -> None:
+        """Have a customer write what the CRM does not take until it is given up; scripted answers are forgotten."""
+        self.crm.answer(500, times=1000, containing=f'"{text}"')
+        self.say(text, mid, contact=contact)
+        self.drain()
+        now = instant(self.now_s)
+        where = "state = 'pending' AND target = 'crm' AND contact = ?"
+        self.db.write(lambda: self.db.update("deliveries", {"expires_at": now, "due": now}, where, [contact]))
+        self.drain()
+        self.crm.clear_answers()
+
+    def resume(self, account: dict[str, Any], *what: str, held: bool = False) -> dict[str, Any]:
+        """Let ``deliveries`` or ``sends`` go on, or both, as a person does by the API."""
+        body = {"what": list(what or ("deliveries", "sends")), "held": held}
+        status, answer = self.call("POST", f"/api/v1/accounts/{account['id']}/resume", body)
+        assert status == 200, answer
+        return answer
+
+    def change(self, account: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        """Change an account as a person does by the API."""
+        status, answer = self.call("PUT", f"/api/v1/accounts/{account['id']}", fields)
+        assert status == 200, answer
+        return answer
+
+    def held(self, account: dict[str, Any]) -> dict[str, Any]:
+        """Return what holds an account's deliveries and sends back beside a pause, as the API shows it."""
+        status, answer = self.call("GET", f"/api/v1/accounts/{account['id']}")
+        assert status == 200, answer
+        found: dict[str, Any] = answer["held"]
+        return found
 
     def item(
         self, payload: dict[str, Any], *, contact: str = CUSTOMER, at_s: float | None = None, echo: bool = False

@@ -98,6 +98,16 @@ class Shop:
         }
         return self.call("POST", "/api/v1/messages/send", body)
 
+    def lose(self, text: str, contact: str = CUSTOMER) -> None:
+        """Have a customer write what the CRM does not take until it is given up; scripted answers are forgotten."""
+        self.crm.answer(500, times=1000, containing=f'"{text}"')
+        self.meta.customer_says(SHOP_ID, contact, text)
+        came = self.crm.wait(1, where=lambda entry: entry.event.get("message") == text)
+        this = f"event_id = '{came[0].event['event_id']}'"
+        self.change(f"UPDATE deliveries SET expires_at = '2020-01-01T00:00:00.000Z' WHERE {this}")
+        self.wait_rows(f"SELECT state FROM deliveries WHERE {this}", [("dead",)])
+        self.crm.clear_answers()
+
     def status(self, message_id: str) -> dict[str, Any]:
         found: dict[str, Any] = self.call("GET", f"/api/v1/messages/{message_id}/status").json()
         return found

@@ -385,14 +385,14 @@ def test_a_401_is_told_and_the_next_success_ends_it(rig: Rig, office: Office) ->
     rig.drain()
     office.pass_s(10)
     rig.say("two", "mid-2")
-    rig.drain()
+    rig.live_through(61)
     rig.watch().look()
     office.pass_s(10)
     raised = [("raised", "crm_unauthorized"), ("raised", "dead_letter")]
     assert office.posted == [*raised, ("cleared", "crm_unauthorized")]
-    todo = f"crmbridge dlq retry --all --account {account['id']} --code crm_unauthorized"
-    assert todo in office.letters[-1]
-    dead.discard(rig.db, rig.dead()[0]["id"], rig.now_s, by="cli")
+    assert f"crmbridge account resume {account['id']} --deliveries" in office.letters[0]
+    rig.resume(account, "deliveries")
+    rig.drain()
     rig.watch().look()
     office.pass_s(10)
     assert office.posted[3:] == [("cleared", "dead_letter")]
@@ -400,10 +400,8 @@ def test_a_401_is_told_and_the_next_success_ends_it(rig: Rig, office: Office) ->
 
 def test_dead_letters_are_counted_and_told_of_even_if_their_alert_was_lost(rig: Rig, office: Office) -> None:
     account = rig.account()
-    rig.crm.answer(401, times=3)
     for number in range(3):
-        rig.say("refused", f"mid-{number}", contact=f"80{number}")
-        rig.drain()
+        rig.lose("refused", f"mid-{number}", contact=f"80{number}")
         rig.now_s += 1
     office.open_again()  # a crash before anything was stored
     assert office.alarm.opened("dead_letter") == {}
@@ -427,7 +425,7 @@ def test_dead_letters_are_counted_and_told_of_even_if_their_alert_was_lost(rig: 
 @pytest.mark.parametrize("tried", [True, False])
 def test_sends_that_instagram_was_not_there_for_are_told_of(rig: Rig, office: Office, tried: bool) -> None:
     account = rig.account()
-    rig.meta.fault("messages", times=10_000, status=503, body="")
+    rig.meta.fault("messages", times=10_000, status=429, body="")
     message_id = rig.send(account)
     if tried:
         passing(rig, office, 24.5 * 3600)
@@ -511,7 +509,8 @@ def test_an_endpoint_that_is_down_for_long_is_told_and_its_recovery_too(rig: Rig
         rig.crm.answer_always(503)
         rig.say("one", "mid-1")
     else:
-        rig.meta.fault("messages", times=10_000, status=503, body="")
+        rig.meet()
+        rig.meta.fault(times=10_000, status=503, body="")
         rig.send(account)
     passing(rig, office, 890)
     assert office.posted == []
@@ -521,7 +520,7 @@ def test_an_endpoint_that_is_down_for_long_is_told_and_its_recovery_too(rig: Rig
         rig.crm.answer_always(None)
     else:
         rig.meta.clear_faults()
-    assert "; what was tried is given up at 2027-01-16T08:00:00.000Z" in office.letters[0]
+    assert re.search(r"; what was tried is given up at 2027-01-16T08:0[01]:00.000Z", office.letters[0])
     passing(rig, office, 1200)
     assert office.posted == [("raised", f"{target}_down"), ("cleared", f"{target}_down")]
     assert "again." in office.letters[1]
@@ -712,13 +711,13 @@ def test_what_stopped_an_account_is_told_until_somebody_lets_it_go_on(rig: Rig, 
         rig.send(account)
     rig.drain()
     rig.watch().look()
-    office.pass_s(10)
+    office.pass_s(130)
     assert office.posted == [("raised", kind)]
-    now = instant(rig.now_s)
-    if kind == "crm_gone":  # as from the command line, which knows of no alert
-        pauses.resume(rig.db, account["id"], "crm", now=now, patience=rig.patience)
+    if kind == "crm_gone":
+        rig.resume(account, "deliveries")
     else:
-        accounts.update(rig.db, account["id"], {"status": "active"}, now, rig.patience)
+        rig.change(account, status="active")
+    rig.drain()
     rig.watch().look()
     office.pass_s(10)
     assert office.posted == [("raised", kind), ("cleared", kind)]

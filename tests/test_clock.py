@@ -21,9 +21,7 @@ def upkeep(rig: Rig) -> Upkeep:
 @pytest.mark.parametrize("days", [-9, 9])
 def test_jobs_that_run_before_the_engine_has_seen_it_end_resume_and_take_nothing(rig: Rig, days: int) -> None:
     rig.account()
-    rig.crm.answer(401, containing="dies")
-    rig.say("dies", "mid-1")
-    rig.drain()
+    rig.lose("dies", "mid-1")
     rig.crm.answer_always(503)
     rig.say("waits", "mid-2", contact="900000000000002")
     rig.drain()

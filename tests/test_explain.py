@@ -16,7 +16,7 @@ from tests.test_retention import prune
 
 README = (config.ROOT / "README.md").read_text()
 OTHER_CUSTOMER = "900000000000002"
-TRANSIENT = wire.error_body(2, "An unexpected error has occurred. Please retry your request later.")
+REFUSED_FOR_NOW = wire.error_body(2, "An unexpected error has occurred.", is_transient=False)
 
 
 def stories(rig: Rig, given: str) -> list[dict[str, Any]]:
@@ -36,9 +36,10 @@ def told(rig: Rig, given: str) -> str:
 def troubled(rig: Rig) -> str:
     """Have a send meet every trouble: doubt, errors, death, a person, a CRM that is down or refuses it, a reader."""
     account = rig.account()
+    rig.meet()
     message_id = rig.send(account, "a secret offer")
     rig.meta.fault("messages", drop=True)
-    rig.meta.fault("messages", times=3, status=500, body=TRANSIENT)
+    rig.meta.fault("messages", times=3, status=400, body=REFUSED_FOR_NOW)
     rig.live_through(100)
     rig.crm.answer_always(503)  # down when it is to hear of the failure
     rig.live_through(7)
@@ -106,8 +107,8 @@ def test_an_account_and_a_conversation_have_stories(rig: Rig) -> None:
     message_id = troubled(rig)
     (conversation,) = stories(rig, CUSTOMER)
     assert conversation == story(rig, conversation["id"])
-    assert len(conversation["steps"]) == 5
-    assert all(message_id in step["text"] for step in conversation["steps"])
+    assert len(conversation["steps"]) == 6
+    assert all(message_id in step["text"] for step in conversation["steps"][1:])
     account = story(rig, SHOP_ID)
     assert account == story(rig, account["id"])
     assert account["facts"]["dead_sends"] == 0
@@ -141,9 +142,7 @@ def test_what_waits_says_for_whom_and_until_when(rig: Rig) -> None:
     rig.now_s += 3600
     assert "no worker runs" in story(rig, "mid-1")["next"][0]
     now = instant(rig.now_s)
-    rig.db.write(
-        lambda: pauses.pause(rig.db, account["id"], "crm", cause="operator", reason="moving", until=None, now=now)
-    )
+    rig.db.write(lambda: pauses.pause(rig.db, account["id"], "crm", reason="moving", until=None, now=now))
     assert story(rig, "mid-1")["next"] == [f"message.received is held since {now}, without ageing: moving"]
     assert story(rig, account["id"])["to_type"][0] == f"crmbridge account resume {account['id']} --deliveries"
 

@@ -359,11 +359,7 @@ def test_a_tag_that_is_not_approved_is_told(desk: Desk) -> None:
 def test_whether_the_window_is_open_is_decided_again_when_it_is_sent(desk: Desk) -> None:
     rig = desk.rig
     now = instant(rig.now_s)
-    rig.db.write(
-        lambda: pauses.pause(
-            rig.db, desk.account["id"], "instagram", cause="operator", reason="stock", until=None, now=now
-        )
-    )
+    rig.db.write(lambda: pauses.pause(rig.db, desk.account["id"], "instagram", reason="stock", until=None, now=now))
     status, answer = desk.ask(message="waits")
     assert (status, answer["warnings"]) == (202, ["sends_paused"])
     sends = [desk.send(message=f"waits {number}") for number in range(40)]
@@ -401,7 +397,7 @@ def test_a_recipient_never_seen_is_a_warning_and_oneself_is_exempt(desk: Desk) -
 def test_a_message_that_became_stale_is_dropped(desk: Desk) -> None:
     rig = desk.rig
     message_id = desk.send(message="We close in ten minutes", send_before=instant(rig.now_s + 600))
-    rig.meta.fault("messages", times=100, status=503, body="")
+    rig.meta.fault("messages", times=100, status=429, body="")
     rig.live_through(1200)
     rig.meta.clear_faults()
     rig.live_through(3600)

@@ -27,7 +27,6 @@ def test_what_is_paused_waits_and_a_resume_lets_it_go(fresh_shop: Shop) -> None:
             "since": paused[what]["since"],
             "until": instant(until.timestamp()),
             "reason": "stocktaking",
-            "cause": "operator",
         }
     shop.meta.customer_says(SHOP_ID, CUSTOMER, "are you there?")
     answer = shop.send("soon", "paused-1")
@@ -126,13 +125,13 @@ def test_a_new_url_ends_the_pause_of_a_crm_that_was_gone_but_not_an_operators(fr
     shop.crm.answer(410)
     shop.meta.customer_says(SHOP_ID, CUSTOMER, "hello")
     shop.wait_log("alert.crm_gone")
-    paused = shop.call("GET", path).json()["paused"]["deliveries"]
-    assert (paused["cause"], "410" in paused["reason"]) == ("crm_gone", True)
+    held = shop.call("GET", path).json()["held"]["deliveries"]
+    assert (held["by"], "410" in held["reason"]) == ("gone", True)
     moved = {"crm_webhook_url": shop.sandbox.crm_webhook_url + "/new"}
-    assert shop.call("PUT", path, moved).json()["paused"] == NOTHING
+    assert shop.call("PUT", path, moved).json()["held"] == NOTHING
     assert shop.crm.wait(2)[1].path == "/webhook/new"
     post(shop, "pause", {})
-    assert shop.call("PUT", path, moved).json()["paused"]["deliveries"]["cause"] == "operator"
+    assert shop.call("PUT", path, moved).json()["paused"]["deliveries"]["until"] is None
 
 
 def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_shop: Shop) -> None:

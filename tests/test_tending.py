@@ -34,6 +34,7 @@ class Tended:
         def clock() -> float:
             return rig.now_s
 
+        client.pause = self.pause
         self.patience = Patience(rig.patience.crm_s, rig.patience.instagram_s, ask_s=1.0)
         rig.patience = self.patience
         self.wakes = 0
@@ -238,9 +239,7 @@ def test_nothing_is_asked_for_an_account_that_is_held(tended: Tended) -> None:
     tended.ask()
     assert tended.asked(f"/{CUSTOMER}") == 1
     rig.db.write(
-        lambda: pauses.pause(
-            rig.db, account["id"], "instagram", cause="operator", reason=None, until=None, now=instant(rig.now_s)
-        )
+        lambda: pauses.pause(rig.db, account["id"], "instagram", reason=None, until=None, now=instant(rig.now_s))
     )
     rig.say("hello", "x1", contact="900000000000003")
     tended.ask()

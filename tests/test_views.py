@@ -44,12 +44,12 @@ def load(shop: Shop, end: threading.Event) -> None:
 
 def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> None:
     shop, end = fresh_shop, threading.Event()
-    shop.crm.answer(401, event="message.sent")
+    shop.lose("a CRM never takes this")
     shop.crm.answer(401, event="message.failed")
     shop.meta.customer_says(SHOP_ID, "900000000000001", "good day")
     shop.meta.customer_says(OTHER_ID, "900000000000001", "nobody is here")
     shop.send("good day to you", "key-1")
-    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(1,)])
+    shop.wait_rows("SELECT status FROM outbound_messages", [("sent",)])
     shop.meta.fault("messages", status=403)
     shop.send("this fails", "key-2")
     shop.wait_rows("SELECT COUNT(*) FROM outbound_messages WHERE status = 'failed'", [(1,)])
@@ -99,9 +99,7 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
 
 def test_every_row_of_a_view_says_what_to_type(rig: Rig) -> None:
     rig.account()
-    rig.crm.answer_always(401)
-    rig.say("one", "mid-1")
-    rig.drain()
+    rig.lose("one", "mid-1")
     rig.crm.answer_always(503)
     rig.say("two", "mid-2")
     rig.say("three", "mid-3")
@@ -234,9 +232,7 @@ def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
 
 def test_what_was_held_or_revived_lifts_no_percentile(rig: Rig) -> None:
     account = rig.account()
-    rig.crm.answer(401)
-    rig.say("dead for hours", "mid-1")
-    rig.drain()
+    rig.lose("dead for hours", "mid-1")
     rig.now_s += 2 * 3600
     dead.revive(rig.db, rig.dead()[0]["id"], rig.now_s, rig.patience)
     rig.drain()

@@ -48,6 +48,9 @@ class Alarm(Protocol):
     def clear(self, kind: str, *, account: str | None = None, message: str | None = None) -> None:
         """Give the all-clear, if such an alert is open."""
 
+    def withdraw(self, kind: str, *, account: str | None = None) -> None:
+        """End an open alert that nobody was told of yet, without a word: another one tells of it."""
+
     def opened(self, kind: str) -> Mapping[str, str]:
         """Return the open alerts of a kind: account id, or an empty text, → since when."""
 
@@ -163,6 +166,15 @@ class Alerts:
         with self._changed:
             known.quiet_s, known.ending = self._clock(), message
             self._wake()
+
+    def withdraw(self, kind: str, *, account: str | None = None) -> None:
+        """End an open alert that nobody was told of yet, without a word: another one tells of it."""
+        key = (kind, account or "")
+        with self._changed:
+            known = self._alerts.get(key)
+            if known is not None and known.cleared_s is None and known.told_s is None:
+                known.cleared_s = self._clock()
+                self._note(key, known.cleared_s)
 
     def opened(self, kind: str) -> Mapping[str, str]:
         """Return the open alerts of a kind: account id, or an empty text, → since when."""
@@ -287,7 +299,8 @@ class Alerts:
             end_s = alert.last_s + ends_s
         if alert.quiet_s is None and alert.count > alert.told_count and key not in self._tellings:
             pause_s = min(self._repeat_after_s * 2 ** max(alert.told - 1, 0), max(_DAY_S, self._repeat_after_s))
-            tell_s = alert.since_s if alert.told_s is None else alert.told_s + pause_s
+            first_s = alert.since_s + kind_of(key[0]).wait_s
+            tell_s = first_s if alert.told_s is None else alert.told_s + pause_s
         return tell_s, end_s
 
     def _channels(self) -> list[str]:

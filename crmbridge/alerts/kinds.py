@@ -11,6 +11,7 @@ class Kind:
 
     ACCOUNT in it stands for the account's id. A `lasting` one is a state: its causes are not counted aloud. With
     `once`, the same message again is no new cause. One without another end is over `quiet_s` after its last cause.
+    One with `wait_s` is told that much later, in case it belongs to a greater trouble.
     The kinds `by_web` are raised by the web server, the others by the worker, which may be two processes.
     """
 
@@ -20,9 +21,16 @@ class Kind:
     lasting: bool = False
     once: bool = False
     quiet_s: float | None = None
+    wait_s: float = 0.0
     by_web: bool = False
 
 
+_STOPPED_WAIT_S = 120.0
+_ASKS = (
+    "the bridge asks Instagram by itself after 15 minutes (after a restriction: 24 h), then at twice the distance up "
+    "to 6 h, and when it answers well one send tries"
+)
+_TAKES = "Instagram takes a send of the account again; or nothing waits for it any more"
 KINDS = {
     "dead_letter": Kind(
         "events could not be delivered to the CRM and are dead letters",
@@ -36,14 +44,14 @@ KINDS = {
         "no send in doubt is left",
     ),
     "crm_unauthorized": Kind(
-        "the CRM answers 401: it does not accept our signature",
-        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT; then crmbridge dlq retry --all "
-        "--webhooks --account ACCOUNT",
-        "the CRM takes an event again; what died meanwhile goes by crmbridge dlq retry --all --account ACCOUNT "
-        "--code crm_unauthorized",
+        "the CRM answers 401: it does not accept our signature, and deliveries are held",
+        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT, or, when only the CRM was wrong, "
+        "crmbridge account resume ACCOUNT --deliveries: what the 401 ended is sent again, too; a test is sent every "
+        "five minutes, and when the CRM takes it the rest goes on by itself",
+        "the CRM takes an event again; or nothing waits for it any more",
     ),
     "crm_gone": Kind(
-        "the CRM answered 410: it wants no more, and deliveries are paused",
+        "the CRM answered 410: it wants no more, and deliveries are held",
         "correct crm_webhook_url by PUT /api/v1/accounts/ACCOUNT, or crmbridge account resume ACCOUNT --deliveries",
         "the deliveries are resumed",
     ),
@@ -64,8 +72,15 @@ KINDS = {
     "account_error": Kind(
         "Instagram refuses the account's sends, and they are held",
         "mend what the message names, in Instagram or in Meta's console; then PUT /api/v1/accounts/ACCOUNT with a new "
-        "access_token, or status: active",
-        "the account is active again",
+        f"access_token, or status: active; {_ASKS}",
+        _TAKES,
+        wait_s=_STOPPED_WAIT_S,
+    ),
+    "meta_trouble": Kind(
+        "Instagram has stopped several accounts within minutes: this looks like trouble at Meta, not at the accounts",
+        f"look at https://metastatus.com; {_ASKS}",
+        "Instagram takes sends of all the accounts, or of all but one, which then has an alert of its own",
+        lasting=True,
     ),
     "send_refused": Kind(
         "Instagram refused a send for a reason that an administrator can mend",
@@ -87,9 +102,10 @@ KINDS = {
     ),
     "token_dead": Kind(
         "the access token is no longer good",
-        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
-        "a new token was accepted",
+        f"make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT; {_ASKS}",
+        _TAKES,
         once=True,
+        wait_s=_STOPPED_WAIT_S,
     ),
     "token_expiring": Kind(
         "the access token ends in 14, 7 or 1 days",

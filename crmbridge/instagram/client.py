@@ -2,16 +2,22 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from crmbridge import __version__, net
+from crmbridge.endpoints import Pace
 from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
 from crmbridge.events import Shown, Thread, epoch_s
 from crmbridge.instagram import codes, outgoing
 
-_SHOWN_AT_MOST = 20
+# Calls a second for one account, by Instagram's limits ("Rate limits").
+CONVERSATIONS_PER_S, MEDIA_PER_S = 2.0, 10.0
+_REMEMBERED = 1000
 _KINDS = {
     "image_data": "image",
     "video_data": "video",
@@ -67,18 +73,36 @@ class Refusal(Invalid):
     def __init__(self, said: str, meaning: codes.Meaning) -> None:
         detail = {"field": "access_token", "problem": said}
         super().__init__(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
+        self.meaning = meaning
         self.hint = meaning.hint
         self.of_account = meaning.kind in ("account", "alert")
 
 
 class Client:
-    """One Graph address; the token comes with each call."""
+    """One Graph address; the token comes with each call.
 
-    def __init__(self, session: net.Session, graph_url: str, more_fields: Sequence[str] = ()) -> None:
+    `conversations` and `media` space out the calls of the Conversations API by the account's id here, and the sends of
+    audio and video.
+    """
+
+    def __init__(
+        self,
+        session: net.Session,
+        graph_url: str,
+        more_fields: Sequence[str] = (),
+        *,
+        conversations: Pace | None = None,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.fields = (*_FIELDS, *more_fields)
+        self.conversations = conversations or Pace(CONVERSATIONS_PER_S)
+        self.media = Pace(MEDIA_PER_S)
+        self.clock, self.pause = clock, pause
         self._session = session
         self._graph_url = graph_url
         self._origin = _VERSION.sub("", graph_url)
+        self._threads: OrderedDict[tuple[str, str], str] = OrderedDict()  # user id and contact → conversation
 
     def whoami(self, token: str) -> Identity:
         """Check a token. Raises Invalid when Instagram refuses it, Unavailable when it cannot be asked."""
@@ -106,12 +130,33 @@ class Client:
         self.ask("DELETE", f"/{user_id}/subscribed_apps", token, ())
 
     def ask(
-        self, method: str, path: str, token: str, query: Sequence[tuple[str, str]], *, versioned: bool = True
+        self,
+        method: str,
+        path: str,
+        token: str,
+        query: Sequence[tuple[str, str]],
+        *,
+        versioned: bool = True,
+        names_object: bool = False,
     ) -> tuple[int, dict[str, Any]]:
         """Make a call that sends nothing; return the HTTP status and the object.
 
-        Raises Refusal, or Unavailable with how long to wait when there is no clear answer.
+        Raises Refusal, or Unavailable with how long to wait when there is no clear answer. `names_object` tells that
+        the path is not the account's.
         """
+        answer, found = self._ask(method, path, token, query, versioned=versioned, names_object=names_object)
+        return answer.status, found
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        token: str,
+        query: Sequence[tuple[str, str]],
+        *,
+        versioned: bool = True,
+        names_object: bool = False,
+    ) -> tuple[net.Answer, dict[str, Any]]:
         url = (self._graph_url if versioned else self._origin) + path
         try:
             answer = self._session.call(method, url, headers=_headers(token), query=query)
@@ -122,7 +167,7 @@ class Client:
         found = _object(answer.body)
         error = found.get("error")
         if isinstance(error, dict):
-            meaning = codes.classify(answer.status, error)
+            meaning = codes.classify(answer.status, error, names_object=names_object)
             said = _quoted(error, meaning)
             if meaning.kind in ("account", "final", "alert"):
                 raise Refusal(said, meaning)
@@ -130,37 +175,71 @@ class Client:
             raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=after_s)
         if answer.status >= 400:
             raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
-        return answer.status, found
+        return answer, found
 
-    def look_up(self, token: str, user_id: str, contact: str) -> Thread:
-        """Return what the shop wrote to a contact, as the Conversations API shows it.
+    def may_write(self, token: str, user_id: str, account_id: str) -> None:
+        """Make a call that needs the permission for messages. Raises Refusal, or Unavailable for no clear answer."""
+        self.pause(self.conversations.take(account_id))
+        self.ask("GET", f"/{user_id}/conversations", token, [("platform", "instagram"), ("limit", "1")])
 
-        It tells the newest 20 messages of both sides and no more (Conversations API, "Limitations").
+    def look_up(self, token: str, user_id: str, contact: str, account_id: str) -> Thread:
+        """Return the newest messages to and from a contact, as the Conversations API shows them.
+
+        It tells the newest 20 and no more (Conversations API, "Limitations"), at two calls a second ("Rate limits").
+        Which conversation is a contact's is remembered.
 
         Raises Retry when it cannot be asked.
         """
         try:
-            query = [("platform", "instagram"), ("user_id", contact)]
-            _, found = self.ask("GET", f"/{user_id}/conversations", token, query)
-            conversations = [entry.get("id") for entry in _list(found.get("data"))]
-            if not conversations:
-                return Thread((), 0)
-            fields = "messages{id,created_time,from,to,message,attachments,shares}"
-            _, thread = self.ask("GET", f"/{conversations[0]}", token, [("fields", fields)])
+            conversation = self._threads.get((user_id, contact))
+            if conversation is None:
+                self.pause(self.conversations.take(account_id))
+                conversation = self._find_thread(token, user_id, contact)
+            if conversation is None:
+                return Thread(())
+            self.pause(self.conversations.take(account_id))
+            fields = [("fields", "messages{id,created_time,from,to,message,attachments,shares}")]
+            answer, thread = self._ask("GET", f"/{conversation}", token, fields, names_object=True)
+        except Refusal as refusal:
+            self._threads.pop((user_id, contact), None)
+            stops = _stops(refusal.meaning)
+            raise Retry(refusal.message, code="look_up_failed", counts=False, stops=stops) from None
         except (Invalid, Unavailable) as error:
             raise Retry(error.message, code="look_up_failed", counts=False) from None
         messages = thread.get("messages")
         listed = _list(messages.get("data") if isinstance(messages, dict) else None)
         try:
-            times = [epoch_s(entry["created_time"]) for entry in listed]
             shown = tuple(
-                Shown(str(entry["id"]), str(entry.get("message") or ""), at_s, _kinds(entry))
-                for entry, at_s in zip(listed, times, strict=True)
-                if _from(entry) != contact
+                Shown(
+                    str(entry["id"]),
+                    str(entry.get("message") or ""),
+                    epoch_s(entry["created_time"]),
+                    _from(entry) != contact,
+                    _kinds(entry),
+                )
+                for entry in listed
             )
-            return Thread(shown, min(times) if len(times) >= _SHOWN_AT_MOST else 0)
         except (KeyError, TypeError, ValueError):
             raise Retry("the conversation cannot be read", code="look_up_failed", counts=False) from None
+        return Thread(shown, self._ahead_s(answer))
+
+    def _find_thread(self, token: str, user_id: str, contact: str) -> str | None:
+        query = [("platform", "instagram"), ("user_id", contact)]
+        _, found = self.ask("GET", f"/{user_id}/conversations", token, query)
+        names: list[str] = [entry["id"] for entry in _list(found.get("data")) if isinstance(entry.get("id"), str)]
+        if not names:
+            return None
+        self._threads[user_id, contact] = names[0]
+        while len(self._threads) > _REMEMBERED:
+            self._threads.popitem(last=False)
+        return names[0]
+
+    def _ahead_s(self, answer: net.Answer) -> float:
+        """Return by how much our clock is ahead of Instagram's, in seconds: its answers carry the time."""
+        try:
+            return self.clock() - parsedate_to_datetime(answer.headers.get("Date") or "").timestamp()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
 
     def send(self, token: str, user_id: str, recipient_id: str, content: Mapping[str, Any]) -> Sent:
         """Send one message or action. Raises Retry, Refused or InDoubt; only Sent means that Instagram took it.
@@ -171,47 +250,39 @@ class Client:
             return self._send(token, user_id, content, recipient_id)
         except InDoubt as doubt:
             if outgoing.is_action(content):
-                raise Retry(doubt.message, code=doubt.code, http_status=doubt.http_status) from None
+                known = {"code": doubt.code, "http_status": doubt.http_status, "after_s": doubt.after_s}
+                raise Retry(doubt.message, **known, counts=(doubt.http_status or 0) < 500) from None  # type: ignore[arg-type]
             raise
 
     def _send(self, token: str, user_id: str, content: Mapping[str, Any], recipient_id: str) -> Sent:
         body = outgoing.body(content, recipient_id)
         encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         headers = {**_headers(token), "Content-Type": "application/json"}
+        if outgoing.is_sound_or_film(content):
+            self.pause(self.media.take(user_id))
         try:
             answer = self._session.call("POST", f"{self._graph_url}/{user_id}/messages", headers=headers, body=encoded)
         except net.CallFailed as failure:
             if failure.sent:
                 raise InDoubt(failure.message, code=failure.code) from None
             raise Retry(failure.message, code=failure.code, counts=False) from None
-        found = _object(answer.body)
-        error = found.get("error")
-        if isinstance(error, dict):
-            raise _failure(answer, error)
-        mid, contact = found.get("message_id"), found.get("recipient_id")
+        found, is_good = _object(answer.body), 200 <= answer.status < 300
+        mid, contact, error = found.get("message_id"), found.get("recipient_id"), found.get("error")
         known = contact if isinstance(contact, str) and contact else None
-        if 200 <= answer.status < 300 and isinstance(mid, str) and mid:
+        if is_good and isinstance(mid, str) and mid:
             return Sent(mid, known, answer.status, _rest_s(answer.headers))
-        if 200 <= answer.status < 300 and known and outgoing.is_action(content):
+        if isinstance(error, dict):
+            raise _failure(answer, error, names_object=outgoing.names_object(content))
+        if is_good and known and outgoing.is_action(content):
             return Sent(None, known, answer.status, _rest_s(answer.headers))
-        if 200 <= answer.status < 300:
+        if is_good:
             raise InDoubt("Instagram answered without a message id", code="answer_lost", http_status=answer.status)
-        hint = _wait_s(answer.headers)
+        said, hint = f"Instagram answered HTTP {answer.status} without an error object", _wait_s(answer.headers)
         if answer.status == 429:
             raise Retry("Instagram limits the rate", code="rate_limited", http_status=429, after_s=hint, counts=False)
-        if answer.status >= 500:
-            raise Retry(
-                f"Instagram answered HTTP {answer.status} without an error object",
-                code="instagram_unavailable",
-                http_status=answer.status,
-                after_s=hint,
-                counts=False,
-            )
-        raise Refused(
-            f"Instagram answered HTTP {answer.status} without an error object",
-            code="instagram_refused",
-            http_status=answer.status,
-        )
+        if answer.status >= 500 or answer.status == 408:
+            raise InDoubt(said, code="instagram_unavailable", http_status=answer.status, after_s=hint)
+        raise Refused(said, code="instagram_refused", http_status=answer.status)
 
 
 def _list(value: Any) -> list[dict[str, Any]]:
@@ -234,28 +305,32 @@ def _kinds(entry: dict[str, Any]) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _failure(answer: net.Answer, error: dict[str, Any]) -> AttemptFailed:
-    meaning = codes.classify(answer.status, error)
-    said = f"Instagram answered {_named(error, meaning)}"
-    if meaning.kind not in ("retry", "limit", "unknown"):  # those are over by themselves
+def _failure(answer: net.Answer, error: dict[str, Any], *, names_object: bool) -> AttemptFailed:
+    meaning, status = codes.classify(answer.status, error, names_object=names_object), answer.status
+    said, after_s = f"Instagram answered {_named(error, meaning)}", _wait_s(answer.headers)
+    if codes.leaves_open(status, error, meaning):
+        return InDoubt(said, code=meaning.slug, http_status=status, after_s=after_s)
+    if meaning.kind not in ("retry", "open", "limit"):  # those are over by themselves
         said = f"{said}: {meaning.hint}"
-    if meaning.kind == "unknown" or answer.status < 300:
-        return InDoubt(said, code=meaning.slug, http_status=answer.status)
     if meaning.kind in ("final", "alert"):
         alert = "send_refused" if meaning.kind == "alert" else None
-        return Refused(said, code=meaning.slug, http_status=answer.status, alert=alert)
-    stops = None
-    if meaning.kind == "account":
-        stops = "token_dead" if meaning.slug in codes.TOKEN_SLUGS else "account_error"
+        return Refused(said, code=meaning.slug, http_status=status, alert=alert)
     return Retry(
         said,
         code=meaning.slug,
-        http_status=answer.status,
-        after_s=_wait_s(answer.headers),
-        counts=meaning.kind in ("retry", "once"),
+        http_status=status,
+        after_s=after_s,
+        counts=meaning.kind in ("retry", "open", "once"),
         at_most=1 if meaning.kind == "once" else None,
-        stops=stops,
+        stops=_stops(meaning),
     )
+
+
+def _stops(meaning: codes.Meaning) -> str | None:
+    """Return the alert of an account that can send nothing any more; None where the meaning is another."""
+    if meaning.kind != "account":
+        return None
+    return "token_dead" if meaning.slug in codes.TOKEN_SLUGS else "account_error"
 
 
 def _headers(token: str) -> dict[str, str]:

@@ -6,12 +6,13 @@ Sources: Messenger Platform "Error codes" and Graph API "Handling errors", with 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Class = Literal["retry", "once", "limit", "final", "alert", "account", "unknown"]
+Class = Literal["retry", "open", "once", "limit", "final", "alert", "account", "unknown"]
 Part = int | Literal["*"] | None
 
 # What happens to the send, in words; README's table is held to these.
 HAPPENS: dict[Class, str] = {
     "retry": "tried again, up to 3 times",
+    "open": "in doubt where the answer leaves that open: looked for, and sent again if it is not there, up to 3 times",
     "once": "tried again once",
     "limit": "waits, as long as Instagram says",
     "final": "fails",
@@ -49,8 +50,8 @@ _OTHER_APP = "make this app the default in the Page's or account's conversation 
 _STATUS = "look at https://metastatus.com if it goes on"
 
 MEANINGS = (
-    Meaning("retry", "instagram_fault", "1/*", _STATUS),
-    Meaning("retry", "instagram_unavailable", "2/*", _STATUS + "; it also comes when the customer blocked the shop"),
+    Meaning("open", "instagram_fault", "1/*", _STATUS),
+    Meaning("open", "instagram_unavailable", "2/*", _STATUS + "; it also comes when the customer blocked the shop"),
     Meaning("retry", "thread_controlled_elsewhere", "*/2018300", _OTHER_APP),
     Meaning("retry", "automated_flow_running", "*/2018321", "wait until Instagram's automated questions are over"),
     Meaning("once", "media_unreachable", "100/2018008", "the file's url must be public, quick and without a redirect"),
@@ -67,7 +68,6 @@ MEANINGS = (
     Meaning("final", "recipient_restricted", "10903/*", "Instagram lets nobody answer this comment privately"),
     Meaning("final", "invalid_parameter", "100/*", "report it with the log's line: Instagram does not take the call"),
     Meaning("final", "invalid_path", "2500/*", "see that [instagram] graph_url is right"),
-    Meaning("final", "object_missing", "100/33", "see that what the send refers to still exists at Instagram"),
     Meaning("final", "invalid_message", "100/2534015", "correct the message's content"),
     Meaning("final", "media_rejected", "100/2018047", "send a type of file that Instagram takes"),
     Meaning("final", "media_too_large", "100/2018109 36000/2207004", "send a smaller file"),
@@ -103,6 +103,10 @@ MEANINGS = (
         "let the account accept the app's Instagram Tester role in a desktop browser; see that the app is Live",
         says="Unsupported request - method type",
     ),
+    Meaning(
+        "account", "account_unreachable", "100/33",
+        "see in Meta's console that the app has the account and its permissions; also in outages of Meta",
+    ),
     Meaning("account", "account_not_eligible", "36103/*", "wait until Meta opens its API to the account, or ask Meta"),
     Meaning(
         "account", "message_access_off", "200/2534041",
@@ -114,6 +118,8 @@ MEANINGS = (
     Meaning("account", "token_invalid", "190/*", _RENEW),
     Meaning("unknown", "answer_lost", "1/1357046 1200/*", "nothing: the bridge finds out"),
 )  # fmt: skip
+# What 100/33 says of a call that names another object than the account, such as a reply or a question about a message.
+OBJECT_MISSING = Meaning("final", "object_missing", "100/33", "see that what it refers to still exists at Instagram")
 
 
 def codes_of(meaning: Meaning) -> list[tuple[Part, Part]]:
@@ -133,8 +139,32 @@ TOKEN_SLUGS = ("token_invalid", "token_expired", "access_removed")
 _BY_SLUG = {meaning.slug: meaning for meaning in MEANINGS}
 
 
-def classify(http_status: int, error: dict[str, Any]) -> Meaning:
-    """Return what an error object means; codes that are not in the table go by transience and HTTP status."""
+def classify(http_status: int, error: dict[str, Any], *, names_object: bool = False) -> Meaning:
+    """Return what an error object means; codes that are not in the table go by HTTP status and transience.
+
+    `names_object` tells that the call named another object than the account.
+    """
+    meaning = _meaning(http_status, error)
+    if meaning.slug == "account_unreachable" and names_object:
+        return OBJECT_MISSING
+    return _BY_SLUG["rate_limited"] if http_status == 429 and meaning.kind == "open" else meaning
+
+
+def leaves_open(http_status: int, error: dict[str, Any], meaning: Meaning) -> bool:
+    """Tell whether an answer to a send leaves it open that the message was taken.
+
+    Meta reports code 1 after deliveries, and answers 5xx with messages delivered (implementers' reports). Code 2 with
+    is_transient false is a refusal (observed with 2/2018344).
+    """
+    if meaning.kind in ("account", "final", "alert", "limit"):
+        return False
+    if meaning.kind == "unknown" or error.get("is_transient") is True:
+        return True
+    is_refusal = _number(error.get("code")) == 2 and error.get("is_transient") is False
+    return meaning.kind == "open" and not (is_refusal and 400 <= http_status < 500)
+
+
+def _meaning(http_status: int, error: dict[str, Any]) -> Meaning:
     code, subcode = _number(error.get("code")), _number(error.get("error_subcode")) or None  # 0 says: none
     for meaning in _SAID:
         if (code, subcode) in codes_of(meaning) and meaning.says in str(error.get("message")):

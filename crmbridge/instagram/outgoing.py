@@ -158,6 +158,16 @@ def is_action(content: Mapping[str, Any]) -> bool:
     return "action" in content or "reaction" in content
 
 
+def names_object(content: Mapping[str, Any]) -> bool:
+    """Tell whether a send names something at Instagram beside its recipient: a message or a comment."""
+    return bool(content.keys() & {"reply_to", "reaction", "comment_id"})
+
+
+def is_sound_or_film(content: Mapping[str, Any]) -> bool:
+    """Tell whether a send carries audio or video, of which Instagram takes fewer a second ("Rate limits")."""
+    return any(one["type"] in ("audio", "video") for one in content.get("attachments", ()))
+
+
 def body(content: Mapping[str, Any], contact: str) -> dict[str, Any]:
     """Return the body of the call that sends a message, in the form of Meta's documentation."""
     recipient = {"comment_id": content["comment_id"]} if "comment_id" in content else {"id": contact}

@@ -49,7 +49,8 @@ class Listed:
 
 def profile(client: Client, token: str, contact: str) -> Profile:
     """Return a customer's names; Instagram tells them only of one who wrote or tapped."""
-    _, found = client.ask("GET", f"/{quote(contact, safe='')}", token, [("fields", "name,username")])
+    query = [("fields", "name,username")]
+    _, found = client.ask("GET", f"/{quote(contact, safe='')}", token, query, names_object=True)
     return Profile(_text(found.get("username")), _text(found.get("name")))
 
 
@@ -93,14 +94,15 @@ def conversations(client: Client, token: str, user_id: str, after: str | None) -
 def messages(client: Client, token: str, conversation: Listed) -> Sequence[Mapping[str, Any]]:
     """Return the newest messages of a conversation as they are told, no more than `SHOWN_AT_MOST` of them."""
     query = [("fields", f"messages{{{_FIELDS}}}")]
-    _, found = client.ask("GET", f"/{quote(conversation.id, safe='')}", token, query)
+    _, found = client.ask("GET", f"/{quote(conversation.id, safe='')}", token, query, names_object=True)
     told = found.get("messages")
     return _objects(told.get("data") if isinstance(told, dict) else None)
 
 
 def message(client: Client, token: str, external_id: str) -> Mapping[str, Any]:
     """Return one message as it is told."""
-    _, found = client.ask("GET", f"/{quote(external_id, safe='')}", token, [("fields", _FIELDS)])
+    query = [("fields", _FIELDS)]
+    _, found = client.ask("GET", f"/{quote(external_id, safe='')}", token, query, names_object=True)
     return found
 
 

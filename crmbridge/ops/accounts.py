@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
-from crmbridge.store import accounts, pauses
+from crmbridge.store import accounts, dead, pauses
 from crmbridge.store.database import Database
 from crmbridge.store.deliveries import Patience
 
@@ -45,12 +45,21 @@ def pause(
         print(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
 
 
-def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience) -> None:
-    """Let what was paused go on, of the two or both."""
+def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience, *, held: bool) -> None:
+    """Let what was paused go on, of the two or both; where nothing was, or if `held`, also what an answer holds."""
     _require(db, account_id)
     for name in what or pauses.WHAT:
-        ended = pauses.resume(db, account_id, pauses.WHAT[name], now=instant(time.time()), patience=patience)
-        print(f"resumed {name} of {account_id}" if ended else f"{name} of {account_id} were not paused")
+        target, now_s = pauses.WHAT[name], time.time()
+        was_paused = pauses.resume(db, account_id, target, now=instant(now_s), patience=patience)
+        if was_paused:
+            print(f"resumed {name} of {account_id}")
+        account = accounts.found(db, account_id)
+        if (held or not was_paused) and dead.release(db, account, target, now_s, patience):
+            print(f"released {name} of {account_id}")
+        elif (left := pauses.hold(db, account, target)) is not None:
+            print(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
+        elif not was_paused:
+            print(f"{name} of {account_id} were not paused")
 
 
 def _require(db: Database, account_id: str) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 from crmbridge import config, vault
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
-from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
+from crmbridge.store import accounts, alerts, database, holds, overview, pauses, retention, vitals
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,11 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         text += f": {hold['reason']}" if hold["reason"] else ""
         todo = pauses.to_type(account["id"], target, hold["cause"])
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
+    held = holds.find(db, account["id"], "crm")
+    if held is not None and held["trial_since"] is None:
+        text = f"{about} deliveries are held since {held['since']}: {held['reason']}"
+        todo = pauses.to_type(account["id"], "crm", held["cause"])
+        yield Finding("warning", "deliveries_held", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:
         text = f"{about} is not subscribed to Instagram's webhooks: {account['subscription_error']}"
         todo = f"{put} with a new access_token, or wait: it is tried again every six hours"

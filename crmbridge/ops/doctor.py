@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from crmbridge import __version__, config, contract, crm, log, net
+from crmbridge import __version__, config, crm, log, net
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
-from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.events import epoch_s, instant
 from crmbridge.instagram.client import Client, Refusal
 from crmbridge.ops import check, health, machine, owner
 from crmbridge.ops.check import Finding
@@ -620,13 +620,10 @@ def _crm(
     if held is not None:
         yield Finding("note", "crm_unasked", f"{about}: its CRM was not called, as deliveries are held", account_id=one)
         return
-    event_id, now_s = new_id("evt"), time.time()
-    body = contract.WebhookTest(event="webhook.test", event_id=event_id, account_id=one, timestamp=instant(now_s))
     place, crm_url = _origin(url), _put(given, row, _NEW_URL)
     tls = place.partition("//")[2] + ("" if urlsplit(url).port else ":443")
     try:
-        crm.post(session, url=url, secret=secret, event_id=event_id, body=body.model_dump_json().encode(),
-                 correlation_id=new_id("req"), now_s=now_s)  # fmt: skip
+        crm.test(session, url=url, secrets=[secret] if secret else [], account_id=one, now_s=time.time())
     except (Refused, Retry) as error:
         slug = "crm_not_found" if error.http_status in (404, 405) else error.code
         slug = slug if slug.startswith("crm_") else f"crm_{slug}"

@@ -25,6 +25,7 @@ _CAME_TO = {
     "fault": "we failed ourselves",
     "abandoned": "broken off: the worker stopped, or something else settled it",
     "absent": "the conversation does not show it",
+    "unclear": "the conversation does not tell",
     None: "no answer yet",
 }
 _HOW = {"delivered": "Instagram's echo showed it in the conversation", "pending": "accepted, to be sent"}
@@ -255,7 +256,9 @@ def _deliver(found: Story, owed: Owed, now: str) -> None:
     )
     notes = [line.split(" ", 2) for line in (row["notes"] or "").splitlines()]
     for at, word, *by in notes:
-        if word in _BY_A_PERSON:
+        if word == "revived" and by == ["mended"]:
+            found.tell(at, word, f"{name} to {to}: tried again, as a person mended what the CRM's 401 was about")
+        elif word in _BY_A_PERSON:
             who = f", by {by[0]}" if by else ""
             found.tell(at, word, f"{name} to {to}: {_BY_A_PERSON[word].format(who=who)}")
     for hold in owed.held:
@@ -328,7 +331,7 @@ def _say_held(found: Story, hold: Row, what: str, account_id: str, target: Targe
     found.next.append(
         f"{what} held since {hold['since']}{until}, without ageing: {hold['reason'] or 'no reason given'}"
     )
-    if "cause" in hold:  # a pause; what the account's status holds goes on when that is mended
+    if hold["cause"] not in ("inactive", "error"):  # what the account's status holds goes on when that is mended
         found.advise(pauses.to_type(account_id, target, hold["cause"]))
     else:
         found.next.append(f"PUT /api/v1/accounts/{account_id} with a new access_token, or status active, lets it go on")

@@ -59,7 +59,7 @@ class SampleCrm:
         self.replies: list[dict[str, Any]] = []
         self._scripts: list[_Script] = []
         self._always: _Script | None = None
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._closing = threading.Event()
         self.page_paths: tuple[str | None, str | None] = (None, "/sandbox")
         self.app = bottle.Bottle()
@@ -107,6 +107,12 @@ class SampleCrm:
         with self._changed:
             self._always = None if status is None else _Script(status, 1, body, headers, delay_s, None, None)
 
+    def clear_answers(self) -> None:
+        """Answer as usual again."""
+        with self._changed:
+            self._scripts.clear()
+            self._always = None
+
     def wait(self, n: int, *, timeout_s: float = 10, where: Callable[[Received], bool] | None = None) -> list[Received]:
         """Wait until at least n deliveries match; return all that do."""
 
@@ -124,8 +130,7 @@ class SampleCrm:
         with self._changed:
             self.received.clear()
             self.replies.clear()
-            self._scripts.clear()
-            self._always = None
+            self.clear_answers()
 
     def reply(self, recipient_id: str, text: str) -> dict[str, Any]:
         """Send a text through the bridge; return its HTTP status (0: unreachable) and answer."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from email.utils import formatdate
 from typing import Any
 from urllib.parse import urljoin
 
@@ -213,7 +214,7 @@ class Meta:
 
     def fault(
         self,
-        path: str,
+        path: str = "*",
         *,
         times: int = 1,
         status: int = 500,
@@ -223,7 +224,7 @@ class Meta:
         after_effect: bool = False,
         drop: bool = False,
     ) -> None:
-        """Script the answers to the next calls whose path ends with `path`; earlier scripts are used up first.
+        """Script the answers to the next calls whose path ends with `path`, ``*`` for any; the first script goes first.
 
         Without a body the answer is empty, not Meta's error object: see `wire.error_body`. With `after_effect` the call
         does what it should and then gets the scripted answer, or its own if the script is status 200 without a body;
@@ -454,6 +455,7 @@ class Meta:
             result, late = self._result(request.method, bare, fault)
         except graph.GraphError as problem:
             result, fault = server.answer(problem.body, problem.status), None
+        result.set_header("Date", formatdate(self.clock(), usegmt=True))
         dropped = fault is not None and fault.drop
         with self._changed:
             self.calls.append(Call(request.method, path, 0 if dropped else result.status_code, self.clock()))
@@ -482,7 +484,7 @@ class Meta:
 
     def _take_fault(self, path: str) -> _Fault | None:
         with self._changed:
-            fault = next((one for one in self._faults if path.endswith(one.path)), None)
+            fault = next((one for one in self._faults if one.path == "/*" or path.endswith(one.path)), None)
             if fault is not None:
                 fault.times -= 1
                 if not fault.times:

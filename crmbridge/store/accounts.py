@@ -4,7 +4,7 @@ from typing import Any
 
 from crmbridge.errors import Conflict, NotFound
 from crmbridge.events import new_id
-from crmbridge.store import pauses
+from crmbridge.store import holds, pauses
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
@@ -76,11 +76,14 @@ def update(db: Database, account_id: str, values: dict[str, Any], now: str, pati
         if values.get("status", before["status"]) != before["status"]:
             changed["status_since"] = now
             pauses.note_end_of_status(db, before, now)
+            if values["status"] == "active":
+                holds.begin_trial(db, account_id, "instagram", now, by_answer=False)
         db.update("accounts", changed, "id = ?", [account_id])
         return found(db, account_id)
 
     if "status" in values:
-        return pauses.lift(db, account_id, pauses.TARGETS, job, status=values["status"], now=now, patience=patience)
+        how: dict[str, Any] = {"ends": "status", "status": values["status"], "now": now, "patience": patience}
+        return pauses.lift(db, account_id, pauses.TARGETS, job, **how)
     return db.write(job)
 
 
@@ -109,11 +112,14 @@ def ask_no_more(db: Database, account_id: str, until: str) -> None:
     db.write_last(lambda: db.update("accounts", {"ask_again_at": until}, "id = ?", [account_id]))
 
 
-def stop(db: Database, account_id: str, sealed: str, reason: str, now: str) -> None:
-    """Put an active account in error, as its token is dead, unless there is another one by now."""
+def stop(db: Database, account_id: str, sealed: str, code: str, reason: str, now: str) -> bool:
+    """Put an active account in error, unless it has another token by now; runs inside a write. Tell whether it was."""
     changed = {"status": "error", "status_reason": reason, "status_since": now, "updated_at": now}
     where, key = _with_token(account_id, sealed)
-    db.write_last(lambda: db.update("accounts", changed, f"{where} AND status = 'active'", key))
+    if not db.update("accounts", changed, f"{where} AND status = 'active'", key):
+        return False
+    holds.begin(db, account_id, "error", code=code, reason=reason, now=now)
+    return True
 
 
 def _with_token(account_id: str, sealed: str) -> tuple[str, list[str]]:

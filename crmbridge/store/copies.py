@@ -178,7 +178,7 @@ def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int
         deliveries.note(db, owed, [SEND], "restored", now)
         sends = db.run(
             f"""
-            UPDATE deliveries SET in_doubt = 1, look_ups = 0, attempts = MAX(attempts, 1), due = ?,
+            UPDATE deliveries SET in_doubt = 1, look_ups = 0, attempts = attempts + 1, due = ?,
                 tried_at = MIN(COALESCE(tried_at, ?), ?), last_code = 'restored' WHERE {owed}""",
             (now, made_at, made_at, SEND),
         )

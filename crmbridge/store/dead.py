@@ -1,6 +1,7 @@
 """Dead deliveries: list them, owe one again, ask for many and let these back in bit by bit, want some no more."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from crmbridge.contract import CRM_EVENTS
 from crmbridge.endpoints import REPLAY_BURST, Room
 from crmbridge.errors import Conflict, Invalid, NotFound
 from crmbridge.events import instant
-from crmbridge.store import accounts, deliveries, messages
+from crmbridge.store import accounts, deliveries, holds, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
@@ -156,6 +157,40 @@ def _owe_again(
             messages.revive(db, row["message_id"], now)
     expires_at = instant(now_s + patience.of(target))
     deliveries.revive(db, rows, now=now, expires_at=expires_at, asked_at=asked_at, by=by)
+
+
+# --- what the CRM refused our signature for ---
+
+MENDED = "mended"  # by whom a delivery was revived: a person mended what the 401 was about
+
+
+def release(db: Database, account: Row, target: Target, now_s: float, patience: Patience) -> bool:
+    """End what a far side's answer holds back, as a person says that it is mended; tell whether there was a hold.
+
+    First what the CRM's 401 ended is put back, in its old order: all of it, and each event once.
+    """
+    if target == "crm":
+        _reinstate(db, account["id"], now_s, patience)
+    return holds.let_go(db, account, target, now=instant(now_s), patience=patience)
+
+
+def _reinstate(db: Database, account_id: str, now_s: float, patience: Patience) -> None:
+    sql = f"""
+        SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.target = 'crm' AND dead.account_id = ?
+            AND dead.last_code = 'crm_unauthorized' AND instr(COALESCE(dead.notes, ''), ' revived {MENDED}') = 0
+            AND ({_BECAUSE}) IS NULL AND (dead.contact, dead.sequence) > (?, ?)
+        ORDER BY dead.contact, dead.sequence LIMIT {_AT_ONCE}"""
+    after: tuple[str, int] = ("", -1)
+    while rows := db.rows(sql, (account_id, *after)):
+        db.write(functools.partial(_reinstate_some, db, rows, now_s, patience))
+        after = (rows[-1]["contact"], rows[-1]["sequence"])
+
+
+def _reinstate_some(db: Database, rows: Sequence[Row], now_s: float, patience: Patience) -> None:
+    for _, lane in itertools.groupby(rows, key=lambda row: str(row["contact"])):
+        still = [row for row in lane if db.value("SELECT state FROM deliveries WHERE id = ?", (row["id"],)) == "dead"]
+        if still:
+            _owe_again(db, still, now_s, patience, asked_at=None, by=MENDED)
 
 
 # --- many: ask for them, then let them in bit by bit ---

@@ -12,7 +12,7 @@ from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 
-OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault", "absent"]
+OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault", "absent", "unclear"]
 CallKind = Literal["call", "look_up"]
 
 
@@ -62,6 +62,8 @@ class Claimed:
     retry_asked_at: str | None = None  # set: it was dead, and goes behind live traffic
     last_code: str | None = None  # of the call before this one
     last_http_status: int | None = None
+    claimed_at: str = ""
+    seen: tuple[str, ...] = ()  # what the look-ups for this call told before: absent or unclear
 
     @property
     def is_repeatable(self) -> bool:
@@ -70,6 +72,7 @@ class Claimed:
 
 
 SEND, ACTION = "message.send", "action.send"  # what is owed to the channel: messages, and what leaves none
+LOOK_UP_FAILED = "look_up_failed"  # the channel did not answer when it was asked for a send in doubt
 
 
 def is_repeatable(event: str) -> bool:
@@ -81,8 +84,10 @@ def is_repeatable(event: str) -> bool:
 class Outcome:
     """What one call came to. `external_id` is the channel's id of what was sent, `contact` of who got it.
 
+    A look-up finds the send (``done``), or that it is ``absent``, or tells neither (``unclear``).
+
     `rest_s` is how long the far side asks to be left alone altogether. `stops` names the alert where nothing more
-    for this account can succeed before a person has acted: the delivery stays as it is, and all of its kind wait.
+    for this account can succeed for now: all of its kind wait, and the delivery, unless it is refused, stays as it is.
     """
 
     kind: OutcomeKind
@@ -111,7 +116,7 @@ class Verdict:
 
 
 _CARRIED = {entry.name for entry in fields(Claimed)} - {
-    "claim_id", "body", "kind", "number", "previous_at", "account",
+    "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "seen",
 }  # fmt: skip
 _BLOCKED = """
     SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready < 2
@@ -175,7 +180,10 @@ def owe(
 
 _DUE = """
     SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ? AND due <= ?
-        AND retry_asked_at IS NULL ORDER BY due LIMIT ?"""
+        AND retry_asked_at IS NULL AND in_doubt = 0 ORDER BY due LIMIT ?"""
+_LOOK_UPS = """
+    SELECT * FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0 AND account_id = ? AND due <= ?
+        ORDER BY due LIMIT ?"""
 _REPLAYS = """
     SELECT *, EXISTS (
         SELECT 1 FROM deliveries AS new WHERE new.state = 'pending' AND new.ready = 0 AND new.retry_asked_at IS NULL
@@ -187,8 +195,23 @@ _REPLAYS = """
 
 
 def due(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
-    """Return the rows of an endpoint that are due, earliest first, but no replays."""
+    """Return the rows of an endpoint that are due, earliest first, but no replays and none in doubt."""
     return db.rows(_DUE, (target, account_id, now, limit))
+
+
+def in_doubt(db: Database, account_id: str, now: str, limit: int) -> list[Row]:
+    """Return the sends of an account that are due to be looked for, earliest first."""
+    return db.rows(_LOOK_UPS, (account_id, now, limit))
+
+
+def first_look_ups(db: Database) -> dict[str, str]:
+    """Return the accounts that have sends in doubt, and when the next of these is due to be looked for."""
+    rows = db.rows(
+        """
+        SELECT account_id, MIN(due) AS due FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0
+        GROUP BY account_id"""
+    )
+    return {row["account_id"]: row["due"] for row in rows}
 
 
 def replays(db: Database, target: str, account_id: str) -> list[Row]:
@@ -222,6 +245,16 @@ def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None
         SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1
             AND claim_id IS NULL AND tried_at < ?""",
         (target, account_id, newest["contact"], newest["accepted_at"]),
+    )
+
+
+def hasten_look_ups(db: Database, account_id: str, now: str) -> None:
+    """Look at once for the sends that could not be looked for before."""
+    db.run(
+        """
+        UPDATE deliveries SET due = ? WHERE state = 'pending' AND in_doubt = 1 AND claim_id IS NULL
+            AND account_id = ? AND due > ? AND last_code = ?""",
+        (now, account_id, now, LOOK_UP_FAILED),
     )
 
 
@@ -262,11 +295,11 @@ def take_back(db: Database, event_id: str) -> bool:
 
 
 def next_due(db: Database, target: str, account_id: str) -> str | None:
-    """Return when an endpoint's next row is due, replays aside, or when the lease of one in flight ends."""
+    """Return when an endpoint's next row is due, replays and doubts aside, or when the lease of one in flight ends."""
     found = db.value(
         """
         SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
-            AND retry_asked_at IS NULL""",
+            AND retry_asked_at IS NULL AND in_doubt = 0""",
         (target, account_id),
     )
     return str(found) if found else None
@@ -287,8 +320,27 @@ def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_un
     db.insert("delivery_attempts", attempt)
     carried = {name: row[name] for name in _CARRIED}
     return Claimed(
-        claim_id=claim_id, body=body, kind=kind, number=number, previous_at=row["tried_at"], account=account, **carried
+        claim_id=claim_id,
+        body=body,
+        kind=kind,
+        number=number,
+        previous_at=row["tried_at"],
+        account=account,
+        claimed_at=now,
+        seen=_seen(db, row) if kind == "look_up" else (),
+        **carried,
     )
+
+
+def _seen(db: Database, row: Row) -> tuple[str, ...]:
+    """Return what the look-ups for a send's last call told, in their order; those without an answer told nothing."""
+    rows = db.rows(
+        """
+        SELECT outcome FROM delivery_attempts WHERE delivery_id = ? AND number = ? AND kind = 'look_up'
+            AND outcome IN ('absent', 'unclear') ORDER BY position""",
+        (row["id"], row["attempts"]),
+    )
+    return tuple(found["outcome"] for found in rows)
 
 
 def _kind(row: Row) -> CallKind:
@@ -298,7 +350,7 @@ def _kind(row: Row) -> CallKind:
 def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, now: str) -> bool:
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
     finished = None if verdict.state == "pending" else now
-    failed = outcome.kind not in ("done", "absent") and outcome.stops is None
+    failed = outcome.kind not in ("done", "absent", "unclear") and outcome.stops is None
     leaves = finished or verdict.steps_aside
     touched = db.update(
         "deliveries",
@@ -308,7 +360,7 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
             "claim_id": None,
             "ready": 2 if verdict.steps_aside else claimed.ready,
             "in_doubt": int(verdict.in_doubt),
-            "look_ups": claimed.look_ups + int(outcome.kind == "absent"),
+            "look_ups": claimed.look_ups + int(outcome.kind in ("absent", "unclear")),
             "retries": claimed.retries + int(failed and outcome.counts),
             "waits": claimed.waits + int(failed and not outcome.counts),
             "last_code": outcome.code,
@@ -385,6 +437,13 @@ def promote(db: Database, target: Target, account_id: str, contact: str, now: st
             ORDER BY sequence LIMIT 1)""",
         (now, *lane),
     )
+
+
+def first_try(db: Database, delivery_id: str) -> str | None:
+    """Return when the first call of a delivery began, or None."""
+    sql = "SELECT MIN(started_at) FROM delivery_attempts WHERE delivery_id = ? AND kind = 'call'"
+    found = db.value(sql, (delivery_id,))
+    return str(found) if found else None
 
 
 def abandoned(db: Database) -> list[Row]:
@@ -471,7 +530,10 @@ _EXPIRED = """
         AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
         AND NOT EXISTS (
             SELECT 1 FROM pauses
-            WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)"""
+            WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)
+        AND NOT EXISTS (
+            SELECT 1 FROM holds WHERE holds.account_id = deliveries.account_id AND holds.target = deliveries.target
+                AND holds.target = 'crm' AND holds.trial_since IS NULL)"""
 
 
 def expired(db: Database, before: str, limit: int) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crmbridge import contract
+from crmbridge import contract, matching
 from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries, messages, questions, windows
 from crmbridge.store.database import Database, Row
@@ -393,7 +393,7 @@ def _shows(db: Database, echo: Row, send: Row) -> bool:
     kinds = [entry["type"] for entry in shown.get("attachments", ())]
     is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
     text, sent = shown.get("text") or "", messages.content(db, message["id"])
-    return is_since and bool(messages.fits(sent, text, kinds, is_echo=True))
+    return is_since and matching.likeness(sent, text, kinds, is_echo=True) == "same"
 
 
 def replace_announcement(db: Database, account_id: str, external_id: str) -> None:

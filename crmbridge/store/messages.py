@@ -1,14 +1,14 @@
 """Outbound messages: accept them, follow what becomes of them, tell the CRM of every change."""
 
 import json
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge import contract
+from crmbridge import contract, matching
 from crmbridge.errors import Conflict, Invalid
-from crmbridge.events import Shown, Thread, epoch_s, instant, new_id
+from crmbridge.events import Thread, epoch_s, instant, new_id
+from crmbridge.matching import Match
 from crmbridge.store import accounts, contacts, deliveries, pauses, windows
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
@@ -16,10 +16,6 @@ from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
 # What ended without our knowing whether it had gone out; the channel may still show that it had.
 _PROVABLE = ("in_doubt", "expired", "account_deleted")
 _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
-
-
-# The channel's clock is not ours, and its Conversations API tells whole seconds.
-SKEW_S = 5.0
 
 
 # Whoever writes is shown for some seconds: later it is worth nothing.
@@ -362,58 +358,28 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     }
 
 
-def matching(db: Database, claimed: Claimed, thread: Thread) -> list[Shown] | None:
-    """Return those of the messages in a thread that can be what a doubtful call sent; None if it cannot tell.
-
-    That is: the same content, not from before the call, and not known as another send's.
-    """
-    started = db.value("SELECT tried_at FROM deliveries WHERE id = ?", (claimed.id,))
-    sent, possible = json.loads(claimed.body), []
-    for entry in thread.shown:
-        if is_since(started, entry.at_s) and find_external(db, claimed.account_id, entry.external_id) is None:
-            may_be = fits(sent, entry.text, entry.kinds, is_echo=False)
-            if may_be is None:
-                return None
-            if may_be:
-                possible.append(entry)
-    if not possible and thread.since_s and (started is None or thread.since_s > epoch_s(started) - SKEW_S):
-        return None  # so much was written since that it may have moved out of sight
-    return possible
+def match(db: Database, claimed: Claimed, thread: Thread) -> Match:
+    """Find what a doubtful call sent in its thread, among what is not known as something else."""
+    ids = [entry.external_id for entry in thread.shown]
+    marks, where = ", ".join("?" * len(ids)), (claimed.account_id, *ids)
+    of = f"WHERE account_id = ? AND instagram_message_id IN ({marks})"
+    sent = db.rows(f"SELECT instagram_message_id AS id, sent_at AS at FROM outbound_messages {of}", where)
+    columns = "instagram_message_id AS id, received_at AS at, kind, state"
+    heard = db.rows(f"SELECT {columns} FROM inbound_events {of}", where)
+    echoes = {row["id"] for row in heard if row["kind"] == "message.echo" and row["state"] == "forwarded"}
+    began = claimed.previous_at or claimed.claimed_at
+    return matching.which(
+        json.loads(claimed.body),
+        thread,
+        began_s=epoch_s(began),
+        known={row["id"] for row in (*sent, *heard) if row["at"] is not None and row["at"] <= began},
+        settled={row["id"] for row in sent} | echoes,
+    )
 
 
 def is_since(started: str | None, shown_s: float) -> bool:
     """Tell whether what is in the thread can be what a call that began at `started` sent."""
-    return started is not None and shown_s >= epoch_s(started) - SKEW_S
-
-
-def fits(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, is_echo: bool) -> bool | None:
-    """Tell whether a message in the thread can be what was sent, by its words or the types of its media.
-
-    None where the channel tells too little: its conversations name the types of media less exactly than its echoes.
-    """
-    if "text" in sent:
-        return bool(_folded(sent["text"]) == _folded(text))
-    if "template" in sent:
-        wanted, said = ["template"], sent["template"].get("text", "")
-        kinds = sorted(set(kinds))  # each of its elements may be shown as one
-    else:
-        wanted, said = sorted(one["type"] for one in sent.get("attachments", ())), ""
-    if not wanted:
-        return False
-    if _folded(text):
-        return bool(_folded(text) == _folded(said))
-    if sorted(kinds) == wanted or (not is_echo and wanted == ["audio"] and list(kinds) == ["file"]):
-        return True
-    # Only pictures and films are sure to be shown as what they are.
-    is_other = bool(kinds) and _PICTURES.issuperset([*kinds, *wanted]) and not set(kinds) & set(wanted)
-    return False if is_echo or is_other else None
-
-
-_PICTURES = frozenset(("image", "video"))
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()
+    return started is not None and shown_s >= epoch_s(started) - matching.SKEW_S
 
 
 def body(db: Database, delivery: Row, account: Row, now: str) -> str:

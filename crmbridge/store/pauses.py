@@ -1,4 +1,7 @@
-"""What holds an account's deliveries or sends back, its status or a pause, and that what is held does not age."""
+"""What holds an account's deliveries or sends back, a pause, a hold or its status, and that what is held does not age.
+
+A pause is a person's; a hold is what the CRM's answer brought about.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -10,7 +13,6 @@ from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
-Cause = Literal["operator", "crm_gone"]
 TARGETS: tuple[Target, ...] = ("crm", "instagram")
 WHAT: dict[str, Target] = {"deliveries": "crm", "sends": "instagram"}  # in words for people
 _AT_ONCE = 500
@@ -29,12 +31,24 @@ def everyone(db: Database) -> dict[tuple[str, str], Row]:
 
 
 def hold(db: Database, account: Row, target: Target) -> Row | None:
-    """Return `since`, `until` and `reason` of what holds an endpoint back, a pause before the status; or None."""
-    found = _find(db, account["id"], target)
+    """Return `since`, `until`, `reason` and `cause` of what holds an endpoint back, or None.
+
+    The `cause` is a pause's ``operator`` before a hold's ``gone`` or ``unauthorized`` before the account's status.
+    """
+    found = _find(db, account["id"], target) or _find_hold(db, account["id"], target)
     if found is None and blocks(account["status"], target):
         reason = account["status_reason"] or f"the account is {account['status']}"
-        found = {"since": account["status_since"], "until": None, "reason": reason}
+        found = {"since": account["status_since"], "until": None, "reason": reason, "cause": account["status"]}
     return found
+
+
+def _find_hold(db: Database, account_id: str, target: Target) -> Row | None:
+    return db.row(
+        """
+        SELECT since, NULL AS until, reason, cause, ask_at FROM holds
+        WHERE account_id = ? AND target = ? AND target = 'crm' AND trial_since IS NULL""",
+        (account_id, target),
+    )
 
 
 def over(db: Database, now: str) -> list[Row]:
@@ -42,17 +56,14 @@ def over(db: Database, now: str) -> list[Row]:
     return db.rows("SELECT * FROM pauses WHERE until <= ?", (now,))
 
 
-def pause(
-    db: Database, account_id: str, target: Target, *, cause: Cause, reason: str | None, until: str | None, now: str
-) -> bool:
-    """Hold an endpoint back; runs inside a write. Return whether that is news.
+def pause(db: Database, account_id: str, target: Target, *, reason: str | None, until: str | None, now: str) -> bool:
+    """Hold an endpoint back for a person; runs inside a write. Return whether that is news.
 
-    An operator's pause takes the place of another one, which keeps its beginning, and its reason unless another one
-    is given; an automatic one of none.
+    One that is there keeps its beginning, and its reason unless another one is given.
     """
-    why: Row = {"cause": cause, "reason": reason, "until": until}
+    why: Row = {"cause": "operator", "reason": reason, "until": until}
     is_new = db.insert("pauses", {"account_id": account_id, "target": target, "since": now, **why}, once=True)
-    if not is_new and cause == "operator":
+    if not is_new:
         changed = {name: value for name, value in why.items() if (name, value) != ("reason", None)}
         db.update("pauses", changed, "account_id = ? AND target = ?", [account_id, target])
     return is_new
@@ -70,7 +81,7 @@ def stop(
 
     def job() -> None:
         for name in what:
-            pause(db, account_id, WHAT[name], cause="operator", reason=reason, until=until, now=now)
+            pause(db, account_id, WHAT[name], reason=reason, until=until, now=now)
 
     db.write(job)
 
@@ -90,13 +101,13 @@ def resume(
         found = _find(db, account_id, target)
         if found is None or not when(found):
             return False
-        _remember(db, account_id, target, found["cause"], found["reason"], found["since"], now)
+        remember(db, account_id, target, found["cause"], found["reason"], found["since"], now)
         return bool(db.run("DELETE FROM pauses WHERE account_id = ? AND target = ?", (account_id, target)))
 
     found = _find(db, account_id, target)
     if found is None or not when(found):
         return False
-    return lift(db, account_id, (target,), job, status=None, now=now, patience=patience)
+    return lift(db, account_id, (target,), job, ends="pause", now=now, patience=patience)
 
 
 def lift(
@@ -105,25 +116,27 @@ def lift(
     targets: Sequence[Target],
     job: Callable[[], T],
     *,
-    status: str | None,
+    ends: Literal["pause", "hold", "status"],
+    status: str | None = None,
     now: str,
     patience: Patience,
 ) -> T:
-    """Run `job` in a write: it changes the account's status to `status`, or with None ends the targets' pauses.
+    """Run `job` in a write: it ends the targets' pauses or holds, or changes the account's status to `status`.
 
     First what they held gets the time back, in small writes: a crash between gives it more, never less. Time for
-    which status and pause both held is given back by the one that ends last.
+    which several held is given back by the one that ends last.
     """
     while True:
         seen = {target: _blockers(db, account_id, target) for target in targets}
         for target, blockers in seen.items():
             if blockers is None or blockers["status"] == status:
                 continue
-            by_status = blockers["status_since"] if blocks(blockers["status"], target) else None
-            by_pause = blockers["since"]
-            since, other = (by_pause, by_status) if status is None else (by_status, by_pause)
-            if since is not None:
-                _give_back(db, target, account_id, since, min(now, other or now), patience.of(target))
+            since = {"pause": blockers["since"], "hold": blockers["held_since"], "status": None}
+            if blocks(blockers["status"], target):
+                since["status"] = blockers["status_since"]
+            if (begin := since.pop(ends)) is not None:
+                end = min([now, *filter(None, since.values())])
+                _give_back(db, target, account_id, begin, end, patience.of(target))
 
         def checked(seen: dict[Target, Row | None] = seen) -> tuple[bool, T | None]:
             if {target: _blockers(db, account_id, target) for target in targets} != seen:
@@ -156,9 +169,12 @@ def _find(db: Database, account_id: str, target: Target) -> Row | None:
 def _blockers(db: Database, account_id: str, target: Target) -> Row | None:
     return db.row(
         """
-        SELECT status, status_since, since, until, cause FROM accounts
-        LEFT JOIN pauses ON account_id = accounts.id AND target = ? WHERE accounts.id = ? AND deleted_at IS NULL""",
-        (target, account_id),
+        SELECT status, status_since, pauses.since, until, holds.since AS held_since FROM accounts
+        LEFT JOIN pauses ON pauses.account_id = accounts.id AND pauses.target = ?
+        LEFT JOIN holds ON holds.account_id = accounts.id AND holds.target = ? AND holds.target = 'crm'
+            AND trial_since IS NULL
+        WHERE accounts.id = ? AND deleted_at IS NULL""",
+        (target, target, account_id),
     )
 
 
@@ -173,7 +189,7 @@ def follow_clock(db: Database, seconds: float) -> None:
 def forget(db: Database, account_id: str, now: str) -> None:
     """End the pauses of an account that is being deleted; runs inside a write."""
     for row in db.rows("SELECT * FROM pauses WHERE account_id = ?", (account_id,)):
-        _remember(db, account_id, row["target"], row["cause"], row["reason"], row["since"], now)
+        remember(db, account_id, row["target"], row["cause"], row["reason"], row["since"], now)
     db.run("DELETE FROM pauses WHERE account_id = ?", (account_id,))
 
 
@@ -185,7 +201,7 @@ def note_end_of_status(db: Database, account: Row, now: str) -> None:
     for target in TARGETS:
         if blocks(account["status"], target):
             reason = account["status_reason"] or f"the account was {account['status']}"
-            _remember(db, account["id"], target, account["status"], reason, account["status_since"], now)
+            remember(db, account["id"], target, account["status"], reason, account["status_since"], now)
 
 
 def past(db: Database, account_id: str, target: str, *, begin: str, end: str) -> list[Row]:
@@ -198,15 +214,26 @@ def past(db: Database, account_id: str, target: str, *, begin: str, end: str) ->
     )
 
 
-def _remember(
+def remember(
     db: Database, account_id: str, target: str, cause: str, reason: str | None, since: str, ended_at: str
 ) -> None:
+    """Note what held an endpoint back and has ended; runs inside a write."""
     where: Row = {"account_id": account_id, "target": target}
     db.insert("past_holds", {**where, "cause": cause, "reason": reason, "since": since, "ended_at": ended_at})
 
 
+def has_ended_since(db: Database, account_id: str, target: str, since: str) -> bool:
+    """Tell whether what held an endpoint back, other than a pause, has ended after that time."""
+    sql = "SELECT 1 FROM past_holds WHERE account_id = ? AND target = ? AND ended_at > ? AND cause <> 'operator'"
+    return db.value(sql, (account_id, target, since)) is not None
+
+
 def to_type(account_id: str, target: Target, cause: str) -> str:
-    """Return what ends a pause."""
+    """Return what ends a pause or a hold."""
     name = next(name for name, place in WHAT.items() if place == target)
-    command = f"crmbridge account resume {account_id} --{name}"
-    return f"mend crm_webhook_url (PUT /api/v1/accounts/{account_id}), or {command}" if cause == "crm_gone" else command
+    command, put = f"crmbridge account resume {account_id} --{name}", f"PUT /api/v1/accounts/{account_id}"
+    if cause == "gone":
+        return f"mend crm_webhook_url ({put}), or {command}"
+    if cause == "unauthorized":
+        return f"set the same webhook_secret in the CRM and by {put}, or {command}"
+    return command

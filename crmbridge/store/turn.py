@@ -3,13 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from crmbridge.endpoints import NO_ROOM, Endpoint, Room
+from crmbridge.endpoints import ASK, NO_ROOM, Endpoint, Room
 from crmbridge.errors import Conflict
 from crmbridge.events import instant
-from crmbridge.store import accounts, dead, deliveries, inbound, messages, pauses, questions
+from crmbridge.store import accounts, dead, deliveries, holds, inbound, messages, pauses, questions
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
@@ -19,6 +19,11 @@ _EXPIRE_AT_ONCE = 200
 _END_AT_ONCE = 200
 _EXPIRY_GRACE_S = 120.0  # the last try falls on the end itself
 _LOOK_FURTHER = 16
+_OUTDATED_S = 1.0
+# What holds an endpoint back, by the alert that tells of it.
+_CAUSES: dict[str, holds.Cause] = {
+    "crm_gone": "gone", "crm_unauthorized": "unauthorized", "token_dead": "error", "account_error": "error",
+}  # fmt: skip
 _UNRENDERED_S = 300.0
 
 
@@ -31,15 +36,30 @@ class Finished:
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a far side is to be asked, as its account is now: about its `hold`, or None to tell whether it is up."""
+
+    endpoint: Endpoint
+    account: Row
+    hold: Row | None
+
+
 @dataclass
 class Turn:
     """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know.
 
-    `held` are the endpoints that get nothing now, by their account's status, a pause, or for want of a URL. `replays`
-    says when rows that were dead are due, and how many of these must be free to go.
+    `held` are the endpoints that get nothing now, by their account's status, a pause, a hold, or for want of a URL;
+    those of `trials` were held until now. `replays` says when rows that were dead are due, and how many of these must
+    be free to go. `wanted` are the accounts with sends to look for that had to wait. `ask_at` is when the next
+    question about a hold is due.
     """
 
     claimed: list[Claimed] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    ask_at: str | None = None
+    trials: frozenset[Endpoint] = frozenset()
+    wanted: frozenset[str] = frozenset()
     dues: dict[Endpoint, str] = field(default_factory=dict)
     replays: list[tuple[Endpoint, str, int]] = field(default_factory=list)
     hastened: dict[Endpoint, int] = field(default_factory=dict)
@@ -66,41 +86,35 @@ def take(
     finished: Sequence[Finished],
     terms: Terms,
     *,
-    room: Callable[[Endpoint], Room],
+    room: Callable[..., Room],
     senders: int,
     spare: int = 0,
     hasten: Mapping[Endpoint, str] = MappingProxyType({}),
     in_flight: Collection[str] = (),
+    trials: Collection[Endpoint] = (),
 ) -> Turn:
-    """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint)` allows for each.
+    """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint, is_on_trial)` allows.
 
     The last `spare` senders go only to endpoints that have no call. `hasten` names endpoints that recovered, and
     until when what failed there may be tried again at once; `in_flight` the claims that this process holds,
-    however late they are.
+    however late they are; `trials` the endpoints that were on trial when the calls began.
     """
     now = instant(terms.now_s)
 
     def job() -> Turn:
         turn = Turn()
         for entry in finished:
-            is_ours = deliveries.record(db, entry.claimed, entry.outcome, entry.verdict, now)
-            if not is_ours:
-                turn.fenced.append(entry.claimed)
-            elif entry.outcome.stops and _stop(db, entry, now):
-                turn.stopped.append(entry)
-            # That a call went out stays true even when its claim was lost; what a look-up saw does not.
-            is_true = is_ours or (entry.outcome.kind == "done" and entry.claimed.kind == "call")
-            if entry.claimed.target == "instagram" and is_true:
-                messages.settle(db, entry.claimed, entry.outcome, entry.verdict, terms.patience, terms.now_s)
-                inbound.release_held(db, entry.claimed.account_id, entry.claimed.contact, now, terms.patience)
-        served, turn.held = _served(db)
+            _record(db, turn, entry, terms, now, trials)
+        served = _served(db, turn, now)
         is_any_asked = dead.is_any_asked(db)
         for target, account in _rotated(served, terms.now_s):
             endpoint = (target, account["id"])
             if endpoint in hasten:
                 turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, hasten[endpoint], now, HASTEN_AT_ONCE)
             left = senders - len(turn.claimed)
-            free = room(endpoint) if left > 0 else NO_ROOM
+            free = room(endpoint, endpoint in turn.trials) if left > 0 else NO_ROOM
+            if free.probe == "ask":
+                turn.questions.append(Question(endpoint, account, None))
             if is_any_asked:
                 number = dead.let_in(db, *endpoint, free, terms.now_s, terms.patience)
                 turn.replays += [(endpoint, now, number)] if number else []
@@ -113,41 +127,114 @@ def take(
             due = deliveries.next_due(db, *endpoint)
             if due:
                 turn.dues[endpoint] = due
+        _look_for(db, turn, served, terms, room=room, hasten=hasten, senders=senders, in_flight=in_flight)
         turn.newest = db.value("SELECT MAX(position) FROM deliveries") or 0
         return turn
 
     return db.write_last(job)
 
 
-def _stop(db: Database, entry: Finished, now: str) -> bool:
-    """Hold back an endpoint that takes nothing any more; tell whether that is news.
-
-    What has been mended since the call began is left alone.
-    """
+def _record(db: Database, turn: Turn, entry: Finished, terms: Terms, now: str, trials: Collection[Endpoint]) -> None:
+    """Store what a call came to, and what it says of its endpoint."""
     claimed, outcome = entry.claimed, entry.outcome
+    if outcome.stops and _is_outdated(db, claimed):
+        outcome = replace(outcome, kind="retry", stops=None)
+        soon = instant(terms.now_s + _OUTDATED_S)
+        entry = Finished(claimed, outcome, Verdict("pending", soon, in_doubt=claimed.kind == "look_up"))
+    is_ours = deliveries.record(db, claimed, outcome, entry.verdict, now)
+    if not is_ours:
+        turn.fenced.append(claimed)
+    elif outcome.stops and _stop(db, entry, now):
+        turn.stopped.append(entry)
+    endpoint = (claimed.target, claimed.account_id)
+    if outcome.kind == "done" and claimed.kind == "call" and endpoint in trials:
+        holds.prove(db, claimed.account_id, claimed.target)
+    # That a call went out stays true even when its claim was lost; what a look-up saw does not.
+    is_true = is_ours or (outcome.kind == "done" and claimed.kind == "call")
+    if claimed.target == "instagram" and is_true:
+        messages.settle(db, claimed, outcome, entry.verdict, terms.patience, terms.now_s)
+        inbound.release_held(db, claimed.account_id, claimed.contact, now, terms.patience)
+
+
+def _look_for(
+    db: Database,
+    turn: Turn,
+    served: Sequence[tuple[Target, Row]],
+    terms: Terms,
+    *,
+    room: Callable[..., Room],
+    hasten: Mapping[Endpoint, str],
+    senders: int,
+    in_flight: Collection[str],
+) -> None:
+    """Claim the look-ups that are due: they have a room and a pace of their own, beside that of sends."""
+    first, now = deliveries.first_look_ups(db), instant(terms.now_s)
+    if not first:
+        return
+    for account in (account for target, account in served if target == "instagram" and account["id"] in first):
+        endpoint, due = (ASK, account["id"]), first[account["id"]]
+        if endpoint in hasten:
+            deliveries.hasten_look_ups(db, account["id"], now)
+            turn.hastened[endpoint], due = 0, now
+        free = room(endpoint, False) if len(turn.claimed) < senders and due <= now else NO_ROOM
+        rows = deliveries.in_doubt(db, account["id"], now, free.calls + len(in_flight)) if free.calls else []
+        rows = [row for row in rows if row["claim_id"] not in in_flight][: free.calls]
+        for row in rows:
+            _claim(db, turn, row, account, terms)
+        if due <= now and not rows:
+            turn.wanted |= {account["id"]}
+        turn.dues[endpoint] = deliveries.first_look_ups(db).get(account["id"], due) if rows else due
+
+
+def _is_outdated(db: Database, claimed: Claimed) -> bool:
+    """Tell whether what an answer says of its endpoint was mended since its call began, or the account is gone."""
     account = accounts.find(db, claimed.account_id)
-    called = "crm_webhook_url" if claimed.target == "crm" else "access_token_sealed"
-    if account is None or account[called] != claimed.account[called]:
-        return False
-    if claimed.target == "crm":
-        return pauses.pause(db, account["id"], "crm", cause="crm_gone", reason=outcome.message, until=None, now=now)
-    if account["status"] != "active":
-        return False
-    changed = {"status": "error", "status_reason": outcome.message, "status_since": now, "updated_at": now}
-    return bool(db.update("accounts", changed, "id = ?", [account["id"]]))
+    if account is None or not holds.is_same_endpoint(account, claimed.account, claimed.target):
+        return True
+    return pauses.has_ended_since(db, claimed.account_id, claimed.target, claimed.claimed_at)
 
 
-def _served(db: Database) -> tuple[list[tuple[Target, Row]], frozenset[Endpoint]]:
-    """Return the endpoints that get calls now, with their accounts, and those that are held back."""
-    paused, served, held = pauses.everyone(db), [], set()
+def _stop(db: Database, entry: Finished, now: str) -> bool:
+    """Hold back an endpoint that takes nothing any more; tell whether that is news."""
+    claimed, outcome = entry.claimed, entry.outcome
+    cause = _CAUSES[str(outcome.stops)]
+    code, reason = str(outcome.code), str(outcome.message)
+    if cause == "error":
+        return accounts.stop(db, claimed.account_id, claimed.account["access_token_sealed"], code, reason, now)
+    return holds.begin(db, claimed.account_id, cause, code=code, reason=reason, now=now)
+
+
+def _served(db: Database, turn: Turn, now: str) -> list[tuple[Target, Row]]:
+    """Return the endpoints that get calls now, with their accounts; note those that are held back, or to be asked."""
+    paused, held, served, closed, trials = pauses.everyone(db), holds.everyone(db), [], set(), set()
     for account in accounts.everyone(db):
         for target in pauses.TARGETS:
+            endpoint = (target, account["id"])
             is_nowhere = target == "crm" and account["crm_webhook_url"] is None
-            if is_nowhere or (target, account["id"]) in paused or pauses.blocks(account["status"], target):
-                held.add((target, account["id"]))
+            hold = held.get(endpoint)
+            if hold is not None and hold["trial_since"] is not None:
+                trials.add(endpoint)
+                hold = None
+            is_held = endpoint in paused or pauses.blocks(account["status"], target)
+            is_held = is_held or (hold is not None and target == "crm")
+            if is_nowhere or is_held:
+                closed.add(endpoint)
             else:
                 served.append((target, account))
-    return served, frozenset(held)
+            if hold is not None and hold["ask_at"] and endpoint not in paused and _may_ask(account, target):
+                if hold["ask_at"] <= now:
+                    turn.questions.append(Question(endpoint, account, hold))
+                else:
+                    turn.ask_at = min(turn.ask_at or hold["ask_at"], hold["ask_at"])
+    turn.held, turn.trials = frozenset(closed), frozenset(trials)
+    return served
+
+
+def _may_ask(account: Row, target: Target) -> bool:
+    """Tell whether a far side may be asked if it is well: a CRM of an account in use, Instagram for one in error."""
+    if target == "crm":
+        return account["crm_webhook_url"] is not None and account["status"] != "inactive"
+    return account["access_token_sealed"] is not None and account["status"] == "error"
 
 
 def _rotated(served: list[tuple[Target, Row]], now_s: float) -> list[tuple[Target, Row]]:
@@ -170,10 +257,12 @@ def _choose(
     if room.probe == "behind":
         behind = deliveries.first_behind(db, *endpoint, room.contact)
         return [behind] if behind else []
-    rows = deliveries.due(db, *endpoint, now, calls if room.probe else calls + _LOOK_FURTHER)
+    rows = deliveries.due(db, *endpoint, now, calls + _LOOK_FURTHER)
     if room.probe and not rows:
         head = deliveries.head_of_the_newest(db, *endpoint)
         return [head] if head else [row for row in heads if row["due"] <= now][:calls]
+    if room.probe:  # one that was not tried yet cannot be at fault itself
+        rows.sort(key=lambda row: row["attempts"] > 0)
     chosen: list[Row] = []
     retries = room.retries
     for row in rows:
@@ -304,6 +393,7 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
     def job() -> None:
         deliveries.follow_clock(db, seconds, newest)
         pauses.follow_clock(db, seconds)
+        holds.follow_clock(db, seconds)
 
     db.write_last(job)
 
@@ -315,6 +405,7 @@ def delete_account(db: Database, account_id: str, now_s: float) -> None:
     def job() -> None:
         inbound.drop_held(db, account_id)
         pauses.forget(db, account_id, now)
+        holds.forget(db, account_id)
         questions.forget_account(db, account_id)
         accounts.erase(db, account_id, now)
 

@@ -16,7 +16,6 @@ OUTAGE_S = 300.0  # shorter ones are covered by Meta's own repetitions
 UNSUBSCRIBED_S = 3600.0  # after such an outage Meta may have ended the subscription
 _LISTENING = "listening"
 _BEAT_S = 60.0
-_PACE_S = 0.5  # Instagram's limit: two calls a second for an account
 _EARLIER_S = 300.0  # what was told just before may not have been stored
 _PAGES = 40
 _AGAIN_S = (60.0, 300.0, 900.0, 3600.0)
@@ -46,7 +45,7 @@ class Backfill:
         self._clock = clock
         self._pause = pause
         self._is_stopping = is_stopping
-        self._next_s = self._beaten_s = 0.0
+        self._beaten_s = 0.0
 
     def notice(self) -> float:
         """Note that webhooks are taken now; return for how long none were, 0 for no gap, and ask for what was missed.
@@ -114,7 +113,7 @@ class Backfill:
         for _ in range(_PAGES):
             if self._is_stopping():
                 return
-            self._take_turn()
+            self._take_turn(account)
             page, cursor = reading.conversations(self._client, token, account["instagram_account_id"], cursor)
             recent = [listed for listed in page if listed.updated_s >= since_s]
             yield from recent
@@ -126,7 +125,7 @@ class Backfill:
         """Keep what a conversation tells since then; return how many events are news, and whether more was said."""
         if self._is_stopping():
             return 0, False
-        self._take_turn()
+        self._take_turn(account)
         token, now_s = self._vault.open(account["access_token_sealed"]), self._clock()
         try:
             told = reading.messages(self._client, token, conversation)
@@ -149,8 +148,7 @@ class Backfill:
             log.warning("backfill.incomplete", account=account["id"], contact=contact, since=backfill["since"])
         return news, is_incomplete
 
-    def _take_turn(self) -> None:
-        self._pause(self._next_s - self._clock())
-        self._next_s = self._clock() + _PACE_S
+    def _take_turn(self, account: Row) -> None:
+        self._client.conversations.wait_last(account["id"], self._pause, self._is_stopping)
         if self._clock() - self._beaten_s > _BEAT_S and not self._db.is_full:  # a long backfill is no gap
             self._beat()

@@ -138,6 +138,7 @@ class Names:
 
     def _ask_message(self, question: Row, account: Row) -> None:
         """Have the message told that an event only announced; what cannot be read stays announced."""
+        self._client.conversations.wait_last(account["id"], self._client.pause)
         token, now_s = self._vault.open(account["access_token_sealed"]), self._clock()
         try:
             told = reading.message(self._client, token, question["subject"])

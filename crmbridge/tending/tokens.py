@@ -48,7 +48,7 @@ class Tokens:
             self._ask_again(account, now_s + DAY_S)
             if problem.code.startswith("token_") and self._is_dead(account):
                 todo = problem.hint.replace("ACCOUNT", account["id"])
-                self._stop(account, f"Instagram does not renew the access token, {problem.code}: {todo}")
+                self._stop(account, problem.code, f"Instagram does not renew the access token, {problem.code}: {todo}")
         else:
             expires_at = instant(now_s + fresh.lasts_s)
             # The next one well before this one ends, however short-lived it is.
@@ -70,9 +70,9 @@ class Tokens:
             pass
         return False
 
-    def _stop(self, account: Row, reason: str) -> None:
-        now = instant(self._clock())
-        accounts.stop(self._db, account["id"], account["access_token_sealed"], reason, now)
+    def _stop(self, account: Row, code: str, reason: str) -> None:
+        now, sealed = instant(self._clock()), account["access_token_sealed"]
+        self._db.write_last(lambda: accounts.stop(self._db, account["id"], sealed, code, reason, now))
         self._alarm.alert("token_dead", reason, account=account["id"])
 
     def _ask_again(self, account: Row, at_s: float) -> None:

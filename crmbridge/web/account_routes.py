@@ -1,20 +1,22 @@
 """Connecting Instagram accounts: ``/api/v1/accounts…``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from crmbridge import contract, log, net
+from crmbridge import contract, log, net, signing
 from crmbridge.alerts import Alarm
 from crmbridge.errors import BridgeError, Conflict, Invalid
 from crmbridge.events import instant
 from crmbridge.instagram.client import Client, Identity
-from crmbridge.store import accounts, inbound, pauses, turn
+from crmbridge.store import accounts, dead, holds, inbound, pauses, turn
+from crmbridge.store.contacts import Target
 from crmbridge.store.database import Row
 from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 from crmbridge.web.app import Call, Reply, Route
 
 _TOO_YOUNG_S = 86_400
+_OVERLAP_S = 86_400.0  # the old webhook secret signs beside the new one
 
 
 class AccountRoutes:
@@ -57,8 +59,9 @@ class AccountRoutes:
         found = accounts.page(call.db, after=call.query.get("cursor", ""), limit=limit + 1, only=only)
         shown, more = found[:limit], len(found) > limit
         cursor = shown[-1]["id"] if more else None
-        paused = pauses.everyone(call.db)
-        return Reply({"accounts": [_shown(row, paused) for row in shown], "next_cursor": cursor, "has_more": more})
+        paused, held = pauses.everyone(call.db), holds.everyone(call.db)
+        listed = [_shown(row, paused, held) for row in shown]
+        return Reply({"accounts": listed, "next_cursor": cursor, "has_more": more})
 
     def show(self, call: Call) -> Reply:
         """Show an account, never a credential."""
@@ -67,7 +70,9 @@ class AccountRoutes:
     def create(self, call: Call) -> Reply:
         """Check the token, store the account, subscribe it to its webhooks, and route what already came for it."""
         request = call.read(contract.AccountCreate)
-        self._check_target(request.crm_webhook_url, request.webhook_secret)
+        made = signing.make_secret() if request.crm_webhook_url and request.webhook_secret is None else None
+        secret = request.webhook_secret or made
+        warnings = self._check_target(request.crm_webhook_url, secret)
         # Whether it exists can be told without asking Instagram.
         known = accounts.find_external(call.db, request.instagram_account_id)
         if known:
@@ -79,7 +84,7 @@ class AccountRoutes:
             "app_scoped_id": identity.app_scoped_id,
             "username": identity.username or request.username,
             "access_token_sealed": self._vault.seal(request.access_token),
-            "webhook_secret_sealed": self._vault.seal(request.webhook_secret) if request.webhook_secret else None,
+            "webhook_secret_sealed": self._vault.seal(secret) if secret else None,
             "crm_webhook_url": request.crm_webhook_url,
             "token_checked_at": now,
             "token_refresh_at": _refresh_at(call.now_s),
@@ -91,7 +96,8 @@ class AccountRoutes:
             log.info("account.adopted", account=row["id"], events=adopted)
             self._wake()
         row = self._subscribe(call, row, request.access_token)
-        return self._answer(call, row, 201, {"Location": f"/api/v1/accounts/{row['id']}"})
+        headers = {"Location": f"/api/v1/accounts/{row['id']}"}
+        return self._answer(call, row, 201, headers, made=made, warnings=warnings)
 
     def update(self, call: Call) -> Reply:
         """Change what the request names; a new token must belong to the same Instagram account."""
@@ -99,14 +105,18 @@ class AccountRoutes:
         request = call.read(contract.AccountUpdate)
         given = request.model_fields_set
         values: dict[str, Any] = {}
-        secret = request.webhook_secret if "webhook_secret" in given else row["webhook_secret_sealed"]
+        url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
+        made = signing.make_secret() if _lacks_secret(row, request, url) else None
+        secret = request.webhook_secret if "webhook_secret" in given else made
+        warnings: list[str] = []
         if given & {"crm_webhook_url", "webhook_secret"}:
-            url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
-            self._check_target(url, secret)
+            warnings = self._check_target(
+                url, secret, has_secret=row["webhook_secret_sealed"] and not given & {"webhook_secret"}
+            )
         if "crm_webhook_url" in given:
             values["crm_webhook_url"] = request.crm_webhook_url
-        if "webhook_secret" in given:
-            values["webhook_secret_sealed"] = self._vault.seal(secret) if secret else None
+        if "webhook_secret" in given or made:
+            values |= self._rotated(row, secret, call.now_s)
         if "status" in given:
             if request.status == "active" and not row["access_token_sealed"] and "access_token" not in given:
                 raise Conflict("The account has no access token: send a new one.", code="token_missing")
@@ -123,22 +133,33 @@ class AccountRoutes:
             }
             if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
-        was_stopped, now = row["status"] == "error", instant(call.now_s)
+        now = instant(call.now_s)
         row = accounts.update(call.db, row["id"], values, now, self._patience)
         if row["crm_webhook_url"] is None:  # the CRM reads the rest when it asks
             turn.end_leftovers(call.db, call.now_s)
-        if values.get("crm_webhook_url") and pauses.resume(
-            call.db, row["id"], "crm", now=now, patience=self._patience, when=_is_gone
-        ):
-            log.info("account.resumed", account=row["id"], what="deliveries", by=call.key_id())
-        if was_stopped and row["status"] == "active":
-            for kind in ("token_dead", "account_error"):
-                self._alarm.clear(kind, account=row["id"], message="the account is active again")
+        if url and given & {"crm_webhook_url", "webhook_secret"}:
+            self._release(call, row, "crm")
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
         self._wake()
-        return self._answer(call, row)
+        return self._answer(call, row, made=made, warnings=warnings)
+
+    def _release(self, call: Call, row: Row, target: Target) -> None:
+        """End what a far side's answer holds back, as this caller says that it is mended."""
+        if dead.release(call.db, row, target, call.now_s, self._patience):
+            log.info("account.released", account=row["id"], target=target, by=call.key_id())
+
+    def _rotated(self, row: Row, secret: str | None, now_s: float) -> dict[str, Any]:
+        """Return the columns for a new secret; the old one signs beside it for a day, so that nothing is refused."""
+        before, sealed = row["webhook_secret_sealed"], self._vault.seal(secret) if secret else None
+        if before and secret and self._vault.open(before) == secret:
+            return {}
+        kept = before if secret else None
+        until = instant(now_s + _OVERLAP_S) if kept else None
+        return {
+            "webhook_secret_sealed": sealed, "old_webhook_secret_sealed": kept, "old_webhook_secret_until": until,
+        }  # fmt: skip
 
     def pause(self, call: Call) -> Reply:
         """Hold the account's deliveries or sends back; the same again changes only the end and the reason."""
@@ -151,15 +172,18 @@ class AccountRoutes:
         return self._answer(call, row)
 
     def resume(self, call: Call) -> Reply:
-        """Let what was paused go on; what was not stays as it is."""
+        """Let what was paused go on; where nothing was, or if asked, also what a far side's answer holds back."""
         row = call.account(call.path["account_id"])
         request = call.read(contract.ResumeRequest)
         now = instant(call.now_s)
         for what in request.what:
-            pauses.resume(call.db, row["id"], pauses.WHAT[what], now=now, patience=self._patience)
+            target = pauses.WHAT[what]
+            was_paused = pauses.resume(call.db, row["id"], target, now=now, patience=self._patience)
+            if request.held or not was_paused:
+                self._release(call, row, target)
         log.info("account.resumed", account=row["id"], what=",".join(request.what), by=call.key_id())
         self._wake()
-        return self._answer(call, row)
+        return self._answer(call, accounts.found(call.db, row["id"]))
 
     def delete(self, call: Call) -> Reply:
         """Erase the account's secrets and end what it still owes."""
@@ -173,8 +197,20 @@ class AccountRoutes:
         log.info("account.deleted", account=row["id"])
         return Reply({"account_id": row["id"], "deleted": True})
 
-    def _answer(self, call: Call, row: Row, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
-        return Reply(_shown(row, pauses.everyone(call.db)), status, headers or {})
+    def _answer(
+        self,
+        call: Call,
+        row: Row,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        *,
+        made: str | None = None,
+        warnings: Sequence[str] | None = None,
+    ) -> Reply:
+        """Show an account; a secret that was `made` here is shown this once, and `warnings` where it was changed."""
+        shown = _shown(row, pauses.everyone(call.db), holds.everyone(call.db))
+        shown |= {} if warnings is None else {"warnings": list(warnings)}
+        return Reply(shown | ({"webhook_secret": made} if made else {}), status, headers or {})
 
     def _identify(self, token: str, wanted: set[str]) -> Identity:
         identity = self._client.whoami(token)
@@ -193,17 +229,22 @@ class AccountRoutes:
         values = {"subscription_ok": int(problem is None), "subscription_error": problem}
         return accounts.update(call.db, row["id"], values, instant(call.now_s), self._patience)
 
-    def _check_target(self, url: str | None, secret: str | None) -> None:
-        if url is None:
-            return
-        self._reach.check_url(url, "crm_webhook_url")
-        if not secret:
-            detail = {"field": "webhook_secret", "problem": "is required with crm_webhook_url: it signs every webhook"}
-            raise Invalid("webhook_secret is required with crm_webhook_url.", details=[detail])
+    def _check_target(self, url: str | None, secret: str | None, *, has_secret: bool = False) -> list[str]:
+        """Return the warnings for where events go and what signs them. Raises Invalid."""
+        if url is not None:
+            self._reach.check_url(url, "crm_webhook_url")
+        problem = signing.problem_of(secret) if secret is not None else None
+        if secret is None and url is not None and not has_secret:
+            problem = "is required with crm_webhook_url: it signs every webhook"
+        if problem:
+            detail = {"field": "webhook_secret", "problem": problem}
+            raise Invalid(f"webhook_secret {problem}.", details=[detail])
+        return ["webhook_secret_weak"] if secret is not None and signing.is_weak(secret) else []
 
 
-def _is_gone(pause: Row) -> bool:
-    return bool(pause["cause"] == "crm_gone")
+def _lacks_secret(row: Row, request: contract.AccountUpdate, url: str | None) -> bool:
+    """Tell whether an account gets a URL and nobody has said what signs its events."""
+    return bool(url) and "webhook_secret" not in request.model_fields_set and not row["webhook_secret_sealed"]
 
 
 def _refresh_at(now_s: float) -> str:
@@ -211,12 +252,12 @@ def _refresh_at(now_s: float) -> str:
     return instant(now_s + _TOO_YOUNG_S)
 
 
-def _shown(row: Row, paused: dict[tuple[str, str], Row]) -> dict[str, Any]:
+def _shown(row: Row, paused: dict[tuple[str, str], Row], held: dict[tuple[str, str], Row]) -> dict[str, Any]:
     ok = row["subscription_ok"]
 
     def shown(target: str) -> dict[str, Any] | None:
         found = paused.get((target, row["id"]))
-        return {name: found[name] for name in ("since", "until", "reason", "cause")} if found else None
+        return {name: found[name] for name in ("since", "until", "reason")} if found else None
 
     return {
         "account_id": row["id"],
@@ -224,5 +265,17 @@ def _shown(row: Row, paused: dict[tuple[str, str], Row]) -> dict[str, Any]:
         "crm_webhook_url": row["crm_webhook_url"],
         "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
         "paused": {what: shown(target) for what, target in pauses.WHAT.items()},
+        "held": {what: _held(row, target, held.get((target, row["id"]))) for what, target in pauses.WHAT.items()},
         **{name: row[name] for name in ("token_checked_at", "token_expires_at", "created_at", "updated_at")},
     }
+
+
+def _held(row: Row, target: Target, found: Row | None) -> dict[str, Any] | None:
+    """Return what holds an endpoint back beside a person's pause: its account's status, or what its CRM answered."""
+    asked = found["ask_at"] if found and found["trial_since"] is None else None
+    if pauses.blocks(row["status"], target):
+        by_status = {"by": row["status"], "since": row["status_since"], "reason": row["status_reason"]}
+        return {**by_status, "asked_again_at": asked if row["status"] == "error" else None}
+    if found is None or found["trial_since"] is not None or target != "crm":
+        return None
+    return {"by": found["cause"], "since": found["since"], "reason": found["reason"], "asked_again_at": asked}
