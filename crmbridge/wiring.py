@@ -10,7 +10,7 @@ from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.errors import Misconfigured, Refused, Unclear
-from crmbridge.events import epoch_s
+from crmbridge.events import Thread, epoch_s
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
 from crmbridge.store.database import Row
@@ -106,12 +106,19 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
             "done", http_status=sent.http_status, external_id=sent.external_id, contact=sent.contact, rest_s=sent.rest_s
         )
 
+    read: dict[tuple[str, str], tuple[float, Thread]] = {}  # the last thread that was read answers all doubts in it
+
     def look_up(claimed: Claimed) -> Outcome:
         token, content = rooms.vault.open(claimed.account["access_token_sealed"]), json.loads(claimed.body)
         contact = content.get("comment_author") if "comment_id" in content else claimed.contact
         if contact is None:
             raise Refused("nobody knows whose conversation a private reply would be in", code="in_doubt")
-        thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact, claimed.account_id)
+        key, now_s = (claimed.account_id, contact), rooms.client.clock()
+        read_s, thread = read.get(key, (0.0, None))
+        if thread is None or read_s < epoch_s(claimed.was_due):
+            thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact, claimed.account_id)
+            read.clear()
+            read[key] = now_s, thread
         try:
             found = messages.match(rooms.db, claimed, thread)
         finally:

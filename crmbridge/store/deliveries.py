@@ -63,6 +63,7 @@ class Claimed:
     last_code: str | None = None  # of the call before this one
     last_http_status: int | None = None
     claimed_at: str = ""
+    was_due: str = ""
     seen: tuple[str, ...] = ()  # what the look-ups for this call told before: absent or unclear
 
     @property
@@ -116,7 +117,7 @@ class Verdict:
 
 
 _CARRIED = {entry.name for entry in fields(Claimed)} - {
-    "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "seen",
+    "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "was_due", "seen",
 }  # fmt: skip
 _BLOCKED = """
     SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready < 2
@@ -327,6 +328,7 @@ def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_un
         previous_at=row["tried_at"],
         account=account,
         claimed_at=now,
+        was_due=row["due"],
         seen=_seen(db, row) if kind == "look_up" else (),
         **carried,
     )

@@ -36,12 +36,12 @@ CRM = {
     "down": {"500": 40, "503": 40, "reset": 20},
 }  # fmt: skip
 META = {
-    "calm": {"reset_after": 1, "transient": 1},
+    "calm": {"reset_after": 1, "transient": 1, "unavailable_after": 1},
     "rough": {
         "timeout_after": 4, "timeout": 3, "reset_after": 6, "reset": 5, "lost": 5, "lost_without": 2, "error_in_200": 4,
-        "transient": 8, "limited": 1, "unavailable": 5,
+        "transient": 5, "transient_after": 5, "limited": 1, "unavailable": 4, "unavailable_after": 5,
     },
-    "down": {"unavailable": 70, "reset": 20, "transient": 2},
+    "down": {"unavailable": 60, "unavailable_after": 10, "reset": 20, "transient": 2},
 }  # fmt: skip
 LOOK_UP = {"500": 5, "reset": 3, "slow": 5}
 ECHO = {"before": 15, "late": 5, "never": 15}
@@ -185,7 +185,9 @@ def _send_fault(name: str, chance: float) -> _Fault | None:
         "error_in_200": fault(200, wire.error_body(1, subcode=99), effect=chance < 0.7),
         "transient": fault(500, wire.error_body(2, is_transient=True)),
         "limited": fault(429, wire.error_body(613), headers={"Retry-After": "1"}),
+        "transient_after": fault(500, wire.error_body(2), effect=True),
         "unavailable": fault(503),
+        "unavailable_after": fault(504 if chance < 0.5 else 502, "<html>Bad Gateway</html>", effect=True),
     }.get(name)
 
 
