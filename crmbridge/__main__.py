@@ -594,7 +594,8 @@ def _say_start(settings: config.Settings, mode: str) -> None:
     log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
     log.info("config", **config.shown(settings))
     for doubt in config.doubts(settings):
-        log.warning("config.doubtful", problem=doubt.problem)
+        write = log.error if doubt.level == "error" else log.warning
+        write("config.doubtful", problem=doubt.problem)
 
 
 def _say_health(rooms: Any) -> None:

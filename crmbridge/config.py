@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from crmbridge.errors import Misconfigured
@@ -23,6 +23,7 @@ SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
 _PREFIX = "CRMBRIDGE_"
 LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
+SECRET_LEAST, _SECRET_FAIR = 8, 16  # characters of a secret: fewer can be guessed at once, or with patience
 
 
 def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False) -> Any:
@@ -34,7 +35,24 @@ def _text(value: str) -> str:
 
 
 def _words(value: str) -> tuple[str, ...]:
-    return tuple(re.split(r"[\s,]+", value.strip())) if value.strip() else ()
+    """Split a list; what is empty between two separators, or at an end, is no word."""
+    return tuple(word for word in re.split(r"[\s,]+", value) if word)
+
+
+def _secrets(value: str) -> tuple[str, ...]:
+    words = _words(value)
+    for number, word in enumerate(words, 1):
+        if word[0] in "#;":
+            raise ValueError("a comment needs a line of its own")
+        if len(word) < SECRET_LEAST:
+            raise ValueError(f"number {number} of {len(words)} is shorter than {SECRET_LEAST} characters")
+    return words
+
+
+def _path(value: str) -> Path:
+    if not value or "\0" in value:
+        raise ValueError("must name a file")
+    return Path(value)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -129,19 +147,19 @@ class Web:
 
 @dataclass(frozen=True)
 class Store:
-    path: Path = _key(Path("var/bridge.db"), Path)
-    queue_path: Path = _key(Path("var/queue.db"), Path)
+    path: Path = _key(Path("var/bridge.db"), _path)
+    queue_path: Path = _key(Path("var/queue.db"), _path)
 
 
 @dataclass(frozen=True)
 class Vault:
-    key_file: Path = _key(Path("var/crmbridge.key"), Path)
+    key_file: Path = _key(Path("var/crmbridge.key"), _path)
 
 
 @dataclass(frozen=True)
 class Instagram:
     graph_url: str = _key("https://graph.instagram.com/v26.0", _url)
-    app_secrets: tuple[str, ...] = _key((), _words, secret=True)
+    app_secrets: tuple[str, ...] = _key((), _secrets, secret=True)
     verify_token: str = _key("", _text, secret=True)
     comments: bool = _key(False, _flag)
     mentions: bool = _key(False, _flag)
@@ -262,6 +280,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         if name not in known:
             raise Misconfigured(f"{place}: there is no such key; known in [{section}]: {', '.join(known)}")
         try:
+            if known[name].metadata["secret"]:
+                _require_utf8(value)
             values[section][name] = known[name].metadata["read"](value.strip())
         except ValueError as error:
             shown = "" if known[name].metadata["secret"] else f" {value!r}"
@@ -284,12 +304,24 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
+def _require_utf8(secret: str) -> None:
+    """Raise ValueError for bytes of the environment that are no text: nothing could be signed with them."""
+    try:
+        secret.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8 text") from None
+
+
 class Doubt(NamedTuple):
-    """What the bridge can run with, but hardly as its operator wants; `todo` is what to do."""
+    """What the bridge starts with, but hardly as its operator wants; `todo` is what to do.
+
+    With an ``error`` it does not do its work.
+    """
 
     slug: str
     problem: str
     todo: str = ""
+    level: Literal["error", "warning"] = "warning"
 
 
 def absent(path: Path) -> list[str]:
@@ -319,7 +351,14 @@ def doubts(settings: Settings) -> list[Doubt]:
     found = []
     if not settings.instagram.app_secrets:
         problem = "[instagram] app_secrets is empty: every webhook from Meta will be refused"
-        found.append(Doubt("app_secrets_empty", problem))
+        found.append(Doubt("app_secrets_empty", problem, level="error"))
+    short = [word for word in settings.instagram.app_secrets if len(word) < _SECRET_FAIR]
+    if short:
+        problem = (
+            f"{len(short)} of [instagram] app_secrets has fewer than {_SECRET_FAIR} characters: whoever guesses it can "
+            "forge what customers write"
+        )
+        found.append(Doubt("app_secret_short", problem))
     if not settings.instagram.verify_token:
         problem = "[instagram] verify_token is empty: Meta cannot verify the webhook address"
         found.append(Doubt("verify_token_empty", problem))

@@ -20,8 +20,8 @@ from crmbridge.store import accounts, alerts, database, overview, pauses, retent
 class Finding:
     """What was found: `why` it matters, and `todo`, what to type. A `slug` is for programs and stays as it is.
 
-    With an ``error`` the bridge does not do its work, a ``warning`` wants to be seen to, a ``note`` is good to know;
-    ``blind`` is what could not be looked at.
+    With an ``error`` the bridge does not do its work, whether it starts or not, a ``warning`` wants to be seen to, a
+    ``note`` is good to know; ``blind`` is what could not be looked at.
     """
 
     level: Literal["error", "blind", "warning", "note", "ok"]
@@ -30,6 +30,9 @@ class Finding:
     why: str = ""
     todo: str = ""
     account_id: str | None = None
+
+
+_STARTS = ("app_secrets_empty",)  # the service runs with it, and does nothing of use
 
 
 @dataclass
@@ -42,7 +45,10 @@ class Look:
 
 
 def run(settings: config.Settings, source: Path) -> int:
-    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1."""
+    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1.
+
+    The service starts by that, so what is only broken is told in words: a new installation has no app secret yet.
+    """
     print(f"configuration: {source.resolve()}")
     for name, value in config.shown(settings).items():
         print(f"  {name} = {value}")
@@ -51,13 +57,18 @@ def run(settings: config.Settings, source: Path) -> int:
         seen.db.close()
     for one in seen.found:
         print(line(one))
-    levels = [one.level for one in seen.found]
-    if "error" in levels or "blind" in levels:
+    broken = [one for one in seen.found if one.level in ("error", "blind")]
+    warned = [one for one in seen.found if one.level == "warning"]
+    deaf = [one.what for one in warned if one.slug == "verify_token_empty"]
+    if any(one.slug not in _STARTS for one in broken):
         print("not fit to run")
         return 1
-    deaf = [one.what for one in seen.found if one.slug in ("app_secrets_empty", "verify_token_empty")]
-    warnings = f"see to the {levels.count('warning')} warning(s) above" if "warning" in levels else ""
-    print("fit to run" + (f", but {'; '.join(deaf) or warnings}" if warnings else ""))
+    if broken:
+        print(f"it starts, but is broken: {'; '.join(one.what for one in broken)}")
+    elif warned:
+        print(f"fit to run, but {deaf[0] if deaf else f'see to the {len(warned)} warning(s) above'}")
+    else:
+        print("fit to run")
     return 0
 
 
@@ -68,7 +79,7 @@ def line(one: Finding) -> str:
 
 def look(settings: config.Settings) -> Look:
     """Look at the files that the settings name, and at what the database tells."""
-    seen = Look([Finding("warning", one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
+    seen = Look([Finding(one.level, one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
     found = seen.found
     try:
         seen.keys = vault.load(settings.vault.key_file)

@@ -43,10 +43,12 @@ _OLD_S, _SLOW_MS, _CLOCK_OFF_S = 900, 5000, 30
 _EXPIRES_DAYS, _EXPIRES_NOW_DAYS = 14, 3
 _FAILED = (BridgeError, OSError, ValueError, LookupError, http.client.HTTPException)
 # A warning to `check`, as the bridge may be about to be set up or started, and broken where it should run.
-_WORSE = ("app_secrets_empty", "disk_full", "token_missing", "worker_dead")
+_WORSE = ("disk_full", "token_missing", "worker_dead")
+_IN_INI = ("app_secret_short", "app_secrets_empty", "look_up_short", "verify_token_empty")
 _WHY = {
     "account_held": "what is held waits, in its order, and does not age",
     "alerts_unheard": "at night nobody looks into the log",
+    "app_secret_short": "a forged webhook goes to the CRM, signed by the bridge; a forged request deletes an account",
     "app_secrets_empty": "nothing that customers write gets in, and after an hour of it Meta ends the subscription",
     "cannot_shrink": "the disk space that old rows took is used again, but never given back",
     "database": "the service does not start",
@@ -191,7 +193,7 @@ def _is_strange(folder: Path) -> bool:
 def _explained(one: Finding, path: Path, report: Report) -> Finding:
     """Add to a finding of `check` why it matters, and what a running installation makes of it."""
     why = kind_of(one.slug.removeprefix("alert_")).cause if one.slug.startswith("alert_") else _WHY.get(one.slug, "")
-    todo = one.todo or (_SET % path if one.slug in ("app_secrets_empty", "verify_token_empty", "look_up_short") else "")
+    todo = one.todo or (_SET % path if one.slug in _IN_INI else "")
     if one.slug == "worker_dead":
         todo = check.to_start()
     if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
