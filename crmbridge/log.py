@@ -113,7 +113,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
     text = str(value)
-    return text if _PLAIN.match(text) else json.dumps(text)
+    return text if _PLAIN.match(text) else json.dumps(text).replace("\x7f", "\\u007f")  # DEL json leaves as it is
 
 
 class _Rotated(logging.StreamHandler[TextIO]):

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
-from crmbridge import log, net
+from crmbridge import log, net, terminal
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.events import instant
 
@@ -46,7 +46,7 @@ def text(news: News) -> str:
     lines.append(_sentence(_course(news)))
     if news.state in ("raised", "repeated"):
         lines += ["", "What to do: " + news.todo, "It is over when: " + kind.ends.replace("ACCOUNT", news.account_id)]
-    return log.struck("\n".join(lines) + "\n")
+    return log.struck("\n".join(map(terminal.escaped, lines)) + "\n")
 
 
 def body(news: News) -> bytes:
@@ -57,12 +57,12 @@ def body(news: News) -> bytes:
     facts = {
         "alert": news.kind,
         "state": news.state,
-        "message": news.message,
+        "message": terminal.escaped(news.message),
         "account_id": news.account_id or None,
         "since": instant(news.since_s),
         "count": news.count,
-        "todo": news.todo if news.state in ("raised", "repeated") else None,
-        "text": line,
+        "todo": terminal.escaped(news.todo) if news.state in ("raised", "repeated") else None,
+        "text": terminal.escaped(line),
     }
     return log.struck(json.dumps(facts, ensure_ascii=False)).encode()
 

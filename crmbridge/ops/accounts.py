@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from crmbridge import terminal
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
 from crmbridge.store import accounts, pauses
@@ -16,13 +17,13 @@ def show(db: Database) -> None:
         subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
         target = row["crm_webhook_url"] or "(pull)"
         name = row["username"] or "-"
-        print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+        terminal.say(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
         for what, target in pauses.WHAT.items():
             hold = pauses.hold(db, row, target)
             if hold:
                 until = f" until {hold['until']}" if hold["until"] else ""
                 why = f": {hold['reason']}" if hold["reason"] else ""
-                print(f"  {what} held since {hold['since']}{until}{why}")
+                terminal.say(f"  {what} held since {hold['since']}{until}{why}")
 
 
 def pause(
@@ -42,7 +43,7 @@ def pause(
         raise Misconfigured("--reason must be printable text of at most 255 characters")
     pauses.stop(db, account_id, what or list(pauses.WHAT), reason=reason, until=until, now=instant(now_s))
     for name in what or pauses.WHAT:
-        print(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
+        terminal.say(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
 
 
 def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience) -> None:
@@ -50,7 +51,7 @@ def resume(db: Database, account_id: str, what: Sequence[str], patience: Patienc
     _require(db, account_id)
     for name in what or pauses.WHAT:
         ended = pauses.resume(db, account_id, pauses.WHAT[name], now=instant(time.time()), patience=patience)
-        print(f"resumed {name} of {account_id}" if ended else f"{name} of {account_id} were not paused")
+        terminal.say(f"resumed {name} of {account_id}" if ended else f"{name} of {account_id} were not paused")
 
 
 def _require(db: Database, account_id: str) -> None:

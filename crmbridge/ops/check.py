@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from crmbridge import config, vault
+from crmbridge import config, terminal, vault
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
@@ -49,26 +49,26 @@ def run(settings: config.Settings, source: Path) -> int:
 
     The service starts by that, so what is only broken is told in words: a new installation has no app secret yet.
     """
-    print(f"configuration: {source.resolve()}")
+    terminal.say(f"configuration: {source.resolve()}")
     for name, value in config.shown(settings).items():
-        print(f"  {name} = {value}")
+        terminal.say(f"  {name} = {value}")
     seen = look(settings)
     if seen.db is not None:
         seen.db.close()
     for one in seen.found:
-        print(line(one))
+        terminal.say(line(one))
     broken = [one for one in seen.found if one.level in ("error", "blind")]
     warned = [one for one in seen.found if one.level == "warning"]
     deaf = [one.what for one in warned if one.slug == "verify_token_empty"]
     if any(one.slug not in _STARTS for one in broken):
-        print("not fit to run")
+        terminal.say("not fit to run")
         return 1
     if broken:
-        print(f"it starts, but is broken: {'; '.join(one.what for one in broken)}")
+        terminal.say(f"it starts, but is broken: {'; '.join(one.what for one in broken)}")
     elif warned:
-        print(f"fit to run, but {deaf[0] if deaf else f'see to the {len(warned)} warning(s) above'}")
+        terminal.say(f"fit to run, but {deaf[0] if deaf else f'see to the {len(warned)} warning(s) above'}")
     else:
-        print("fit to run")
+        terminal.say("fit to run")
     return 0
 
 

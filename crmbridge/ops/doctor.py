@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from crmbridge import __version__, config, contract, crm, log, net
+from crmbridge import __version__, config, contract, crm, log, net, terminal
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant, new_id
@@ -112,9 +112,10 @@ def run(path: Path, *, as_json: bool, verbose: bool, calls: bool, only: str | No
     if report.look.db is not None:
         report.look.db.close()
     if as_json:
-        print(json.dumps(report.shown(), indent=2, ensure_ascii=False))
+        # ASCII alone, so that it is good on every terminal; DEL is what json leaves as it is.
+        terminal.say(*json.dumps(report.shown(), indent=2).replace("\x7f", "\\u007f").split("\n"))
     else:
-        print(told(report, time.monotonic() - began, verbose=verbose))
+        terminal.say(*told(report, time.monotonic() - began, verbose=verbose).split("\n"))
     return report.status
 
 
@@ -251,12 +252,12 @@ def told(report: Report, seconds: float, *, verbose: bool) -> str:
         lines += _wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
     if any("$ADMIN" in one.todo for one in report.found):
         lines += ["", "ADMIN is an admin key: ADMIN=$(crmbridge key create --name doctor --admin)"]
-    return "\n".join(lines)
+    return "\n".join(map(terminal.escaped, lines))
 
 
 def _wrapped(head: str, text: str) -> list[str]:
     return textwrap.wrap(
-        text, 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        terminal.escaped(text), 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from crmbridge import terminal
 from crmbridge.events import instant
 from crmbridge.store import alerts, overview, pauses, story
 from crmbridge.store.contacts import Target
@@ -65,13 +66,15 @@ def run(db: Database, given: str) -> int:
     """Print what an id means; return 0, or 1 when nothing here has it."""
     found = explain(db, given, time.time())
     if not found["stories"] and not found["others"]:
-        print(f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention")
-        print(f"what was refused, or only read, is in the log alone, by its correlation id: grep {given} LOG")
+        terminal.say(
+            f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention",
+            f"what was refused, or only read, is in the log alone, by its correlation id: grep {given} LOG",
+        )
         return 1
     if found["others"]:
-        print(f"{given} means several things; choose one:")
-        print("\n".join(f"  {other['to_type']}" for other in found["others"]))
-    print("\n\n".join(_lines(one) for one in found["stories"]))
+        terminal.say(f"{given} means several things; choose one:")
+        terminal.say(*(f"  {other['to_type']}" for other in found["others"]))
+    terminal.say(*"\n\n".join(_lines(one) for one in found["stories"]).split("\n"))
     return 0
 
 
@@ -109,12 +112,12 @@ def _lines(found: dict[str, Any]) -> str:
     for text in found["next"]:
         lines += _wrapped("next: ", text)
     lines += [f"type: {command}" for command in found["to_type"]]
-    return "\n".join(lines)
+    return "\n".join(map(terminal.escaped, lines))
 
 
 def _wrapped(head: str, text: str) -> list[str]:
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        terminal.escaped(text), _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from crmbridge import __version__, config, log
+from crmbridge import __version__, config, log, terminal
 from crmbridge.errors import BridgeError
 from crmbridge.ops import check, doctor, machine
 from crmbridge.store import accounts, alerts, overview
@@ -132,8 +132,10 @@ def run(path: Path, target: Path | None, *, calls: bool, log_path: Path) -> int:
         size = file.tell()
     if report.look.db is not None:
         report.look.db.close()
-    print(f"made     {target}, {size} bytes")
-    print("Secrets, texts, names and customers' ids are struck out; look through it before you give it away.")
+    terminal.say(
+        f"made     {target}, {size} bytes",
+        "Secrets, texts, names and customers' ids are struck out; look through it before you give it away.",
+    )
     return 0
 
 
