@@ -555,7 +555,8 @@ def _serve(options: argparse.Namespace) -> None:
         if part is not None:
             part.start()
     _say_health(rooms)
-    log.info("serve.ready", url=server.url, public_url=settings.web.public_url or None)
+    public_url = log.origin(settings.web.public_url) if settings.web.public_url else None
+    log.info("serve.ready", url=server.url, public_url=public_url)
     server.run()
     log.info("serve.stopping")
     server.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from crmbridge import log
 from crmbridge.errors import Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -23,11 +24,14 @@ SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
 _PREFIX = "CRMBRIDGE_"
 LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
+_HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.?", re.IGNORECASE)
+_VERSION = re.compile(r"/v\d+\.\d+\Z")
 SECRET_LEAST, _SECRET_FAIR = 8, 16  # characters of a secret: fewer can be guessed at once, or with patience
 
 
-def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False) -> Any:
-    return field(default=default, metadata={"read": read, "secret": secret})
+def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False, url: bool = False) -> Any:
+    """Declare a key: a `secret` is never shown, of a `url` only what cannot hold one."""
+    return field(default=default, metadata={"read": read, "secret": secret, "url": url})
 
 
 def _text(value: str) -> str:
@@ -113,10 +117,34 @@ def _networks(value: str) -> tuple[Network, ...]:
 
 
 def _url(value: str) -> str:
-    url = urlsplit(value)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("must be an http:// or https:// URL")
+    """Return a URL that can be called. What is wrong is said without a word of it: it may hold a secret."""
+    if not value.isprintable() or " " in value or "\\" in value:
+        raise ValueError("must be a URL, without blanks and control characters")
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ValueError("must be a URL: its host or its port makes no sense") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    is_bracketed = parts.netloc.rpartition("@")[2].startswith("[")
+    if port == 0 or not (_is_ipv6(host) if is_bracketed else _is_host(host)):
+        raise ValueError("must be a URL: its host or its port makes no sense")
     return value.rstrip("/")
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.IPv6Address(host))
+    return False
+
+
+def _is_host(host: str) -> bool:
+    """Tell whether this can be a host's name or IPv4 address, by its form alone."""
+    try:
+        return _HOST.fullmatch(host.encode("idna").decode()) is not None
+    except UnicodeError:  # a label that is empty, too long or of no letters
+        return False
 
 
 def _url_or_nothing(value: str) -> str:
@@ -141,7 +169,7 @@ class Web:
     host: str = _key("127.0.0.1", _text)
     port: int = _key(8080, _whole(0, 65_535))
     threads: int = _key(8, _whole(1, 64))
-    public_url: str = _key("", _url_or_nothing)
+    public_url: str = _key("", _url_or_nothing, url=True)
     trusted_proxy: str = _key("", _address_or_nothing)
 
 
@@ -158,7 +186,7 @@ class Vault:
 
 @dataclass(frozen=True)
 class Instagram:
-    graph_url: str = _key("https://graph.instagram.com/v26.0", _url)
+    graph_url: str = _key("https://graph.instagram.com/v26.0", _url, url=True)
     app_secrets: tuple[str, ...] = _key((), _secrets, secret=True)
     verify_token: str = _key("", _text, secret=True)
     comments: bool = _key(False, _flag)
@@ -204,7 +232,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Alerts:
-    command: str = _key("", _text)
+    command: str = _key("", _text, secret=True)
     url: str = _key("", _url_or_nothing, secret=True)
     repeat_after_s: float = _key(3_600, _seconds(1, 604_800))
     endpoint_down_after_s: float = _key(900, _seconds(1, 604_800))
@@ -264,7 +292,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise Misconfigured(f"{path} cannot be read: {error}") from None
     except configparser.Error as error:
-        raise Misconfigured(f"{path}: {error}".replace("\n", " ")) from None
+        raise Misconfigured(f"{path}: {_said(error)}") from None
 
     given: dict[tuple[str, str], tuple[str, str]] = {}
     for section in parser.sections():
@@ -284,8 +312,9 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
                 _require_utf8(value)
             values[section][name] = known[name].metadata["read"](value.strip())
         except ValueError as error:
-            shown = "" if known[name].metadata["secret"] else f" {value!r}"
-            raise Misconfigured(f"{place}: bad value{shown}: {error}") from None
+            is_open = not (known[name].metadata["secret"] or known[name].metadata["url"])
+            shown = f" {value!r}" if is_open else ""
+            raise Misconfigured(f"{place}: bad value{shown}: {error}", quoted=shown) from None
     settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
     if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
         raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
@@ -302,6 +331,17 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         if own[one].resolve() == own[other].resolve():
             raise Misconfigured(f"{path}: {one} and {other} are the same file, {own[one]}")
     return settings
+
+
+def _said(error: configparser.Error) -> str:
+    """Say what is wrong with a file, without the lines that configparser quotes: they may hold a secret."""
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"File contains no section headers: line {error.lineno} comes before any [section]"
+    if isinstance(error, configparser.ParsingError):
+        found = [number for number, *_ in getattr(error, "errors", ())] or [getattr(error, "lineno", "?")]
+        lines = ", ".join(map(str, found))
+        return f"line {lines} is neither a [section] nor 'key = value'"
+    return str(error).replace("\n", " ")
 
 
 def _require_utf8(secret: str) -> None:
@@ -395,7 +435,10 @@ def _rooted(settings: Settings, folder: Path) -> Settings:
 
 
 def shown(settings: Settings) -> dict[str, str]:
-    """Return the effective settings as ``section.key`` → text, secrets masked."""
+    """Return the effective settings as ``section.key`` → text: secrets masked, URLs without path, query and user.
+
+    The version in the path of graph_url is shown.
+    """
     lines = {}
     for section in _SECTIONS:
         room = getattr(settings, section)
@@ -403,6 +446,9 @@ def shown(settings: Settings) -> dict[str, str]:
             value = getattr(room, entry.name)
             if entry.metadata["secret"]:
                 text = "(set)" if value else "(not set)"
+            elif entry.metadata["url"] and value:
+                version = _VERSION.search(urlsplit(value).path)
+                text = log.origin(value) + (version[0] if version else "")
             elif isinstance(value, tuple):
                 text = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
             else:

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from crmbridge.events import instant
 
@@ -98,6 +99,16 @@ def struck(text: str) -> str:
     """Return a text with what looks like a credential struck out."""
     # Looking for the marks first costs a tenth of the substitution, and nearly no line has one.
     return _SECRETS.sub("[secret]", text) if any(mark in text for mark in _MARKS) else text
+
+
+def origin(url: str) -> str:
+    """Return of a URL what is no secret: scheme, host and port."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "(not a URL)"
+    return f"{parts.scheme}://" + (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
 
 
 def _told(info: Any) -> dict[str, str]:

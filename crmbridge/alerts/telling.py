@@ -15,6 +15,11 @@ from crmbridge.alerts.kinds import kind_of
 from crmbridge.events import instant
 
 COMMAND_S = 30.0
+# What a shell, a mail program and their like go by. Nothing else of the environment is given to the command: the
+# bridge's own secrets may be in it.
+INHERITED = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LANGUAGE", "MAILRC", "EMAIL", "REPLYTO",
+)  # fmt: skip
 _STDERR_BYTES = 500
 State = Literal["raised", "repeated", "cleared", "test"]
 
@@ -111,7 +116,8 @@ def run_command(command: str, news: News) -> str | None:
 
     Whatever it started is ended with it when it takes too long.
     """
-    environ = {**os.environ, "ALERT_KIND": news.kind, "ALERT_STATE": news.state, "ALERT_ACCOUNT": news.account_id}
+    environ = {name: value for name, value in os.environ.items() if name in INHERITED or name.startswith("LC_")}
+    environ |= {"ALERT_KIND": news.kind, "ALERT_STATE": news.state, "ALERT_ACCOUNT": news.account_id}
     # Files instead of pipes: nothing that the command leaves behind can hold us up.
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaint:
         given.write(text(news).encode())

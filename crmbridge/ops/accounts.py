@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from crmbridge import terminal
+from crmbridge import log, terminal
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
 from crmbridge.store import accounts, pauses
@@ -15,7 +15,7 @@ def show(db: Database) -> None:
     """Print a line for each account, oldest first, and below it what is held back and why."""
     for row in accounts.everyone(db):
         subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
-        target = row["crm_webhook_url"] or "(pull)"
+        target = log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else "(pull)"
         name = row["username"] or "-"
         terminal.say(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
         for what, target in pauses.WHAT.items():

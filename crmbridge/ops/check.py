@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,13 +16,34 @@ from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
 
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters: Unicode leaves them to programs
+_UNMARKED = {ord(_BEGIN): None, ord(_END): None}
+_THEIRS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+
+
+def theirs(text: str) -> str:
+    """Mark the words of others in what a finding says: a name, a reason, what a far side told."""
+    return f"{_BEGIN}{text.translate(_UNMARKED)}{_END}" if text else ""
+
+
+def message(error: BridgeError) -> str:
+    """Return an error's message with what is quoted in it marked."""
+    head, said, tail = error.message.rpartition(error.quoted) if error.quoted else ("", "", error.message)
+    return head + theirs(said) + tail
+
+
+def named(account: database.Row) -> str:
+    """Return an account's id, and its name marked as theirs."""
+    return f"{account['id']} ({theirs(account['username']) if account['username'] else '-'})"
+
 
 @dataclass(frozen=True)
 class Finding:
     """What was found: `why` it matters, and `todo`, what to type. A `slug` is for programs and stays as it is.
 
     With an ``error`` the bridge does not do its work, whether it starts or not, a ``warning`` wants to be seen to, a
-    ``note`` is good to know; ``blind`` is what could not be looked at.
+    ``note`` is good to know; ``blind`` is what could not be looked at. `public` is `what` without the words of others
+    (`theirs`), for whoever helps.
     """
 
     level: Literal["error", "blind", "warning", "note", "ok"]
@@ -30,6 +52,12 @@ class Finding:
     why: str = ""
     todo: str = ""
     account_id: str | None = None
+    public: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.public:  # it is new, and its words are still marked
+            object.__setattr__(self, "public", _THEIRS.sub("[…]", self.what))
+            object.__setattr__(self, "what", self.what.translate(_UNMARKED))
 
 
 _STARTS = ("app_secrets_empty",)  # the service runs with it, and does nothing of use
@@ -145,7 +173,7 @@ def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]
 
 def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
     """Say what holds an account back or keeps it from hearing, each with what to type."""
-    put, about = f"PUT /api/v1/accounts/{account['id']}", f"{account['id']} ({account['username'] or '-'})"
+    put, about = f"PUT /api/v1/accounts/{account['id']}", named(account)
     if account["status"] != "active":
         what = "sends are" if account["status"] == "error" else "deliveries and sends are"
         why = f": {account['status_reason']}" if account["status_reason"] else ""
@@ -157,11 +185,12 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         if hold is None:
             continue
         text = f"{about} {what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
-        text += f": {hold['reason']}" if hold["reason"] else ""
+        text += f": {theirs(hold['reason'])}" if hold["reason"] else ""
         todo = pauses.to_type(account["id"], target, hold["cause"])
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:
-        text = f"{about} is not subscribed to Instagram's webhooks: {account['subscription_error']}"
+        said = theirs(account["subscription_error"] or "")
+        text = f"{about} is not subscribed to Instagram's webhooks: {said}"
         todo = f"{put} with a new access_token, or wait: it is tried again every six hours"
         yield Finding("warning", "not_subscribed", text, todo=todo, account_id=account["id"])
 
@@ -170,7 +199,8 @@ def _state(db: database.Database) -> Iterator[Finding]:
     """Return what each account waits for, how late it is and what died, and the alerts that are open."""
     for row in overview.accounts(db):
         for name in overview.NAMES.values():
-            text = f"{row['account_id']} ({row['username'] or row['status']}) {name}: {row[f'pending_{name}']} pending"
+            whose = theirs(row["username"]) if row["username"] else row["status"]
+            text = f"{row['account_id']} ({whose}) {name}: {row[f'pending_{name}']} pending"
             oldest, late = row[f"oldest_pending_{name.removesuffix('s')}_at"], row["latency"][name]
             text += f" since {oldest}" if oldest else ""
             text += f", {row[f'dead_{name}']} dead; last hour: {overview.said(late)}"
@@ -187,6 +217,6 @@ def _state(db: database.Database) -> Iterator[Finding]:
     for alert in alerts.everything(db):
         if alert["cleared_at"] is None:
             about = f" {alert['account_id']}" if alert["account_id"] else ""
-            text = f"alert {alert['kind']}{about} since {alert['since']}: {alert['message']}"
+            text = f"alert {alert['kind']}{about} since {alert['since']}: {theirs(alert['message'])}"
             todo = kind_of(alert["kind"]).todo.replace("ACCOUNT", alert["account_id"])
             yield Finding("warning", f"alert_{alert['kind']}", text, todo=todo, account_id=alert["account_id"] or None)

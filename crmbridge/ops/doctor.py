@@ -11,13 +11,14 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import socket
 import ssl
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ _CALL_S, _ALL_CALLS_S, _AT_ONCE = 10.0, 40.0, 8
 _PROBED_S = 2.0  # /health remembers for a second
 _OLD_S, _SLOW_MS, _CLOCK_OFF_S = 900, 5000, 30
 _EXPIRES_DAYS, _EXPIRES_NOW_DAYS = 14, 3
-_FAILED = (BridgeError, OSError, ValueError, LookupError, http.client.HTTPException)
+_SHOWN = ("level", "slug", "what", "why", "todo", "account_id")
 # A warning to `check`, as the bridge may be about to be set up or started, and broken where it should run.
 _WORSE = ("disk_full", "token_missing", "worker_dead")
 _IN_INI = ("app_secret_short", "app_secrets_empty", "look_up_short", "verify_token_empty")
@@ -71,11 +72,10 @@ _SET = "${EDITOR:-nano} %s, then: rc-service crmbridge restart"
 
 @dataclass
 class Report:
-    """What was found, the worst first, with the numbers, and what must not be shown."""
+    """What was found, the worst first, with the numbers."""
 
     found: list[Finding] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
-    hidden: list[str] = field(default_factory=list)
     settings: config.Settings | None = None
     look: check.Look = field(default_factory=check.Look)
 
@@ -89,7 +89,8 @@ class Report:
         """Return it as ``--json`` prints it."""
         counts = {level: sum(one.level == level for one in self.found) for level in _ORDER}
         head = {"schema": SCHEMA, "version": __version__, "at": instant(time.time()), "status": self.status}
-        return {**head, "counts": counts, "figures": self.figures, "findings": [asdict(one) for one in self.found]}
+        shown = [{name: getattr(one, name) for name in _SHOWN} for one in self.found]
+        return {**head, "counts": counts, "figures": self.figures, "findings": shown}
 
     def add(self, name: str, probe: Callable[[], Iterable[Finding]]) -> None:
         """Take a probe's findings; one that fails is a finding of its own."""
@@ -97,8 +98,9 @@ class Report:
             for one in probe():
                 self.found.append(one)
         except Exception as error:  # noqa: BLE001 - also what a far side makes up
-            said = type(error).__name__ + (f": {error}" if isinstance(error, _FAILED) else "")
-            said = error.message if isinstance(error, BridgeError) else said
+            # Their words alone are known to quote nothing: a library's may hold a URL, and what it was called with.
+            said = check.message(error) if isinstance(error, BridgeError) else type(error).__name__
+            said += f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             todo = "run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
             slug, account = f"unseen_{name.split(maxsplit=1)[0].lower()}", re.search(r"acc_\w+", name)
             text = f"could not look at {name}: {said}"
@@ -131,10 +133,9 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
         why = "the service does not start with it" if is_there else "all else is told there"
         todo = _SET % path if is_there else "run it as root, or name the file: crmbridge doctor --config FILE"
         slug = "ini_broken" if is_there else "ini_unseen"
-        report.found.append(Finding("error" if is_there else "blind", slug, error.message, why, todo))
+        report.found.append(Finding("error" if is_there else "blind", slug, check.message(error), why, todo))
         return _without_data(report, log_path)
     place = given.store.path
-    report.hidden = [*given.instagram.app_secrets, given.instagram.verify_token, given.alerts.url]
     if _is_strange(place.parent):
         text = f"this user is neither root nor the owner of {place.parent}: what is in there is not seen"
         report.found.append(Finding("blind", "other_user", text, todo="run it as root"))
@@ -210,13 +211,7 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
 
 
 def _sorted(report: Report) -> Report:
-    """Put the worst first, tell each thing once, and strike out what must not be shown."""
-    hidden = [word for word in report.hidden if word]
-
-    def clean(text: str) -> str:
-        for word in hidden:
-            text = text.replace(word, "[secret]")
-        return text
+    """Put the worst first, and tell each thing once."""
 
     def typed(todo: str) -> str:
         return todo if check.is_installed() else todo.replace("rc-service crmbridge restart", "restart crmbridge serve")
@@ -227,7 +222,7 @@ def _sorted(report: Report) -> Report:
     for one in ordered:
         if one.level == "ok" or (one.slug, one.account_id) not in told_of:
             told_of.add((one.slug, one.account_id))
-            report.found.append(replace(one, what=log.struck(clean(one.what)), todo=clean(typed(one.todo))))
+            report.found.append(replace(one, what=log.struck(one.what), todo=typed(one.todo)))
     return report
 
 
@@ -326,7 +321,6 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
         with contextlib.suppress(BridgeError):  # `check` told that it does not open
             token = keys.open(row["access_token_sealed"]) if row["access_token_sealed"] else ""
             secret = keys.open(row["webhook_secret_sealed"]) if row["webhook_secret_sealed"] else None
-            report.hidden += [token, secret or ""]
             if token and row["status"] != "inactive":
                 jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
             jobs[f"CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
@@ -406,7 +400,7 @@ def _bridge(given: config.Settings, stranger: machine.Listener | None, asked: th
     try:
         alive = _is_alive(*_get(url, "/health/live"))
     except (OSError, http.client.HTTPException) as error:
-        yield Finding("error", "not_serving", f"nothing answers at {url}: {error}",
+        yield Finding("error", "not_serving", f"nothing answers at {url}: {check.theirs(str(error))}",
                       "Meta's webhooks are refused; after an hour of it Meta ends the subscription",
                       f"{check.to_start()}; tail -n 50 {LOG}")  # fmt: skip
         return
@@ -482,7 +476,8 @@ def _way_in(given: config.Settings, last_probe: Callable[[], str | None]) -> Ite
         if not _is_alive(status, body):
             raise ValueError(f"HTTP {status}")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        yield Finding("error", "public_unreached", f"{base}/health/live does not lead to the bridge: {error}",
+        said = check.theirs(str(error))
+        yield Finding("error", "public_unreached", f"{base}/health/live does not lead to the bridge: {said}",
                       "what Meta posts does not arrive; after an hour of it Meta ends the subscription",
                       f"curl -i {base}/health/live; the proxy must lead to {_local(given)} (README, Reverse proxy)"
                       )  # fmt: skip
@@ -551,14 +546,14 @@ def _handshake(given: config.Settings, base: str, context: ssl.SSLContext | None
 
 def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> Iterator[Finding]:
     """Ask Instagram about the token, the permissions and the subscription."""
-    one, about, user = row["id"], f"{row['id']} ({row['username'] or '-'})", row["instagram_account_id"]
+    one, about, user = row["id"], check.named(row), row["instagram_account_id"]
     renew = f"make a new token in Meta's console, then {_put(given, row, _NEW_TOKEN)}"
     nothing = "nothing can be sent for this account, and its webhooks end"
 
     def refused(slug: str, error: Invalid) -> Finding:
         hint = error.hint.replace("ACCOUNT", one) if isinstance(error, Refusal) else ""
         todo = renew if not hint or "make a new token" in hint else f"{hint}; then {_put(given, row, _ACTIVE)}"
-        return Finding("error", slug, f"{about}: {error.message}", nothing, todo, one)
+        return Finding("error", slug, f"{about}: {check.message(error)}", nothing, todo, one)
 
     try:
         who = client.whoami(token)
@@ -566,9 +561,9 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
         yield refused("token_refused", error)
         return
     except Unavailable as error:
-        yield Finding("error", "instagram_unreached", f"{about}: {error.message}",
+        yield Finding("error", "instagram_unreached", f"{about}: {check.message(error)}",
                       "sends wait, and are given up after 24 hours",
-                      f"curl -sI {_origin(given.instagram.graph_url)}; look at https://metastatus.com", one
+                      f"curl -sI {log.origin(given.instagram.graph_url)}; look at https://metastatus.com", one
                       )  # fmt: skip
         return
     if user not in (who.user_id, who.app_scoped_id):
@@ -587,11 +582,11 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
     except Invalid as error:
         yield refused("permission_refused", error)
     except Unavailable as error:
-        yield Finding("blind", "permissions_unseen", f"{about}: {error.message}", account_id=one)
+        yield Finding("blind", "permissions_unseen", f"{about}: {check.message(error)}", account_id=one)
     try:
         _, answer = client.ask("GET", f"/{user}/subscribed_apps", token, [])
     except (Invalid, Unavailable) as error:
-        yield Finding("blind", "subscription_unseen", f"{about}: {error.message}", account_id=one)
+        yield Finding("blind", "subscription_unseen", f"{about}: {check.message(error)}", account_id=one)
         return
     apps = answer.get("data")
     listed = [app for app in apps if isinstance(app, dict)] if isinstance(apps, list) else []
@@ -605,18 +600,11 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
                       f"{_put(given, row, _NEW_TOKEN)}", one)  # fmt: skip
 
 
-def _origin(url: str) -> str:
-    """Return of a URL only what is no secret."""
-    parts = urlsplit(url)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
-
-
 def _crm(
     given: config.Settings, session: net.Session, row: Row, secret: str | None, held: Row | None
 ) -> Iterator[Finding]:
     """Send the account's CRM a signed test, unless deliveries are held."""
-    one, about, url = row["id"], f"{row['id']} ({row['username'] or '-'})", row["crm_webhook_url"]
+    one, about, url = row["id"], check.named(row), row["crm_webhook_url"]
     if not url:
         yield Finding("ok", "crm", f"{about}: its CRM reads the events itself", account_id=one)
         return
@@ -625,15 +613,17 @@ def _crm(
         return
     event_id, now_s = new_id("evt"), time.time()
     body = contract.WebhookTest(event="webhook.test", event_id=event_id, account_id=one, timestamp=instant(now_s))
-    place, crm_url = _origin(url), _put(given, row, _NEW_URL)
-    tls = place.partition("//")[2] + ("" if urlsplit(url).port else ":443")
+    place, crm_url = log.origin(url), _put(given, row, _NEW_URL)
+    # What is to be typed holds what somebody set by the API.
+    host, address = shlex.quote(urlsplit(url).hostname or ""), place.partition("//")[2]
+    tls = shlex.quote(address if re.search(r":\d+\Z", address) else f"{address}:443")
     try:
         crm.post(session, url=url, secret=secret, event_id=event_id, body=body.model_dump_json().encode(),
                  correlation_id=new_id("req"), now_s=now_s)  # fmt: skip
     except (Refused, Retry) as error:
         slug = "crm_not_found" if error.http_status in (404, 405) else error.code
         slug = slug if slug.startswith("crm_") else f"crm_{slug}"
-        look = f"look into the CRM's log; curl -sI {place}"
+        look = f"look into the CRM's log; curl -sI {shlex.quote(place)}"
         todo = {
             "crm_unauthorized": "set the webhook_secret that the CRM checks with: "
             + _put(given, row, '{"webhook_secret": "…"}'),
@@ -642,14 +632,14 @@ def _crm(
             "crm_redirect": f"no redirect is followed; name the address that it leads to: {crm_url}",
             "crm_address_refused": "name the CRM's network in [crm] allow_networks, if it is yours, and restart; else "
             + crm_url,
-            "crm_dns_failed": f"getent ahosts {urlsplit(url).hostname}; or {crm_url}",
-            "crm_tls_failed": f"openssl s_client -connect {tls} "
-            f"-servername {urlsplit(url).hostname}; mend the CRM's certificate",
+            "crm_dns_failed": f"getent ahosts {host}; or {crm_url}",
+            "crm_tls_failed": f"openssl s_client -connect {tls} -servername {host}; mend the CRM's certificate",
             "crm_timeout": f"the CRM must answer within {given.crm.timeout_s:g} s, before it works: {look}",
             "crm_rate_limited": "let the CRM take more calls, or wait",
         }.get(slug, look)
         level = "warning" if slug == "crm_rate_limited" else "error"
-        yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: {error.message}",  # type: ignore[arg-type]
+        yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: "  # type: ignore[arg-type]
+                      f"{check.message(error)}",
                       "events wait, and die after 24 hours; with 401 at once", todo, one)  # fmt: skip
     else:
         yield Finding("ok", "crm", f"{about}: the CRM at {place} took a signed test event", account_id=one)

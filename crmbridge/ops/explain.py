@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from crmbridge import terminal
+from crmbridge import log, terminal
 from crmbridge.events import instant
 from crmbridge.store import alerts, overview, pauses, story
 from crmbridge.store.contacts import Target
@@ -15,6 +15,7 @@ from crmbridge.store.story import Kind, Life, Owed
 _SHOWN_AT_ONCE = 3
 _PAST_HOLDS = 10
 UNKNOWN = "Nothing here has this id. What was refused, or only read, is in the log alone, by its correlation id."
+_PULLED = "none: the CRM reads its events when it asks"
 _WIDTH = 110
 _FAR_SIDE = {"crm": "the CRM", "instagram": "Instagram"}
 _WHAT = {"crm": "deliveries", "instagram": "sends"}
@@ -362,7 +363,7 @@ def _account(db: Database, account_id: str, now: str) -> Story:
         "username": row["username"],
         "status": row["status"] + (f": {row['status_reason']}" if row["status_reason"] else ""),
         "status_since": row["status_since"],
-        "crm_webhook_url": row["crm_webhook_url"] or "none: the CRM reads its events when it asks",
+        "crm_webhook_url": log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else _PULLED,
         "subscribed": subscribed,
         "token_checked_at": row["token_checked_at"],
         "token_expires_at": row["token_expires_at"],
