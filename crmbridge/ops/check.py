@@ -14,6 +14,8 @@ from typing import Literal
 from crmbridge import config, terminal, vault
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
+from crmbridge.events import epoch_s
+from crmbridge.instagram import reading
 from crmbridge.store import accounts, alerts, database, overview, pauses, retention, vitals
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters: Unicode leaves them to programs
@@ -60,6 +62,7 @@ class Finding:
             object.__setattr__(self, "what", self.what.translate(_UNMARKED))
 
 
+_EXPIRES_DAYS, _DAY_S = 14, 86_400
 _STARTS = ("app_secrets_empty",)  # the service runs with it, and does nothing of use
 
 
@@ -167,7 +170,18 @@ def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]
         text = f"{account['id']} has no access token: {account['status_reason']}"
         todo = f"PUT /api/v1/accounts/{account['id']} with a new access_token"
         yield Finding("warning", "token_missing", text, todo=todo, account_id=account["id"])
-    elif keys is not None:
+        return
+    end, put = reading.token_end(account), f"PUT /api/v1/accounts/{account['id']} with a new access_token"
+    until = f"it ends {end.said()}" if end else "nobody knows when it ends"
+    if account["token_refusals"] >= accounts.REFUSED_OFTEN:
+        often = f"Instagram refused {account['token_refusals']} times running to renew the access token"
+        yield Finding("warning", "token_not_renewed", f"{named(account)}: {often}; {until}", todo=put,
+                      account_id=account["id"])  # fmt: skip
+    left_days = (epoch_s(end.at) - time.time()) / _DAY_S if end else _EXPIRES_DAYS
+    if left_days < _EXPIRES_DAYS:
+        text = f"{named(account)}: the access token has {max(left_days, 0):.0f} day(s) left: {until}"
+        yield Finding("warning", "token_expiring", text, todo=put, account_id=account["id"])
+    if keys is not None:
         keys.open(account["access_token_sealed"])
 
 

@@ -61,12 +61,15 @@ _WHY = {
     "look_up_short": "a customer gets the same message twice",
     "not_subscribed": "nothing of this account's customers is told",
     "sends_paused": "customers get no answers; what waits is kept, in its order, and does not age",
+    "token_expiring": "it is renewed each week, and that has failed for weeks; once it has ended nothing can be sent",
+    "token_not_renewed": "it is renewed each week as long as it is good; once it has ended nothing can be sent",
     "token_missing": "nothing can be sent or asked for this account",
     "unrouted": "they are kept for [retention] unrouted_days and go to the account once it is connected",
     "verify_token_empty": "Meta's console refuses the webhook address",
     "worker_dead": "what comes is stored, but nothing goes out",
 }
 _NEW_TOKEN, _NEW_URL, _ACTIVE = '{"access_token": "IGAA…"}', '{"crm_webhook_url": "https://…"}', '{"status": "active"}'
+_RENEW = "make a new token in Meta's console, then "
 _SET = "${EDITOR:-nano} %s, then: rc-service crmbridge restart"
 
 
@@ -198,6 +201,8 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
     todo = one.todo or (_SET % path if one.slug in _IN_INI else "")
     if one.slug == "worker_dead":
         todo = check.to_start()
+    if one.slug in ("token_expiring", "token_not_renewed") and report.settings is not None:
+        todo = f"{_RENEW}{_put(report.settings, {'id': one.account_id}, _NEW_TOKEN)}"
     if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
         # The key file tells that there was one; a new one, and nobody would miss the old one's accounts.
         todo = "is its disk mounted (df)? Else: crmbridge restore FILE; only for a new installation: crmbridge init"
@@ -547,7 +552,7 @@ def _handshake(given: config.Settings, base: str, context: ssl.SSLContext | None
 def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> Iterator[Finding]:
     """Ask Instagram about the token, the permissions and the subscription."""
     one, about, user = row["id"], check.named(row), row["instagram_account_id"]
-    renew = f"make a new token in Meta's console, then {_put(given, row, _NEW_TOKEN)}"
+    renew = f"{_RENEW}{_put(given, row, _NEW_TOKEN)}"
     nothing = "nothing can be sent for this account, and its webhooks end"
 
     def refused(slug: str, error: Invalid) -> Finding:
@@ -571,11 +576,6 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
                       nothing, renew, one)  # fmt: skip
         return
     yield Finding("ok", "token", f"{about}: Instagram takes the token", account_id=one)
-    left_days = (epoch_s(row["token_expires_at"]) - time.time()) / 86_400 if row["token_expires_at"] else 60
-    if left_days < _EXPIRES_DAYS:
-        yield Finding("warning", "token_expiring", f"{about}: the token ends in {left_days:.0f} day(s)",
-                      "the weekly renewal has failed for weeks; after that nothing can be sent", renew, one
-                      )  # fmt: skip
     try:
         client.ask("GET", f"/{user}/conversations", token, [("platform", "instagram")])
         yield Finding("ok", "permissions", f"{about}: the token may read and write messages", account_id=one)

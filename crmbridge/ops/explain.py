@@ -7,7 +7,8 @@ from typing import Any
 
 from crmbridge import log, terminal
 from crmbridge.events import instant
-from crmbridge.store import alerts, overview, pauses, story
+from crmbridge.instagram import reading
+from crmbridge.store import accounts, alerts, overview, pauses, story
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.story import Kind, Life, Owed
@@ -358,6 +359,8 @@ def _say_dead(found: Story, row: Row, name: str) -> None:
 def _account(db: Database, account_id: str, now: str) -> Story:
     row = story.account(db, account_id)
     subscribed = {1: "yes", 0: f"no: {row['subscription_error']}", None: "unknown"}[row["subscription_ok"]]
+    live = accounts.find(db, account_id)
+    end = reading.token_end(live) if live else None
     facts: dict[str, str | int | None] = {
         "instagram_account_id": row["instagram_account_id"],
         "username": row["username"],
@@ -366,7 +369,7 @@ def _account(db: Database, account_id: str, now: str) -> Story:
         "crm_webhook_url": log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else _PULLED,
         "subscribed": subscribed,
         "token_checked_at": row["token_checked_at"],
-        "token_expires_at": row["token_expires_at"],
+        "token_expires_at": (end.at + ("" if end.known else " at the latest")) if end else None,
         "deleted_at": row["deleted_at"],
     }
     found = Story("account", account_id, facts)
