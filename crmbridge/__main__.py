@@ -11,25 +11,28 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from crmbridge import __version__, apikey, config, events, log, vault
+from crmbridge import __version__, apikey, config, events, log, terminal, vault
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, database, vitals
 
 _M_ARENA_MAX = -8  # from malloc.h
+_FILES = ("at", "config", "file", "log", "passphrase_file", "target")  # arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _require_text(parser, options)
     try:
         os.umask(0o077)  # what we make is for our user alone
         if options.as_owner:
             _become_owner(options)
         return int(options.run(options) or 0)
     except BridgeError as error:
-        print(f"crmbridge: {error.message}", file=sys.stderr)
+        terminal.complain(f"crmbridge: {error.message}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -37,12 +40,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"crmbridge: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        terminal.complain(f"crmbridge: {error.filename or ''}: {error.strerror or error}")
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """A parser that prints through `terminal`: its errors quote what was typed."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.color = False  # Python 3.14 would write escape sequences of its own
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage, and what is wrong with it, in one line."""
+        super().error(terminal.escaped(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write = terminal.say if file is sys.stdout else terminal.complain
+        write(*message.rstrip("\n").split("\n"))
+
+
+def _require_text(parser: _Parser, options: argparse.Namespace) -> None:
+    """End as for wrong usage where an argument is no text; the name of a file may be any bytes."""
+    for name, value in vars(options).items():
+        for given in value if isinstance(value, list) else [value]:
+            if isinstance(given, str) and name not in _FILES and not given.isascii():
+                try:
+                    given.encode()
+                except UnicodeEncodeError:
+                    parser.error(f"not UTF-8 text: {given}")
+
+
+def _parser() -> _Parser:
+    top = _Parser(
         prog="crmbridge", description="Carries Instagram direct messages to a shop's own CRM and the replies back."
     )
     top.add_argument("--version", action="version", version=f"crmbridge {__version__}")
@@ -223,7 +253,7 @@ def _init(options: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config.SHIPPED_INI, path)
         path.chmod(0o640)
-    print(("made     " if is_new else "kept     ") + str(path))
+    terminal.say(("made     " if is_new else "kept     ") + str(path))
     settings, absent = config.load(path), config.absent(path)
     whose = owner.of(settings.store.path)
     if is_new and whose:
@@ -233,18 +263,18 @@ def _init(options: argparse.Namespace) -> None:
         if settings.store.path.exists() and not settings.vault.key_file.exists():
             _refuse_new_key(settings)
     is_made = vault.create(settings.vault.key_file, owner.ids(whose))
-    print(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
+    terminal.say(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
     owner.become(whose, settings.store.path.parent)
     is_new = not settings.store.path.exists()
     db = database.create(settings.store.path)
     steps = db.migrate()
     db.close()
-    print(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+    terminal.say(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
     if absent:
-        print(f"new      keys that {path} does not have; so long their defaults apply:")
-        print("\n".join(f"  {line}" for line in absent))
+        terminal.say(f"new      keys that {path} does not have; so long their defaults apply:")
+        terminal.say(*(f"  {line}" for line in absent))
     if is_new:
-        print("next: crmbridge key create --name admin --admin, then crmbridge serve")
+        terminal.say("next: crmbridge key create --name admin --admin, then crmbridge serve")
 
 
 def _refuse_new_key(settings: config.Settings) -> None:
@@ -262,11 +292,11 @@ def _refuse_new_key(settings: config.Settings) -> None:
 
 def _migrate(options: argparse.Namespace) -> None:
     if options.show:
-        print(database.newest_migration())
+        terminal.say(database.newest_migration())
         return
     with contextlib.closing(database.open_existing(_settings(options).store.path)) as db:
         steps, verb = (db.migrate_back(options.to), "took back") if options.to else (db.migrate(), "applied")
-    print("\n".join(f"{verb} {step}" for step in steps) or "nothing to do")
+    terminal.say(*[f"{verb} {step}" for step in steps] or ["nothing to do"])
 
 
 def _backup(options: argparse.Namespace) -> int:
@@ -527,7 +557,8 @@ def _serve(options: argparse.Namespace) -> None:
         if part is not None:
             part.start()
     _say_health(rooms)
-    log.info("serve.ready", url=server.url, public_url=settings.web.public_url or None)
+    public_url = log.origin(settings.web.public_url) if settings.web.public_url else None
+    log.info("serve.ready", url=server.url, public_url=public_url)
     server.run()
     log.info("serve.stopping")
     server.close()
@@ -596,7 +627,8 @@ def _say_start(settings: config.Settings, mode: str) -> None:
     log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
     log.info("config", **config.shown(settings))
     for doubt in config.doubts(settings):
-        log.warning("config.doubtful", problem=doubt.problem)
+        write = log.error if doubt.level == "error" else log.warning
+        write("config.doubtful", problem=doubt.problem)
 
 
 def _say_health(rooms: Any) -> None:
@@ -630,7 +662,7 @@ def _sandbox(options: argparse.Namespace) -> None:
     except (ValueError, OSError, OverflowError) as error:
         raise Misconfigured(str(error)) from None
     with sandbox:
-        print(demo.alone(sandbox), flush=True)
+        terminal.say(*demo.alone(sandbox).split("\n"), at_once=True)
         threading.Event().wait()
 
 

@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from crmbridge import log
 from crmbridge.errors import Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -23,10 +24,14 @@ SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
 _PREFIX = "CRMBRIDGE_"
 LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
+_HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.?", re.IGNORECASE)
+_VERSION = re.compile(r"/v\d+\.\d+\Z")
+SECRET_LEAST, _SECRET_FAIR = 8, 16  # characters of a secret: fewer can be guessed at once, or with patience
 
 
-def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False) -> Any:
-    return field(default=default, metadata={"read": read, "secret": secret})
+def _key(default: Any, read: Callable[[str], Any], *, secret: bool = False, url: bool = False) -> Any:
+    """Declare a key: a `secret` is never shown, of a `url` only what cannot hold one."""
+    return field(default=default, metadata={"read": read, "secret": secret, "url": url})
 
 
 def _text(value: str) -> str:
@@ -34,7 +39,24 @@ def _text(value: str) -> str:
 
 
 def _words(value: str) -> tuple[str, ...]:
-    return tuple(re.split(r"[\s,]+", value.strip())) if value.strip() else ()
+    """Split a list; what is empty between two separators, or at an end, is no word."""
+    return tuple(word for word in re.split(r"[\s,]+", value) if word)
+
+
+def _secrets(value: str) -> tuple[str, ...]:
+    words = _words(value)
+    for number, word in enumerate(words, 1):
+        if word[0] in "#;":
+            raise ValueError("a comment needs a line of its own")
+        if len(word) < SECRET_LEAST:
+            raise ValueError(f"number {number} of {len(words)} is shorter than {SECRET_LEAST} characters")
+    return words
+
+
+def _path(value: str) -> Path:
+    if not value or "\0" in value:
+        raise ValueError("must name a file")
+    return Path(value)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -95,10 +117,34 @@ def _networks(value: str) -> tuple[Network, ...]:
 
 
 def _url(value: str) -> str:
-    url = urlsplit(value)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("must be an http:// or https:// URL")
+    """Return a URL that can be called. What is wrong is said without a word of it: it may hold a secret."""
+    if not value.isprintable() or " " in value or "\\" in value:
+        raise ValueError("must be a URL, without blanks and control characters")
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ValueError("must be a URL: its host or its port makes no sense") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    is_bracketed = parts.netloc.rpartition("@")[2].startswith("[")
+    if port == 0 or not (_is_ipv6(host) if is_bracketed else _is_host(host)):
+        raise ValueError("must be a URL: its host or its port makes no sense")
     return value.rstrip("/")
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.IPv6Address(host))
+    return False
+
+
+def _is_host(host: str) -> bool:
+    """Tell whether this can be a host's name or IPv4 address, by its form alone."""
+    try:
+        return _HOST.fullmatch(host.encode("idna").decode()) is not None
+    except UnicodeError:  # a label that is empty, too long or of no letters
+        return False
 
 
 def _url_or_nothing(value: str) -> str:
@@ -123,25 +169,25 @@ class Web:
     host: str = _key("127.0.0.1", _text)
     port: int = _key(8080, _whole(0, 65_535))
     threads: int = _key(8, _whole(1, 64))
-    public_url: str = _key("", _url_or_nothing)
+    public_url: str = _key("", _url_or_nothing, url=True)
     trusted_proxy: str = _key("", _address_or_nothing)
 
 
 @dataclass(frozen=True)
 class Store:
-    path: Path = _key(Path("var/bridge.db"), Path)
-    queue_path: Path = _key(Path("var/queue.db"), Path)
+    path: Path = _key(Path("var/bridge.db"), _path)
+    queue_path: Path = _key(Path("var/queue.db"), _path)
 
 
 @dataclass(frozen=True)
 class Vault:
-    key_file: Path = _key(Path("var/crmbridge.key"), Path)
+    key_file: Path = _key(Path("var/crmbridge.key"), _path)
 
 
 @dataclass(frozen=True)
 class Instagram:
-    graph_url: str = _key("https://graph.instagram.com/v26.0", _url)
-    app_secrets: tuple[str, ...] = _key((), _words, secret=True)
+    graph_url: str = _key("https://graph.instagram.com/v26.0", _url, url=True)
+    app_secrets: tuple[str, ...] = _key((), _secrets, secret=True)
     verify_token: str = _key("", _text, secret=True)
     comments: bool = _key(False, _flag)
     mentions: bool = _key(False, _flag)
@@ -186,7 +232,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Alerts:
-    command: str = _key("", _text)
+    command: str = _key("", _text, secret=True)
     url: str = _key("", _url_or_nothing, secret=True)
     repeat_after_s: float = _key(3_600, _seconds(1, 604_800))
     endpoint_down_after_s: float = _key(900, _seconds(1, 604_800))
@@ -246,7 +292,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise Misconfigured(f"{path} cannot be read: {error}") from None
     except configparser.Error as error:
-        raise Misconfigured(f"{path}: {error}".replace("\n", " ")) from None
+        raise Misconfigured(f"{path}: {_said(error)}") from None
 
     given: dict[tuple[str, str], tuple[str, str]] = {}
     for section in parser.sections():
@@ -262,10 +308,13 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
         if name not in known:
             raise Misconfigured(f"{place}: there is no such key; known in [{section}]: {', '.join(known)}")
         try:
+            if known[name].metadata["secret"]:
+                _require_utf8(value)
             values[section][name] = known[name].metadata["read"](value.strip())
         except ValueError as error:
-            shown = "" if known[name].metadata["secret"] else f" {value!r}"
-            raise Misconfigured(f"{place}: bad value{shown}: {error}") from None
+            is_open = not (known[name].metadata["secret"] or known[name].metadata["url"])
+            shown = f" {value!r}" if is_open else ""
+            raise Misconfigured(f"{place}: bad value{shown}: {error}", quoted=shown) from None
     settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
     if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
         raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
@@ -284,12 +333,35 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
+def _said(error: configparser.Error) -> str:
+    """Say what is wrong with a file, without the lines that configparser quotes: they may hold a secret."""
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"File contains no section headers: line {error.lineno} comes before any [section]"
+    if isinstance(error, configparser.ParsingError):
+        found = [number for number, *_ in getattr(error, "errors", ())] or [getattr(error, "lineno", "?")]
+        lines = ", ".join(map(str, found))
+        return f"line {lines} is neither a [section] nor 'key = value'"
+    return str(error).replace("\n", " ")
+
+
+def _require_utf8(secret: str) -> None:
+    """Raise ValueError for bytes of the environment that are no text: nothing could be signed with them."""
+    try:
+        secret.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8 text") from None
+
+
 class Doubt(NamedTuple):
-    """What the bridge can run with, but hardly as its operator wants; `todo` is what to do."""
+    """What the bridge starts with, but hardly as its operator wants; `todo` is what to do.
+
+    With an ``error`` it does not do its work.
+    """
 
     slug: str
     problem: str
     todo: str = ""
+    level: Literal["error", "warning"] = "warning"
 
 
 def absent(path: Path) -> list[str]:
@@ -319,7 +391,14 @@ def doubts(settings: Settings) -> list[Doubt]:
     found = []
     if not settings.instagram.app_secrets:
         problem = "[instagram] app_secrets is empty: every webhook from Meta will be refused"
-        found.append(Doubt("app_secrets_empty", problem))
+        found.append(Doubt("app_secrets_empty", problem, level="error"))
+    short = [word for word in settings.instagram.app_secrets if len(word) < _SECRET_FAIR]
+    if short:
+        problem = (
+            f"{len(short)} of [instagram] app_secrets has fewer than {_SECRET_FAIR} characters: whoever guesses it can "
+            "forge what customers write"
+        )
+        found.append(Doubt("app_secret_short", problem))
     if not settings.instagram.verify_token:
         problem = "[instagram] verify_token is empty: Meta cannot verify the webhook address"
         found.append(Doubt("verify_token_empty", problem))
@@ -356,7 +435,10 @@ def _rooted(settings: Settings, folder: Path) -> Settings:
 
 
 def shown(settings: Settings) -> dict[str, str]:
-    """Return the effective settings as ``section.key`` → text, secrets masked."""
+    """Return the effective settings as ``section.key`` → text: secrets masked, URLs without path, query and user.
+
+    The version in the path of graph_url is shown.
+    """
     lines = {}
     for section in _SECTIONS:
         room = getattr(settings, section)
@@ -364,6 +446,9 @@ def shown(settings: Settings) -> dict[str, str]:
             value = getattr(room, entry.name)
             if entry.metadata["secret"]:
                 text = "(set)" if value else "(not set)"
+            elif entry.metadata["url"] and value:
+                version = _VERSION.search(urlsplit(value).path)
+                text = log.origin(value) + (version[0] if version else "")
             elif isinstance(value, tuple):
                 text = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
             else:

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 
 class BridgeError(Exception):
-    """Base of the tree. `details` are ``{"field": …, "problem": …}`` entries."""
+    """Base of the tree. `details` are ``{"field": …, "problem": …}`` entries.
+
+    `quoted` is the part of the message that is not in our words: a far side said it, or it was read.
+    """
 
     code = "error"
 
-    def __init__(self, message: str, *, code: str | None = None, details: Sequence[dict[str, str]] = ()) -> None:
+    def __init__(
+        self, message: str, *, code: str | None = None, details: Sequence[dict[str, str]] = (), quoted: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
+        self.quoted = quoted
         self.code = code or type(self).code
         self.details = list(details)
 
@@ -68,8 +74,8 @@ class Unavailable(BridgeError):
 
     code = "unavailable"
 
-    def __init__(self, message: str, *, code: str | None = None, after_s: int = 1) -> None:
-        super().__init__(message, code=code)
+    def __init__(self, message: str, *, code: str | None = None, after_s: int = 1, quoted: str = "") -> None:
+        super().__init__(message, code=code, quoted=quoted)
         self.after_s = after_s
 
 

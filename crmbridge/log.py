@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from crmbridge.events import instant
 
@@ -100,6 +101,16 @@ def struck(text: str) -> str:
     return _SECRETS.sub("[secret]", text) if any(mark in text for mark in _MARKS) else text
 
 
+def origin(url: str) -> str:
+    """Return of a URL what is no secret: scheme, host and port."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "(not a URL)"
+    return f"{parts.scheme}://" + (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
+
+
 def _told(info: Any) -> dict[str, str]:
     kind, _, trace = info
     frames = traceback.extract_tb(trace)
@@ -113,7 +124,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
     text = str(value)
-    return text if _PLAIN.match(text) else json.dumps(text)
+    return text if _PLAIN.match(text) else json.dumps(text).replace("\x7f", "\\u007f")  # DEL json leaves as it is
 
 
 class _Rotated(logging.StreamHandler[TextIO]):

@@ -348,7 +348,10 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _shortened(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    """Name a failure by the system's words or its type: a library's own sentence may quote the whole URL."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
     return " ".join(text.split())[:200]
 
 

@@ -1,6 +1,7 @@
 """Webhook signatures of both kinds: X-Hub-Signature-256 and Standard Webhooks.
 
-Pure functions over bytes; knows no channel and no account.
+Pure functions over bytes; knows no channel and no account. An empty secret signs nothing and matches nothing, as
+everybody has it; one of zero bytes alone is the same key to HMAC.
 """
 
 import base64
@@ -10,14 +11,19 @@ import hmac
 import os
 from collections.abc import Iterable
 
+from crmbridge.errors import Misconfigured
+
 _STANDARD_PREFIX = "whsec_"
 SHORTEST, WEAK = 8, 16  # characters of a secret: fewer are refused, fewer are weak
 _FEW = 6  # different characters
 
 
 def hub_signature(secret: str, body: bytes) -> str:
-    """Return ``sha256=<hex>`` over the exact body bytes, keyed with the secret's UTF-8 bytes."""
-    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    """Return ``sha256=<hex>`` over the exact body bytes, keyed with the secret's UTF-8 bytes.
+
+    Raises Misconfigured for an empty secret.
+    """
+    return "sha256=" + _digest(secret.encode(), body).hex()
 
 
 def hub_signature_matches(secrets: Iterable[str], header: str | None, body: bytes) -> bool:
@@ -25,7 +31,7 @@ def hub_signature_matches(secrets: Iterable[str], header: str | None, body: byte
     given = (header or "").strip().encode("utf-8", "surrogateescape")
     matched = False
     for secret in secrets:
-        matched |= hmac.compare_digest(hub_signature(secret, body).encode(), given)
+        matched |= bool(secret.strip("\0")) and hmac.compare_digest(hub_signature(secret, body).encode(), given)
     return matched
 
 
@@ -58,11 +64,19 @@ def standard_key(secret: str) -> bytes | None:
         key = base64.b64decode(secret[len(_STANDARD_PREFIX) :], validate=True)
     except (binascii.Error, ValueError):
         return None
-    return key if 24 <= len(key) <= 64 else None
+    return key if 24 <= len(key) <= 64 and key.strip(b"\0") else None
 
 
 def standard_signature(keys: Iterable[bytes], webhook_id: str, timestamp_s: int, body: bytes) -> str:
-    """Return the ``webhook-signature`` value: one ``v1,<base64>`` for each key, space-separated."""
+    """Return the ``webhook-signature`` value: one ``v1,<base64>`` for each key, space-separated.
+
+    Raises Misconfigured for an empty key.
+    """
     signed = f"{webhook_id}.{timestamp_s}.".encode() + body
-    digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in keys)
-    return " ".join("v1," + base64.b64encode(digest).decode() for digest in digests)
+    return " ".join("v1," + base64.b64encode(_digest(key, signed)).decode() for key in keys)
+
+
+def _digest(key: bytes, signed: bytes) -> bytes:
+    if not key.strip(b"\0"):
+        raise Misconfigured("an empty secret signs nothing: set a secret")
+    return hmac.new(key, signed, hashlib.sha256).digest()

@@ -11,6 +11,7 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
+from crmbridge.instagram import reading
 from crmbridge.store import accounts, holds, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
@@ -102,8 +103,10 @@ class Watch:
             return not is_held and (kind == "crm_gone" or not record.has_pending(self._db, "crm", account["id"]))
         if kind == "held_long":
             return not self._held_long(account)
+        if kind == "token_not_renewed":
+            return not account["access_token_sealed"] or account["token_refusals"] < accounts.REFUSED_OFTEN
         if kind in ("account_error", "token_dead"):
-            is_well = account["status"] != "error" and self._token_left_s(account) > 0
+            is_well = account["status"] != "error" and not self._has_ended(account)
             return is_well and not record.has_pending(self._db, "instagram", account["id"])
         return False
 
@@ -155,19 +158,23 @@ class Watch:
             self._alarm.alert("silence", problem, account=account["id"])
 
     def _watch_token(self, account: Row) -> None:
-        left_s, ends = self._token_left_s(account), account["token_expires_at"]
+        end = reading.token_end(account)
+        left_s = epoch_s(end.at) - self._clock() if end else float("inf")
         step = next((days for days in _TOKEN_DAYS if left_s <= days * _DAY_S), None)
-        if left_s <= 0:
-            self._alarm.alert("token_dead", f"the access token ended at {ends[:16]}Z", account=account["id"])
-        elif step is not None:
-            problem = f"the access token ends at {ends[:16]}Z, in less than {step} day{'s' if step > 1 else ''}"
-            self._alarm.alert("token_expiring", problem, account=account["id"])
-        else:
+        if end is None or step is None:
             self._alarm.clear("token_expiring", account=account["id"])
+        elif left_s > 0:
+            problem = f"the access token ends {end.said()}, in less than {step} day{'s' if step > 1 else ''}"
+            self._alarm.alert("token_expiring", problem, account=account["id"])
+        elif end.known:
+            self._alarm.alert("token_dead", f"the access token ended {end.said()}", account=account["id"])
+        else:  # Instagram has not said so
+            problem = f"the access token was to end {end.said()}, and was never renewed"
+            self._alarm.alert("token_expiring", problem, account=account["id"])
 
-    def _token_left_s(self, account: Row) -> float:
-        ends = account["token_expires_at"]
-        return float("inf") if ends is None else epoch_s(ends) - self._clock()
+    def _has_ended(self, account: Row) -> bool:
+        end = reading.token_end(account)
+        return end is not None and end.known and epoch_s(end.at) <= self._clock()
 
 
 def usual_pause_h(hours: Sequence[int]) -> int | None:

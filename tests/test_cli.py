@@ -63,7 +63,7 @@ def test_init_makes_no_new_key_for_secrets_that_are_sealed_already(made: Path) -
 def test_check_says_whether_it_can_run(made: Path) -> None:
     good = run(made, "check", CRMBRIDGE_INSTAGRAM_VERIFY_TOKEN="dont-show-me")
     assert good.returncode == 0, good.stdout
-    assert good.stdout.splitlines()[-1].startswith("fit to run, but [instagram] app_secrets is empty: every webhook")
+    assert good.stdout.splitlines()[-1].startswith("it starts, but is broken: [instagram] app_secrets is empty: ever")
     quiet = {"CRMBRIDGE_INSTAGRAM_APP_SECRETS": "0" * 32, "CRMBRIDGE_INSTAGRAM_VERIFY_TOKEN": "dont-show-me"}
     assert run(made, "check", **quiet).stdout.splitlines()[-1] == "fit to run, but see to the 2 warning(s) above"
     assert re.search(r"sizes in MB: database \d+\.\d, wal \d+\.\d, free \d+\.\d, disk_free \d+", good.stdout)

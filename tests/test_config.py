@@ -101,7 +101,9 @@ def test_a_missing_or_unreadable_file_is_named(ini: Path) -> None:
 
 
 def test_secrets_are_masked_in_what_is_shown_and_in_errors(ini: Path) -> None:
-    text = "[instagram]\napp_secrets = hush-1 hush-2\nverify_token = hush-3\n[alerts]\nurl = https://x/hush-4\n"
+    text = (
+        "[instagram]\napp_secrets = hush-hush-1 hush-hush-2\nverify_token = hush-3\n[alerts]\nurl = https://x/hush-4\n"
+    )
     shown = config.shown(config.load(written(ini, text), {}))
     assert {name for name, value in shown.items() if value == "(set)"} == {
         "instagram.app_secrets",

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "crmbridge"
 # Each room may import the rooms of the floors below its own (design: direction).
 FLOORS = (
-    {"errors", "events", "clock", "__init__"},
+    {"errors", "events", "clock", "terminal", "__init__"},
     {"log"},
     {"config", "vault", "signing", "contract", "net", "apikey", "matching"},
     {"endpoints"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"wiring"},
     {"__main__"},
 )
-SANDBOX_MAY = {"events", "signing", "sandbox"}
+SANDBOX_MAY = {"events", "sandbox", "signing", "terminal"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts)
 
 

@@ -113,6 +113,13 @@ KINDS = {
         "the token's end has moved",
         once=True,
     ),
+    "token_not_renewed": Kind(
+        "Instagram refused twice running to renew the access token: it is good until it ends, and nothing goes out "
+        "after that",
+        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
+        "a fresh token came, or a new one was set",
+        once=True,
+    ),
     "subscription_lost": Kind(
         "Instagram's webhooks for the account cannot be subscribed: nothing of its customers is told",
         "mend what the message names, or set a new token by PUT /api/v1/accounts/ACCOUNT; it is tried again "

@@ -10,11 +10,16 @@ import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
-from crmbridge import log, net
+from crmbridge import log, net, terminal
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.events import instant
 
 COMMAND_S = 30.0
+# What a shell, a mail program and their like go by. Nothing else of the environment is given to the command: the
+# bridge's own secrets may be in it.
+INHERITED = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LANGUAGE", "MAILRC", "EMAIL", "REPLYTO",
+)  # fmt: skip
 _STDERR_BYTES = 500
 State = Literal["raised", "repeated", "cleared", "test"]
 
@@ -46,7 +51,7 @@ def text(news: News) -> str:
     lines.append(_sentence(_course(news)))
     if news.state in ("raised", "repeated"):
         lines += ["", "What to do: " + news.todo, "It is over when: " + kind.ends.replace("ACCOUNT", news.account_id)]
-    return log.struck("\n".join(lines) + "\n")
+    return log.struck("\n".join(map(terminal.escaped, lines)) + "\n")
 
 
 def body(news: News) -> bytes:
@@ -57,12 +62,12 @@ def body(news: News) -> bytes:
     facts = {
         "alert": news.kind,
         "state": news.state,
-        "message": news.message,
+        "message": terminal.escaped(news.message),
         "account_id": news.account_id or None,
         "since": instant(news.since_s),
         "count": news.count,
-        "todo": news.todo if news.state in ("raised", "repeated") else None,
-        "text": line,
+        "todo": terminal.escaped(news.todo) if news.state in ("raised", "repeated") else None,
+        "text": terminal.escaped(line),
     }
     return log.struck(json.dumps(facts, ensure_ascii=False)).encode()
 
@@ -111,7 +116,8 @@ def run_command(command: str, news: News) -> str | None:
 
     Whatever it started is ended with it when it takes too long.
     """
-    environ = {**os.environ, "ALERT_KIND": news.kind, "ALERT_STATE": news.state, "ALERT_ACCOUNT": news.account_id}
+    environ = {name: value for name, value in os.environ.items() if name in INHERITED or name.startswith("LC_")}
+    environ |= {"ALERT_KIND": news.kind, "ALERT_STATE": news.state, "ALERT_ACCOUNT": news.account_id}
     # Files instead of pipes: nothing that the command leaves behind can hold us up.
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaint:
         given.write(text(news).encode())

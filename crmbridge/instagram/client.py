@@ -30,6 +30,7 @@ _NEARLY_USED_UP, _NEARLY_REST_S = 90.0, 5.0
 _USED_UP, _USED_UP_REST_S = 100.0, 60.0
 _ABSURD = 1e6
 _LONG_WORD = re.compile(r"\S{40,}")  # "Malformed access token IGAA…": errors quote tokens
+_TOKEN_LEAST = 16
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
 # Webhook fields that carry a conversation (Instagram Platform, "Webhooks": subscribed_fields).
 _FIELDS = (
@@ -70,9 +71,11 @@ class Sent:
 class Refusal(Invalid):
     """Instagram refuses what was asked; `of_account` tells that the account or its token is why, `hint` what to do."""
 
-    def __init__(self, said: str, meaning: codes.Meaning) -> None:
+    def __init__(self, named: str, sentence: str, meaning: codes.Meaning) -> None:
+        said = f"{named}: {sentence}"
         detail = {"field": "access_token", "problem": said}
-        super().__init__(f"Instagram refuses the access token: {said}.", code=meaning.slug, details=[detail])
+        message = f"Instagram refuses the access token: {said}."
+        super().__init__(message, code=meaning.slug, details=[detail], quoted=sentence)
         self.meaning = meaning
         self.hint = meaning.hint
         self.of_account = meaning.kind in ("account", "alert")
@@ -168,11 +171,11 @@ class Client:
         error = found.get("error")
         if isinstance(error, dict):
             meaning = codes.classify(answer.status, error, names_object=names_object)
-            said = _quoted(error, meaning)
+            named, sentence = _named(error, meaning), _sentence(error, token)
             if meaning.kind in ("account", "final", "alert"):
-                raise Refusal(said, meaning)
-            after_s = int(_wait_s(answer.headers) or 30)
-            raise Unavailable(f"Instagram cannot answer now: {said}.", code="instagram_unavailable", after_s=after_s)
+                raise Refusal(named, sentence, meaning)
+            after_s, message = int(_wait_s(answer.headers) or 30), f"Instagram cannot answer now: {named}: {sentence}."
+            raise Unavailable(message, code="instagram_unavailable", after_s=after_s, quoted=sentence)
         if answer.status >= 400:
             raise Unavailable(f"Instagram answered HTTP {answer.status}.", code="instagram_unavailable", after_s=30)
         return answer, found
@@ -355,10 +358,13 @@ def _named(error: Mapping[str, Any], meaning: codes.Meaning) -> str:
     return f"{named}, {meaning.slug}" + (f" (trace {trace})" if isinstance(trace, str) else "")
 
 
-def _quoted(error: Mapping[str, Any], meaning: codes.Meaning) -> str:
-    """Name an error with Meta's sentence, for calls that carry no customer's words."""
-    message = _LONG_WORD.sub("[…]", " ".join(str(error.get("message") or "").split()))[:200]
-    return f"{_named(error, meaning)}: {message}"
+def _sentence(error: Mapping[str, Any], token: str) -> str:
+    """Return Meta's own sentence, for calls that carry no customer's words, without the token that was sent."""
+    said = " ".join(str(error.get("message") or "").split())
+    if token and token in said:
+        # Where a short one was struck out, the gaps in the words would tell it.
+        said = said.replace(token, "[…]") if len(token) >= _TOKEN_LEAST else "[…]"
+    return _LONG_WORD.sub("[…]", said)[:200]
 
 
 def _wait_s(headers: Mapping[str, str]) -> float | None:

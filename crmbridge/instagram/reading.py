@@ -8,11 +8,11 @@ Every function raises the client's Refusal, or Unavailable.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from crmbridge.errors import Unavailable
-from crmbridge.events import ChannelEvent, epoch_s
+from crmbridge.events import ChannelEvent, epoch_s, instant
 from crmbridge.instagram import wire
 from crmbridge.instagram.client import Client
 
@@ -39,6 +39,17 @@ class Fresh:
     lasts_s: float
 
 
+class TokenEnd(NamedTuple):
+    """When a token ends; where that is not `known`, the latest that it can be."""
+
+    at: str
+    known: bool
+
+    def said(self) -> str:
+        """Say it in a sentence, after ``ends``."""
+        return f"at {self.at[:16]}Z" if self.known else f"by {self.at[:16]}Z at the latest"
+
+
 @dataclass(frozen=True)
 class Listed:
     """A conversation, and when something was last said in it."""
@@ -63,6 +74,20 @@ def refresh(client: Client, token: str) -> Fresh:
         raise Unavailable("Instagram's answer holds no token.", code="instagram_unavailable", after_s=60)
     is_sane = isinstance(lasts, int | float) and 0 < lasts < 1e9
     return Fresh(fresh, float(lasts) if is_sane else _SIXTY_DAYS_S)  # type: ignore[arg-type]
+
+
+def token_end(account: Mapping[str, Any]) -> TokenEnd | None:
+    """Return when an account's token ends, or None when it has none.
+
+    Instagram tells the end when it renews a token. Until then it is taken from the day on which the token was set and
+    checked: one made in the console, too, is good for 60 days (Business Login, "long-lived access token").
+    """
+    if not account["access_token_sealed"]:
+        return None
+    if account["token_expires_at"]:
+        return TokenEnd(account["token_expires_at"], known=True)
+    checked_at = account["token_checked_at"]
+    return TokenEnd(instant(epoch_s(checked_at) + _SIXTY_DAYS_S), known=False) if checked_at else None
 
 
 def lacking(client: Client, token: str, user_id: str) -> list[str]:

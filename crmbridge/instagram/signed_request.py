@@ -6,11 +6,11 @@ Source: "Data Deletion Request Callback" and "Parsing the signed request".
 import base64
 import binascii
 import hashlib
-import hmac
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crmbridge import signing
 from crmbridge.errors import Invalid, Unauthorized
 
 _CODE_LETTERS = 20
@@ -30,11 +30,9 @@ def read(text: str, app_secrets: Sequence[str]) -> Request:
         raise Unauthorized("The form field signed_request is missing.", code="signature_missing")
     given, _, payload = text.partition(".")
     signature = _decoded(given)
-    matched = False
-    for secret in app_secrets:
-        wanted = hmac.new(secret.encode(), payload.encode(), hashlib.sha256).digest()
-        matched |= signature is not None and hmac.compare_digest(wanted, signature)
-    if signature is None or not matched:
+    # What is signed is the second part as it is written; the digest is that of the webhooks, in other letters.
+    written = f"sha256={(signature or b'').hex()}"
+    if signature is None or not signing.hub_signature_matches(app_secrets, written, payload.encode()):
         raise Unauthorized("signed_request was made with none of the app secrets.", code="signature_mismatch")
     try:
         found = json.loads(_decoded(payload) or b"")

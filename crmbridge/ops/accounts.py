@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from crmbridge import log, terminal
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
 from crmbridge.store import accounts, dead, pauses
@@ -14,15 +15,15 @@ def show(db: Database) -> None:
     """Print a line for each account, oldest first, and below it what is held back and why."""
     for row in accounts.everyone(db):
         subscribed = {1: "subscribed", 0: "not subscribed", None: "?"}[row["subscription_ok"]]
-        target = row["crm_webhook_url"] or "(pull)"
+        target = log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else "(pull)"
         name = row["username"] or "-"
-        print(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
+        terminal.say(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
         for what, target in pauses.WHAT.items():
             hold = pauses.hold(db, row, target)
             if hold:
                 until = f" until {hold['until']}" if hold["until"] else ""
                 why = f": {hold['reason']}" if hold["reason"] else ""
-                print(f"  {what} held since {hold['since']}{until}{why}")
+                terminal.say(f"  {what} held since {hold['since']}{until}{why}")
 
 
 def pause(
@@ -42,7 +43,7 @@ def pause(
         raise Misconfigured("--reason must be printable text of at most 255 characters")
     pauses.stop(db, account_id, what or list(pauses.WHAT), reason=reason, until=until, now=instant(now_s))
     for name in what or pauses.WHAT:
-        print(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
+        terminal.say(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
 
 
 def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience, *, held: bool) -> None:
@@ -52,14 +53,14 @@ def resume(db: Database, account_id: str, what: Sequence[str], patience: Patienc
         target, now_s = pauses.WHAT[name], time.time()
         was_paused = pauses.resume(db, account_id, target, now=instant(now_s), patience=patience)
         if was_paused:
-            print(f"resumed {name} of {account_id}")
+            terminal.say(f"resumed {name} of {account_id}")
         account = accounts.found(db, account_id)
         if (held or not was_paused) and dead.release(db, account, target, now_s, patience):
-            print(f"released {name} of {account_id}")
+            terminal.say(f"released {name} of {account_id}")
         elif (left := pauses.hold(db, account, target)) is not None:
-            print(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
+            terminal.say(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
         elif not was_paused:
-            print(f"{name} of {account_id} were not paused")
+            terminal.say(f"{name} of {account_id} were not paused")
 
 
 def _require(db: Database, account_id: str) -> None:

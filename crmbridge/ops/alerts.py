@@ -2,7 +2,7 @@
 
 import time
 
-from crmbridge import config, log
+from crmbridge import config, log, terminal
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.store import alerts as record
@@ -15,11 +15,11 @@ def show(db: Database) -> None:
     for row in rows:
         about = f"  {row['account_id']}" if row["account_id"] else ""
         state = f"ended {row['cleared_at']}" if row["cleared_at"] else "open"
-        print(f"{row['kind']}{about}  {state}  since {row['since']}  {row['count']} time(s)  {row['message']}")
+        terminal.say(f"{row['kind']}{about}  {state}  since {row['since']}  {row['count']} time(s)  {row['message']}")
         if row["cleared_at"] is None:
-            print(f"    what to do: {kind_of(row['kind']).todo.replace('ACCOUNT', row['account_id'])}")
+            terminal.say(f"    what to do: {kind_of(row['kind']).todo.replace('ACCOUNT', row['account_id'])}")
     if all(row["cleared_at"] for row in rows):
-        print("no alert is open")
+        terminal.say("no alert is open")
 
 
 def test(settings: config.Alerts) -> int:
@@ -27,14 +27,14 @@ def test(settings: config.Alerts) -> int:
     now_s, message = time.time(), "this is a test of the alerts; nothing is wrong"
     news = telling.News("test", "test", message, "nothing", "", None, since_s=now_s, now_s=now_s, count=1, more=1)
     log.alert("alert.test", state="test", message=message)
-    print("log      written, on standard error")
+    terminal.say("log      written, on standard error")
     problems = {}
     if settings.command:
         problems["command"] = telling.run_command(settings.command, news)
     if settings.url:
         problems["url"] = telling.post(telling.open_session(), settings.url, news)
     for channel, problem in problems.items():
-        print(f"{channel:8} {'took it' if problem is None else 'failed: ' + problem}")
+        terminal.say(f"{channel:8} {'took it' if problem is None else 'failed: ' + problem}")
     if not problems:
-        print("[alerts] command and url are both empty: alerts go to the log alone")
+        terminal.say("[alerts] command and url are both empty: alerts go to the log alone")
     return int(any(problems.values()))

@@ -2,6 +2,7 @@
 
 import time
 
+from crmbridge import terminal
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant, read_instant, read_span
 from crmbridge.store import accounts, questions
@@ -19,7 +20,7 @@ def ask(db: Database, account_id: str | None, since: str, now_s: float | None = 
         raise Misconfigured(f"there is no account {account_id}" if account_id else "there are no accounts")
     for row in chosen:
         questions.ask_backfill(db, row["id"], begin, instant(now_s))
-        print(f"asked    {row['id']}  since {begin}")
+        terminal.say(f"asked    {row['id']}  since {begin}")
 
 
 def _instant(text: str, now_s: float) -> str:

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from crmbridge import __version__, vault
+from crmbridge import __version__, terminal, vault
 from crmbridge.config import Settings
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.events import instant
@@ -66,11 +66,11 @@ def run(
             }
             with owner.acting(whose), contextlib.suppress(BridgeError):
                 copies.remember(db, {**row, "bytes": size, "error": problem})
-    print(f"backed up {place}\nto        {file}")
+    terminal.say(f"backed up {place}", f"to        {file}")
     took_s = time.monotonic() - monotonic_s
-    print(f"  {size / _MB:.1f} MB in {took_s:.1f} s; opened, checked from end to end and found whole")
+    terminal.say(f"  {size / _MB:.1f} MB in {took_s:.1f} s; opened, checked from end to end and found whole")
     counted = ", ".join(f"{table} {number}" for table, number in made.rows.items())
-    print(f"  {counted} ({made.pending} still owed)")
+    terminal.say(f"  {counted} ({made.pending} still owed)")
     if keep is not None:
         with owner.acting(writer):
             others = sorted(
@@ -78,11 +78,11 @@ def run(
             )
             for old in others[: max(len(others) - keep + 1, 0)]:  # never the new one, whatever the clock says
                 old.unlink()
-                print(f"  removed {old.name}")
+                terminal.say(f"  removed {old.name}")
     if with_key:
-        print("  the key is in it, sealed: keep the passphrase elsewhere, nothing else opens it")
+        terminal.say("  the key is in it, sealed: keep the passphrase elsewhere, nothing else opens it")
     else:
-        print(f"  it needs the key file: keep a copy of {settings.vault.key_file}, but not beside the backups")
+        terminal.say(f"  it needs the key file: keep a copy of {settings.vault.key_file}, but not beside the backups")
     return 0
 
 

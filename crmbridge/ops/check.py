@@ -4,24 +4,48 @@
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from crmbridge import config, vault
+from crmbridge import config, terminal, vault
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
+from crmbridge.events import epoch_s
+from crmbridge.instagram import reading
 from crmbridge.store import accounts, alerts, database, holds, overview, pauses, retention, vitals
+
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters: Unicode leaves them to programs
+_UNMARKED = {ord(_BEGIN): None, ord(_END): None}
+_THEIRS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+
+
+def theirs(text: str) -> str:
+    """Mark the words of others in what a finding says: a name, a reason, what a far side told."""
+    return f"{_BEGIN}{text.translate(_UNMARKED)}{_END}" if text else ""
+
+
+def message(error: BridgeError) -> str:
+    """Return an error's message with what is quoted in it marked."""
+    head, said, tail = error.message.rpartition(error.quoted) if error.quoted else ("", "", error.message)
+    return head + theirs(said) + tail
+
+
+def named(account: database.Row) -> str:
+    """Return an account's id, and its name marked as theirs."""
+    return f"{account['id']} ({theirs(account['username']) if account['username'] else '-'})"
 
 
 @dataclass(frozen=True)
 class Finding:
     """What was found: `why` it matters, and `todo`, what to type. A `slug` is for programs and stays as it is.
 
-    With an ``error`` the bridge does not do its work, a ``warning`` wants to be seen to, a ``note`` is good to know;
-    ``blind`` is what could not be looked at.
+    With an ``error`` the bridge does not do its work, whether it starts or not, a ``warning`` wants to be seen to, a
+    ``note`` is good to know; ``blind`` is what could not be looked at. `public` is `what` without the words of others
+    (`theirs`), for whoever helps.
     """
 
     level: Literal["error", "blind", "warning", "note", "ok"]
@@ -30,6 +54,16 @@ class Finding:
     why: str = ""
     todo: str = ""
     account_id: str | None = None
+    public: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.public:  # it is new, and its words are still marked
+            object.__setattr__(self, "public", _THEIRS.sub("[…]", self.what))
+            object.__setattr__(self, "what", self.what.translate(_UNMARKED))
+
+
+_EXPIRES_DAYS, _DAY_S = 14, 86_400
+_STARTS = ("app_secrets_empty",)  # the service runs with it, and does nothing of use
 
 
 @dataclass
@@ -42,22 +76,30 @@ class Look:
 
 
 def run(settings: config.Settings, source: Path) -> int:
-    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1."""
-    print(f"configuration: {source.resolve()}")
+    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1.
+
+    The service starts by that, so what is only broken is told in words: a new installation has no app secret yet.
+    """
+    terminal.say(f"configuration: {source.resolve()}")
     for name, value in config.shown(settings).items():
-        print(f"  {name} = {value}")
+        terminal.say(f"  {name} = {value}")
     seen = look(settings)
     if seen.db is not None:
         seen.db.close()
     for one in seen.found:
-        print(line(one))
-    levels = [one.level for one in seen.found]
-    if "error" in levels or "blind" in levels:
-        print("not fit to run")
+        terminal.say(line(one))
+    broken = [one for one in seen.found if one.level in ("error", "blind")]
+    warned = [one for one in seen.found if one.level == "warning"]
+    deaf = [one.what for one in warned if one.slug == "verify_token_empty"]
+    if any(one.slug not in _STARTS for one in broken):
+        terminal.say("not fit to run")
         return 1
-    deaf = [one.what for one in seen.found if one.slug in ("app_secrets_empty", "verify_token_empty")]
-    warnings = f"see to the {levels.count('warning')} warning(s) above" if "warning" in levels else ""
-    print("fit to run" + (f", but {'; '.join(deaf) or warnings}" if warnings else ""))
+    if broken:
+        terminal.say(f"it starts, but is broken: {'; '.join(one.what for one in broken)}")
+    elif warned:
+        terminal.say(f"fit to run, but {deaf[0] if deaf else f'see to the {len(warned)} warning(s) above'}")
+    else:
+        terminal.say("fit to run")
     return 0
 
 
@@ -68,7 +110,7 @@ def line(one: Finding) -> str:
 
 def look(settings: config.Settings) -> Look:
     """Look at the files that the settings name, and at what the database tells."""
-    seen = Look([Finding("warning", one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
+    seen = Look([Finding(one.level, one.slug, one.problem, todo=one.todo) for one in config.doubts(settings)])
     found = seen.found
     try:
         seen.keys = vault.load(settings.vault.key_file)
@@ -128,13 +170,24 @@ def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]
         text = f"{account['id']} has no access token: {account['status_reason']}"
         todo = f"PUT /api/v1/accounts/{account['id']} with a new access_token"
         yield Finding("warning", "token_missing", text, todo=todo, account_id=account["id"])
-    elif keys is not None:
+        return
+    end, put = reading.token_end(account), f"PUT /api/v1/accounts/{account['id']} with a new access_token"
+    until = f"it ends {end.said()}" if end else "nobody knows when it ends"
+    if account["token_refusals"] >= accounts.REFUSED_OFTEN:
+        often = f"Instagram refused {account['token_refusals']} times running to renew the access token"
+        yield Finding("warning", "token_not_renewed", f"{named(account)}: {often}; {until}", todo=put,
+                      account_id=account["id"])  # fmt: skip
+    left_days = (epoch_s(end.at) - time.time()) / _DAY_S if end else _EXPIRES_DAYS
+    if left_days < _EXPIRES_DAYS:
+        text = f"{named(account)}: the access token has {max(left_days, 0):.0f} day(s) left: {until}"
+        yield Finding("warning", "token_expiring", text, todo=put, account_id=account["id"])
+    if keys is not None:
         keys.open(account["access_token_sealed"])
 
 
 def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
     """Say what holds an account back or keeps it from hearing, each with what to type."""
-    put, about = f"PUT /api/v1/accounts/{account['id']}", f"{account['id']} ({account['username'] or '-'})"
+    put, about = f"PUT /api/v1/accounts/{account['id']}", named(account)
     if account["status"] != "active":
         what = "sends are" if account["status"] == "error" else "deliveries and sends are"
         why = f": {account['status_reason']}" if account["status_reason"] else ""
@@ -146,7 +199,7 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         if hold is None:
             continue
         text = f"{about} {what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
-        text += f": {hold['reason']}" if hold["reason"] else ""
+        text += f": {theirs(hold['reason'])}" if hold["reason"] else ""
         todo = pauses.to_type(account["id"], target, hold["cause"])
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
     held = holds.find(db, account["id"], "crm")
@@ -155,7 +208,8 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         todo = pauses.to_type(account["id"], "crm", held["cause"])
         yield Finding("warning", "deliveries_held", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:
-        text = f"{about} is not subscribed to Instagram's webhooks: {account['subscription_error']}"
+        said = theirs(account["subscription_error"] or "")
+        text = f"{about} is not subscribed to Instagram's webhooks: {said}"
         todo = f"{put} with a new access_token, or wait: it is tried again every six hours"
         yield Finding("warning", "not_subscribed", text, todo=todo, account_id=account["id"])
 
@@ -164,7 +218,8 @@ def _state(db: database.Database) -> Iterator[Finding]:
     """Return what each account waits for, how late it is and what died, and the alerts that are open."""
     for row in overview.accounts(db):
         for name in overview.NAMES.values():
-            text = f"{row['account_id']} ({row['username'] or row['status']}) {name}: {row[f'pending_{name}']} pending"
+            whose = theirs(row["username"]) if row["username"] else row["status"]
+            text = f"{row['account_id']} ({whose}) {name}: {row[f'pending_{name}']} pending"
             oldest, late = row[f"oldest_pending_{name.removesuffix('s')}_at"], row["latency"][name]
             text += f" since {oldest}" if oldest else ""
             text += f", {row[f'dead_{name}']} dead; last hour: {overview.said(late)}"
@@ -181,6 +236,6 @@ def _state(db: database.Database) -> Iterator[Finding]:
     for alert in alerts.everything(db):
         if alert["cleared_at"] is None:
             about = f" {alert['account_id']}" if alert["account_id"] else ""
-            text = f"alert {alert['kind']}{about} since {alert['since']}: {alert['message']}"
+            text = f"alert {alert['kind']}{about} since {alert['since']}: {theirs(alert['message'])}"
             todo = kind_of(alert["kind"]).todo.replace("ACCOUNT", alert["account_id"])
             yield Finding("warning", f"alert_{alert['kind']}", text, todo=todo, account_id=alert["account_id"] or None)

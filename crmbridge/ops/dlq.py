@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from crmbridge import terminal
 from crmbridge.errors import Conflict
 from crmbridge.events import epoch_s
 from crmbridge.store import dead
@@ -28,14 +29,16 @@ def show(db: Database, wanted: Sequence[Filter]) -> None:
     now_s, number = time.time(), 0
     for row in heapq.merge(*(_rows(db, one) for one in wanted), key=lambda row: (row["finished_at"], row["position"])):
         if not number:
-            print(_LINE.format("ID", "DIED", "AGE", "ACCOUNT", "TARGET", "WHAT", "ATTEMPTS", "CODE", "HTTP", "ERROR"))
+            terminal.say(
+                _LINE.format("ID", "DIED", "AGE", "ACCOUNT", "TARGET", "WHAT", "ATTEMPTS", "CODE", "HTTP", "ERROR")
+            )
         number += 1
         what = row["message_id"] if row["target"] == "instagram" else f"{row['event']} {row['event_id']}"
         cells = (row["account_id"], row["target"], what, row["attempts"], row["last_code"], row["last_http_status"])
         shown = ["-" if cell is None else cell for cell in cells]
         age = _age(now_s - epoch_s(row["finished_at"]))
-        print(_LINE.format(row["id"], row["finished_at"], age, *shown, row["last_error"] or "-"))
-    print(f"{number} dead letter{'s' * (number != 1)}" if number else "no dead letters")
+        terminal.say(_LINE.format(row["id"], row["finished_at"], age, *shown, row["last_error"] or "-"))
+    terminal.say(f"{number} dead letter{'s' * (number != 1)}" if number else "no dead letters")
 
 
 def _rows(db: Database, wanted: Filter) -> Iterator[Row]:
@@ -81,10 +84,10 @@ def _each(db: Database, names: Sequence[str], what: Callable[[str], None], said:
             if row is None:
                 raise Conflict("There is no such delivery or send.")
             what(row["id"])
-            print(f"{said} {name}")
+            terminal.say(f"{said} {name}")
         except Conflict as problem:
             left = 1
-            print(f"left     {name}  {problem.message}")
+            terminal.say(f"left     {name}  {problem.message}")
     return left
 
 
@@ -94,7 +97,7 @@ def retry_all(db: Database, wanted: Sequence[Filter], *, force: bool, preview: b
         found = dead.ask(db, one, time.time(), force=force, preview=preview, by=_BY)
         reasons = ", ".join(f"{number} {because}" for because, number in found.left_out.items() if number)
         asked = "to be asked for" if preview else "asked for"
-        print(
+        terminal.say(
             f"{NAMES[one.target]}: {found.matching} match, {found.asked} {asked}, {found.already_asked} before"
             + (f", left out: {reasons}" if reasons else "")
         )
@@ -104,4 +107,4 @@ def discard_all(db: Database, wanted: Sequence[Filter], *, preview: bool) -> Non
     """End all that match for good, and print how many; with `preview`, only count them."""
     for one in wanted:
         number = dead.discard_all(db, one, time.time(), by=_BY, preview=preview)
-        print(f"{NAMES[one.target]}: {number} {'to be discarded' if preview else 'discarded'}")
+        terminal.say(f"{NAMES[one.target]}: {number} {'to be discarded' if preview else 'discarded'}")

@@ -11,19 +11,20 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import socket
 import ssl
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from crmbridge import __version__, config, crm, log, net
+from crmbridge import __version__, config, crm, log, net, terminal
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant
@@ -41,12 +42,14 @@ _CALL_S, _ALL_CALLS_S, _AT_ONCE = 10.0, 40.0, 8
 _PROBED_S = 2.0  # /health remembers for a second
 _OLD_S, _SLOW_MS, _CLOCK_OFF_S = 900, 5000, 30
 _EXPIRES_DAYS, _EXPIRES_NOW_DAYS = 14, 3
-_FAILED = (BridgeError, OSError, ValueError, LookupError, http.client.HTTPException)
+_SHOWN = ("level", "slug", "what", "why", "todo", "account_id")
 # A warning to `check`, as the bridge may be about to be set up or started, and broken where it should run.
-_WORSE = ("app_secrets_empty", "disk_full", "token_missing", "worker_dead")
+_WORSE = ("disk_full", "token_missing", "worker_dead")
+_IN_INI = ("app_secret_short", "app_secrets_empty", "look_up_short", "verify_token_empty")
 _WHY = {
     "account_held": "what is held waits, in its order, and does not age",
     "alerts_unheard": "at night nobody looks into the log",
+    "app_secret_short": "a forged webhook goes to the CRM, signed by the bridge; a forged request deletes an account",
     "app_secrets_empty": "nothing that customers write gets in, and after an hour of it Meta ends the subscription",
     "cannot_shrink": "the disk space that old rows took is used again, but never given back",
     "database": "the service does not start",
@@ -58,22 +61,24 @@ _WHY = {
     "look_up_short": "a customer gets the same message twice",
     "not_subscribed": "nothing of this account's customers is told",
     "sends_paused": "customers get no answers; what waits is kept, in its order, and does not age",
+    "token_expiring": "it is renewed each week, and that has failed for weeks; once it has ended nothing can be sent",
+    "token_not_renewed": "it is renewed each week as long as it is good; once it has ended nothing can be sent",
     "token_missing": "nothing can be sent or asked for this account",
     "unrouted": "they are kept for [retention] unrouted_days and go to the account once it is connected",
     "verify_token_empty": "Meta's console refuses the webhook address",
     "worker_dead": "what comes is stored, but nothing goes out",
 }
 _NEW_TOKEN, _NEW_URL, _ACTIVE = '{"access_token": "IGAA…"}', '{"crm_webhook_url": "https://…"}', '{"status": "active"}'
+_RENEW = "make a new token in Meta's console, then "
 _SET = "${EDITOR:-nano} %s, then: rc-service crmbridge restart"
 
 
 @dataclass
 class Report:
-    """What was found, the worst first, with the numbers, and what must not be shown."""
+    """What was found, the worst first, with the numbers."""
 
     found: list[Finding] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
-    hidden: list[str] = field(default_factory=list)
     settings: config.Settings | None = None
     look: check.Look = field(default_factory=check.Look)
 
@@ -87,7 +92,8 @@ class Report:
         """Return it as ``--json`` prints it."""
         counts = {level: sum(one.level == level for one in self.found) for level in _ORDER}
         head = {"schema": SCHEMA, "version": __version__, "at": instant(time.time()), "status": self.status}
-        return {**head, "counts": counts, "figures": self.figures, "findings": [asdict(one) for one in self.found]}
+        shown = [{name: getattr(one, name) for name in _SHOWN} for one in self.found]
+        return {**head, "counts": counts, "figures": self.figures, "findings": shown}
 
     def add(self, name: str, probe: Callable[[], Iterable[Finding]]) -> None:
         """Take a probe's findings; one that fails is a finding of its own."""
@@ -95,8 +101,9 @@ class Report:
             for one in probe():
                 self.found.append(one)
         except Exception as error:  # noqa: BLE001 - also what a far side makes up
-            said = type(error).__name__ + (f": {error}" if isinstance(error, _FAILED) else "")
-            said = error.message if isinstance(error, BridgeError) else said
+            # Their words alone are known to quote nothing: a library's may hold a URL, and what it was called with.
+            said = check.message(error) if isinstance(error, BridgeError) else type(error).__name__
+            said += f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             todo = "run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
             slug, account = f"unseen_{name.split(maxsplit=1)[0].lower()}", re.search(r"acc_\w+", name)
             text = f"could not look at {name}: {said}"
@@ -110,9 +117,10 @@ def run(path: Path, *, as_json: bool, verbose: bool, calls: bool, only: str | No
     if report.look.db is not None:
         report.look.db.close()
     if as_json:
-        print(json.dumps(report.shown(), indent=2, ensure_ascii=False))
+        # ASCII alone, so that it is good on every terminal; DEL is what json leaves as it is.
+        terminal.say(*json.dumps(report.shown(), indent=2).replace("\x7f", "\\u007f").split("\n"))
     else:
-        print(told(report, time.monotonic() - began, verbose=verbose))
+        terminal.say(*told(report, time.monotonic() - began, verbose=verbose).split("\n"))
     return report.status
 
 
@@ -128,10 +136,9 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
         why = "the service does not start with it" if is_there else "all else is told there"
         todo = _SET % path if is_there else "run it as root, or name the file: crmbridge doctor --config FILE"
         slug = "ini_broken" if is_there else "ini_unseen"
-        report.found.append(Finding("error" if is_there else "blind", slug, error.message, why, todo))
+        report.found.append(Finding("error" if is_there else "blind", slug, check.message(error), why, todo))
         return _without_data(report, log_path)
     place = given.store.path
-    report.hidden = [*given.instagram.app_secrets, given.instagram.verify_token, given.alerts.url]
     if _is_strange(place.parent):
         text = f"this user is neither root nor the owner of {place.parent}: what is in there is not seen"
         report.found.append(Finding("blind", "other_user", text, todo="run it as root"))
@@ -191,9 +198,11 @@ def _is_strange(folder: Path) -> bool:
 def _explained(one: Finding, path: Path, report: Report) -> Finding:
     """Add to a finding of `check` why it matters, and what a running installation makes of it."""
     why = kind_of(one.slug.removeprefix("alert_")).cause if one.slug.startswith("alert_") else _WHY.get(one.slug, "")
-    todo = one.todo or (_SET % path if one.slug in ("app_secrets_empty", "verify_token_empty", "look_up_short") else "")
+    todo = one.todo or (_SET % path if one.slug in _IN_INI else "")
     if one.slug == "worker_dead":
         todo = check.to_start()
+    if one.slug in ("token_expiring", "token_not_renewed") and report.settings is not None:
+        todo = f"{_RENEW}{_put(report.settings, {'id': one.account_id}, _NEW_TOKEN)}"
     if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
         # The key file tells that there was one; a new one, and nobody would miss the old one's accounts.
         todo = "is its disk mounted (df)? Else: crmbridge restore FILE; only for a new installation: crmbridge init"
@@ -207,13 +216,7 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
 
 
 def _sorted(report: Report) -> Report:
-    """Put the worst first, tell each thing once, and strike out what must not be shown."""
-    hidden = [word for word in report.hidden if word]
-
-    def clean(text: str) -> str:
-        for word in hidden:
-            text = text.replace(word, "[secret]")
-        return text
+    """Put the worst first, and tell each thing once."""
 
     def typed(todo: str) -> str:
         return todo if check.is_installed() else todo.replace("rc-service crmbridge restart", "restart crmbridge serve")
@@ -224,7 +227,7 @@ def _sorted(report: Report) -> Report:
     for one in ordered:
         if one.level == "ok" or (one.slug, one.account_id) not in told_of:
             told_of.add((one.slug, one.account_id))
-            report.found.append(replace(one, what=log.struck(clean(one.what)), todo=clean(typed(one.todo))))
+            report.found.append(replace(one, what=log.struck(one.what), todo=typed(one.todo)))
     return report
 
 
@@ -249,12 +252,12 @@ def told(report: Report, seconds: float, *, verbose: bool) -> str:
         lines += _wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
     if any("$ADMIN" in one.todo for one in report.found):
         lines += ["", "ADMIN is an admin key: ADMIN=$(crmbridge key create --name doctor --admin)"]
-    return "\n".join(lines)
+    return "\n".join(map(terminal.escaped, lines))
 
 
 def _wrapped(head: str, text: str) -> list[str]:
     return textwrap.wrap(
-        text, 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        terminal.escaped(text), 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 
@@ -323,7 +326,6 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
         with contextlib.suppress(BridgeError):  # `check` told that it does not open
             token = keys.open(row["access_token_sealed"]) if row["access_token_sealed"] else ""
             secret = keys.open(row["webhook_secret_sealed"]) if row["webhook_secret_sealed"] else None
-            report.hidden += [token, secret or ""]
             if token and row["status"] != "inactive":
                 jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
             jobs[f"CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
@@ -403,7 +405,7 @@ def _bridge(given: config.Settings, stranger: machine.Listener | None, asked: th
     try:
         alive = _is_alive(*_get(url, "/health/live"))
     except (OSError, http.client.HTTPException) as error:
-        yield Finding("error", "not_serving", f"nothing answers at {url}: {error}",
+        yield Finding("error", "not_serving", f"nothing answers at {url}: {check.theirs(str(error))}",
                       "Meta's webhooks are refused; after an hour of it Meta ends the subscription",
                       f"{check.to_start()}; tail -n 50 {LOG}")  # fmt: skip
         return
@@ -479,7 +481,8 @@ def _way_in(given: config.Settings, last_probe: Callable[[], str | None]) -> Ite
         if not _is_alive(status, body):
             raise ValueError(f"HTTP {status}")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        yield Finding("error", "public_unreached", f"{base}/health/live does not lead to the bridge: {error}",
+        said = check.theirs(str(error))
+        yield Finding("error", "public_unreached", f"{base}/health/live does not lead to the bridge: {said}",
                       "what Meta posts does not arrive; after an hour of it Meta ends the subscription",
                       f"curl -i {base}/health/live; the proxy must lead to {_local(given)} (README, Reverse proxy)"
                       )  # fmt: skip
@@ -548,14 +551,14 @@ def _handshake(given: config.Settings, base: str, context: ssl.SSLContext | None
 
 def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> Iterator[Finding]:
     """Ask Instagram about the token, the permissions and the subscription."""
-    one, about, user = row["id"], f"{row['id']} ({row['username'] or '-'})", row["instagram_account_id"]
-    renew = f"make a new token in Meta's console, then {_put(given, row, _NEW_TOKEN)}"
+    one, about, user = row["id"], check.named(row), row["instagram_account_id"]
+    renew = f"{_RENEW}{_put(given, row, _NEW_TOKEN)}"
     nothing = "nothing can be sent for this account, and its webhooks end"
 
     def refused(slug: str, error: Invalid) -> Finding:
         hint = error.hint.replace("ACCOUNT", one) if isinstance(error, Refusal) else ""
         todo = renew if not hint or "make a new token" in hint else f"{hint}; then {_put(given, row, _ACTIVE)}"
-        return Finding("error", slug, f"{about}: {error.message}", nothing, todo, one)
+        return Finding("error", slug, f"{about}: {check.message(error)}", nothing, todo, one)
 
     try:
         who = client.whoami(token)
@@ -563,9 +566,9 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
         yield refused("token_refused", error)
         return
     except Unavailable as error:
-        yield Finding("error", "instagram_unreached", f"{about}: {error.message}",
+        yield Finding("error", "instagram_unreached", f"{about}: {check.message(error)}",
                       "sends wait, and are given up after 24 hours",
-                      f"curl -sI {_origin(given.instagram.graph_url)}; look at https://metastatus.com", one
+                      f"curl -sI {log.origin(given.instagram.graph_url)}; look at https://metastatus.com", one
                       )  # fmt: skip
         return
     if user not in (who.user_id, who.app_scoped_id):
@@ -573,22 +576,17 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
                       nothing, renew, one)  # fmt: skip
         return
     yield Finding("ok", "token", f"{about}: Instagram takes the token", account_id=one)
-    left_days = (epoch_s(row["token_expires_at"]) - time.time()) / 86_400 if row["token_expires_at"] else 60
-    if left_days < _EXPIRES_DAYS:
-        yield Finding("warning", "token_expiring", f"{about}: the token ends in {left_days:.0f} day(s)",
-                      "the weekly renewal has failed for weeks; after that nothing can be sent", renew, one
-                      )  # fmt: skip
     try:
         client.ask("GET", f"/{user}/conversations", token, [("platform", "instagram")])
         yield Finding("ok", "permissions", f"{about}: the token may read and write messages", account_id=one)
     except Invalid as error:
         yield refused("permission_refused", error)
     except Unavailable as error:
-        yield Finding("blind", "permissions_unseen", f"{about}: {error.message}", account_id=one)
+        yield Finding("blind", "permissions_unseen", f"{about}: {check.message(error)}", account_id=one)
     try:
         _, answer = client.ask("GET", f"/{user}/subscribed_apps", token, [])
     except (Invalid, Unavailable) as error:
-        yield Finding("blind", "subscription_unseen", f"{about}: {error.message}", account_id=one)
+        yield Finding("blind", "subscription_unseen", f"{about}: {check.message(error)}", account_id=one)
         return
     apps = answer.get("data")
     listed = [app for app in apps if isinstance(app, dict)] if isinstance(apps, list) else []
@@ -602,32 +600,27 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
                       f"{_put(given, row, _NEW_TOKEN)}", one)  # fmt: skip
 
 
-def _origin(url: str) -> str:
-    """Return of a URL only what is no secret."""
-    parts = urlsplit(url)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
-
-
 def _crm(
     given: config.Settings, session: net.Session, row: Row, secret: str | None, held: Row | None
 ) -> Iterator[Finding]:
     """Send the account's CRM a signed test, unless deliveries are held."""
-    one, about, url = row["id"], f"{row['id']} ({row['username'] or '-'})", row["crm_webhook_url"]
+    one, about, url = row["id"], check.named(row), row["crm_webhook_url"]
     if not url:
         yield Finding("ok", "crm", f"{about}: its CRM reads the events itself", account_id=one)
         return
     if held is not None:
         yield Finding("note", "crm_unasked", f"{about}: its CRM was not called, as deliveries are held", account_id=one)
         return
-    place, crm_url = _origin(url), _put(given, row, _NEW_URL)
-    tls = place.partition("//")[2] + ("" if urlsplit(url).port else ":443")
+    place, crm_url = log.origin(url), _put(given, row, _NEW_URL)
+    # What is to be typed holds what somebody set by the API.
+    host, address = shlex.quote(urlsplit(url).hostname or ""), place.partition("//")[2]
+    tls = shlex.quote(address if re.search(r":\d+\Z", address) else f"{address}:443")
     try:
         crm.test(session, url=url, secrets=[secret] if secret else [], account_id=one, now_s=time.time())
     except (Refused, Retry) as error:
         slug = "crm_not_found" if error.http_status in (404, 405) else error.code
         slug = slug if slug.startswith("crm_") else f"crm_{slug}"
-        look = f"look into the CRM's log; curl -sI {place}"
+        look = f"look into the CRM's log; curl -sI {shlex.quote(place)}"
         todo = {
             "crm_unauthorized": "set the webhook_secret that the CRM checks with: "
             + _put(given, row, '{"webhook_secret": "…"}'),
@@ -636,14 +629,14 @@ def _crm(
             "crm_redirect": f"no redirect is followed; name the address that it leads to: {crm_url}",
             "crm_address_refused": "name the CRM's network in [crm] allow_networks, if it is yours, and restart; else "
             + crm_url,
-            "crm_dns_failed": f"getent ahosts {urlsplit(url).hostname}; or {crm_url}",
-            "crm_tls_failed": f"openssl s_client -connect {tls} "
-            f"-servername {urlsplit(url).hostname}; mend the CRM's certificate",
+            "crm_dns_failed": f"getent ahosts {host}; or {crm_url}",
+            "crm_tls_failed": f"openssl s_client -connect {tls} -servername {host}; mend the CRM's certificate",
             "crm_timeout": f"the CRM must answer within {given.crm.timeout_s:g} s, before it works: {look}",
             "crm_rate_limited": "let the CRM take more calls, or wait",
         }.get(slug, look)
         level = "warning" if slug == "crm_rate_limited" else "error"
-        yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: {error.message}",  # type: ignore[arg-type]
+        yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: "  # type: ignore[arg-type]
+                      f"{check.message(error)}",
                       "events wait, and die after 24 hours; with 401 at once", todo, one)  # fmt: skip
     else:
         yield Finding("ok", "crm", f"{about}: the CRM at {place} took a signed test event", account_id=one)

@@ -2,6 +2,7 @@
 
 import time
 
+from crmbridge import terminal
 from crmbridge.errors import Misconfigured
 from crmbridge.events import instant
 from crmbridge.store import accounts, privacy
@@ -23,12 +24,12 @@ def run(db: Database, contact: str, account_id: str | None, patience: Patience) 
     for one in known if account_id is None else [account_id]:
         erased = privacy.erase_contact(db, one, contact, now_s, patience)
         if erased != privacy.Erased():
-            print(f"{one}: erased " + ", ".join(f"{rows} {name}" for name, rows in vars(erased).items()))
+            terminal.say(f"{one}: erased " + ", ".join(f"{rows} {name}" for name, rows in vars(erased).items()))
         total += erased
     if account_id is None:
         total += privacy.erase_unrouted(db, contact)
     if total == privacy.Erased():
-        print("nothing is stored about this contact")
+        terminal.say("nothing is stored about this contact")
         return 1
-    print(f"logged as {privacy.log_contact(db, total, account_id, instant(now_s))}, without saying who it was")
+    terminal.say(f"logged as {privacy.log_contact(db, total, account_id, instant(now_s))}, without saying who it was")
     return 0

@@ -5,8 +5,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from crmbridge import log, terminal
 from crmbridge.events import instant
-from crmbridge.store import alerts, overview, pauses, story
+from crmbridge.instagram import reading
+from crmbridge.store import accounts, alerts, overview, pauses, story
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.story import Kind, Life, Owed
@@ -14,6 +16,7 @@ from crmbridge.store.story import Kind, Life, Owed
 _SHOWN_AT_ONCE = 3
 _PAST_HOLDS = 10
 UNKNOWN = "Nothing here has this id. What was refused, or only read, is in the log alone, by its correlation id."
+_PULLED = "none: the CRM reads its events when it asks"
 _WIDTH = 110
 _FAR_SIDE = {"crm": "the CRM", "instagram": "Instagram"}
 _WHAT = {"crm": "deliveries", "instagram": "sends"}
@@ -66,13 +69,15 @@ def run(db: Database, given: str) -> int:
     """Print what an id means; return 0, or 1 when nothing here has it."""
     found = explain(db, given, time.time())
     if not found["stories"] and not found["others"]:
-        print(f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention")
-        print(f"what was refused, or only read, is in the log alone, by its correlation id: grep {given} LOG")
+        terminal.say(
+            f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention",
+            f"what was refused, or only read, is in the log alone, by its correlation id: grep {given} LOG",
+        )
         return 1
     if found["others"]:
-        print(f"{given} means several things; choose one:")
-        print("\n".join(f"  {other['to_type']}" for other in found["others"]))
-    print("\n\n".join(_lines(one) for one in found["stories"]))
+        terminal.say(f"{given} means several things; choose one:")
+        terminal.say(*(f"  {other['to_type']}" for other in found["others"]))
+    terminal.say(*"\n\n".join(_lines(one) for one in found["stories"]).split("\n"))
     return 0
 
 
@@ -110,12 +115,12 @@ def _lines(found: dict[str, Any]) -> str:
     for text in found["next"]:
         lines += _wrapped("next: ", text)
     lines += [f"type: {command}" for command in found["to_type"]]
-    return "\n".join(lines)
+    return "\n".join(map(terminal.escaped, lines))
 
 
 def _wrapped(head: str, text: str) -> list[str]:
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        terminal.escaped(text), _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 
@@ -357,15 +362,17 @@ def _say_dead(found: Story, row: Row, name: str) -> None:
 def _account(db: Database, account_id: str, now: str) -> Story:
     row = story.account(db, account_id)
     subscribed = {1: "yes", 0: f"no: {row['subscription_error']}", None: "unknown"}[row["subscription_ok"]]
+    live = accounts.find(db, account_id)
+    end = reading.token_end(live) if live else None
     facts: dict[str, str | int | None] = {
         "instagram_account_id": row["instagram_account_id"],
         "username": row["username"],
         "status": row["status"] + (f": {row['status_reason']}" if row["status_reason"] else ""),
         "status_since": row["status_since"],
-        "crm_webhook_url": row["crm_webhook_url"] or "none: the CRM reads its events when it asks",
+        "crm_webhook_url": log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else _PULLED,
         "subscribed": subscribed,
         "token_checked_at": row["token_checked_at"],
-        "token_expires_at": row["token_expires_at"],
+        "token_expires_at": (end.at + ("" if end.known else " at the latest")) if end else None,
         "deleted_at": row["deleted_at"],
     }
     found = Story("account", account_id, facts)

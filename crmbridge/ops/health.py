@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from crmbridge import config
+from crmbridge import config, terminal
 from crmbridge.errors import Misconfigured
 
 NO_ANSWER = 3
@@ -29,7 +29,7 @@ def run(web: config.Web, *, live: bool, wait_s: float) -> int:
     while True:
         status, told = _ask(HERE.get(web.host, web.host), web.port, path)
         if status == 0 or time.monotonic() >= ends:
-            print(told)
+            terminal.say(told)
             return status
         time.sleep(_PAUSE_S)
 
@@ -71,11 +71,11 @@ def worker(queue_path: Path, *, wait_s: float) -> int:
                 bell.connect(queue_path.name + ".bell")
                 for _ in range(holds + 2):
                     bell.send(b"!")
-            print("alive")
+            terminal.say("alive")
             return 0
         except OSError as error:
             if time.monotonic() >= ends:
-                print(f"no worker hears {queue_path}.bell: {error}")
+                terminal.say(f"no worker hears {queue_path}.bell: {error}")
                 return NO_ANSWER
         time.sleep(_PAUSE_S)
 

@@ -1,10 +1,9 @@
 """``crmbridge key``: make an API key, list them, end one."""
 
-import sys
 import time
 from collections.abc import Sequence
 
-from crmbridge import apikey
+from crmbridge import apikey, terminal
 from crmbridge.errors import Misconfigured
 from crmbridge.events import instant
 from crmbridge.store import accounts, keys
@@ -47,8 +46,8 @@ def create(
         "expires_at": None if expires_days is None else instant(now_s + expires_days * _DAY_S),
     }
     keys.create(db, row)
-    print(key)
-    print(f"{key_id}: shown once; 'crmbridge key revoke {key_id}' ends it", file=sys.stderr)
+    terminal.say(key)
+    terminal.complain(f"{key_id}: shown once; 'crmbridge key revoke {key_id}' ends it")
 
 
 def show(db: Database) -> None:
@@ -59,7 +58,7 @@ def show(db: Database) -> None:
             state = "expired"
         reach = "admin" if row["admin"] else f"{','.join(row['accounts'])} {','.join(row['permissions'])}"
         until = f" until {row['expires_at']}" if row["expires_at"] else ""
-        print(f"{row['id']}  {state:8} {row['created_at']}{until}  {row['name']}  {reach}")
+        terminal.say(f"{row['id']}  {state:8} {row['created_at']}{until}  {row['name']}  {reach}")
 
 
 def revoke(db: Database, named: str) -> None:
@@ -68,4 +67,4 @@ def revoke(db: Database, named: str) -> None:
     key_id = whole.id if whole else named
     if not keys.revoke(db, key_id, instant(time.time())):
         raise Misconfigured(f"there is no key {key_id[:20]}; 'crmbridge key list' shows them")
-    print(f"revoked {key_id}")
+    terminal.say(f"revoked {key_id}")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from crmbridge import vault
+from crmbridge import terminal, vault
 from crmbridge.config import Settings
 from crmbridge.errors import Misconfigured
 from crmbridge.events import instant
@@ -39,19 +39,20 @@ def run(
         with owner.acting(whose):
             found = copies.look_through(draft, change=True)
         said = f"made {found.made_at}" + (f" by version {found.version}" if found.version else "")
-        print(f"{source}: whole, {said}\n  " + ", ".join(f"{name} {number}" for name, number in found.rows.items()))
+        counted = ", ".join(f"{name} {number}" for name, number in found.rows.items())
+        terminal.say(f"{source}: whole, {said}", f"  {counted}")
         keys = _keys(settings, found, draft, whose, passphrase_file)
         with owner.acting(whose), contextlib.closing(database.Database(draft)) as db:
             for step in db.migrate():
-                print(f"  migrated {step}")
+                terminal.say(f"  migrated {step}")
             sends = copies.prepare(db, found.made_at, patience, now_s)
         if keys:
             content, is_new = keys
             vault.write(settings.vault.key_file, content, owner.ids(whose), replace=True)
-            print(f"{'made' if is_new else 'added to'} {settings.vault.key_file}: the key from the backup")
+            terminal.say(f"{'made' if is_new else 'added to'} {settings.vault.key_file}: the key from the backup")
         with owner.acting(whose):
             kept = _put(draft, place, now_s)
-    print(f"{place}: restored" + (f"; what was there is {kept}" if kept else ""))
+    terminal.say(f"{place}: restored" + (f"; what was there is {kept}" if kept else ""))
     _tell(found.made_at, sends, found.pending)
     return 0
 
@@ -141,7 +142,8 @@ def _put(draft: Path, place: Path, now_s: float) -> Path | None:
 
 
 def _tell(made_at: str, sends: int, pending: int) -> None:
-    print(f"""
+    made_at = terminal.escaped(made_at)
+    told = f"""
 What happens at the next start:
   {sends} send(s) were waiting at {made_at} and may have gone out since: each is looked for in its conversation, and
     sent only when it is not there. Where that cannot be told it ends in doubt, for a person: crmbridge dlq list --sends
@@ -153,4 +155,5 @@ Not known any more, as it was after {made_at}:
     waiting: one that was cancelled or failed since is taken up again. To look into it first, before the
     start: crmbridge account pause ACCOUNT --sends. Keys revoked, accounts changed or paused or deleted, and
     customers erased since: do that again.
-Next: crmbridge check, then start the service.""")
+Next: crmbridge check, then start the service."""
+    terminal.say(*told.split("\n"))

@@ -19,16 +19,16 @@ import ssl
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from crmbridge import __version__, config, log
+from crmbridge import __version__, config, log, terminal
 from crmbridge.errors import BridgeError
 from crmbridge.ops import check, doctor, machine
-from crmbridge.store import accounts, alerts, overview
+from crmbridge.store import alerts, overview
 from crmbridge.store.database import Database
 
 _LINES, _ATTEMPTS = 2000, 300
@@ -56,16 +56,17 @@ _FRAME = re.compile(r'Traceback \(most recent call last\):|\s+File "[^"]+", line
 
 
 class Redaction:
-    """Strikes out; `hidden` are words of this installation that nobody else may see."""
+    """Strikes out by form what our own texts may hold: credentials, addresses, paths of URLs, long numbers.
 
-    def __init__(self, key: bytes, hidden: Iterable[str]) -> None:
-        words = sorted({word for word in hidden if len(word) > 2}, key=len, reverse=True)
-        self._hidden = re.compile("|".join(map(re.escape, words))) if words else None
+    Words of others are left out where the text is made (`check.theirs`): to look for them would tell a short one by the
+    gaps that it leaves.
+    """
+
+    def __init__(self, key: bytes) -> None:
         self._key = key
 
     def text(self, text: str) -> str:
         """Return a text of our own without what it quotes."""
-        text = self._hidden.sub("[…]", text) if self._hidden else text
         text = _ADDRESS.sub("[address]", _URL.sub(_bare, log.struck(text)))
         return _NUMBER.sub(lambda found: self.hash(found[0]), text)
 
@@ -118,7 +119,7 @@ def run(path: Path, target: Path | None, *, calls: bool, log_path: Path) -> int:
     handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb") as file:
         report = doctor.examine(path, calls=calls, only=None, log_path=log_path)
-        redaction = Redaction(*_secrets(report))
+        redaction = Redaction(_key(report))
         now_s = int(time.time())
         with tarfile.open(fileobj=file, mode="w:gz") as bundle:
             for name, make in _parts(report, redaction, log_path).items():
@@ -132,51 +133,46 @@ def run(path: Path, target: Path | None, *, calls: bool, log_path: Path) -> int:
         size = file.tell()
     if report.look.db is not None:
         report.look.db.close()
-    print(f"made     {target}, {size} bytes")
-    print("Secrets, texts, names and customers' ids are struck out; look through it before you give it away.")
+    terminal.say(
+        f"made     {target}, {size} bytes",
+        "Secrets, texts, names and customers' ids are struck out; look through it before you give it away.",
+    )
     return 0
 
 
-def _secrets(report: doctor.Report) -> tuple[bytes, list[str]]:
-    """Return the key of the hashes, and what nobody else may see."""
-    settings, db, hidden = report.settings, report.look.db, list(report.hidden)
-    key = secrets.token_bytes(32)
-    if settings is not None:
-        hidden.append(settings.alerts.command)
+def _key(report: doctor.Report) -> bytes:
+    """Return the key of the hashes: this installation's own, where it has one."""
+    if report.settings is not None:
         with contextlib.suppress(OSError):
-            key = hashlib.sha256(settings.vault.key_file.read_bytes()).digest()
-    if db is not None:
-        for account in accounts.everyone(db):
-            hidden.append(account["username"] or "")
-            for sealed in (account["access_token_sealed"], account["webhook_secret_sealed"]):
-                with contextlib.suppress(BridgeError):
-                    hidden.append(report.look.keys.open(sealed) if report.look.keys and sealed else "")
-        hidden += overview.reasons(db)
-    return key, hidden
+            return hashlib.sha256(report.settings.vault.key_file.read_bytes()).digest()
+    return secrets.token_bytes(32)
 
 
 def _parts(report: doctor.Report, redaction: Redaction, log_path: Path) -> dict[str, Callable[[], str]]:
     """Return what makes each file of the bundle."""
     settings, db = report.settings, report.look.db
 
-    for_people = doctor.Report([check.Finding(**redaction.value(asdict(one))) for one in report.found])
+    def outside(one: check.Finding) -> check.Finding:
+        return replace(one, what=redaction.text(one.public), todo=redaction.text(one.todo))
+
+    found = doctor.Report([outside(one) for one in report.found], report.figures)
 
     def told(value: Any) -> str:
-        return json.dumps(redaction.value(value), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(redaction.value(value), indent=1) + "\n"
 
     parts = {
         "README.txt": lambda: _ABOUT,
-        "doctor.json": lambda: told(report.shown()),
-        "doctor.txt": lambda: doctor.told(for_people, 0, verbose=True) + "\n",
+        "doctor.json": lambda: told(found.shown()),
+        "doctor.txt": lambda: doctor.told(found, 0, verbose=True) + "\n",
         "versions.txt": _versions,
         "log.txt": lambda: "\n".join(redaction.line(line) for line in machine.tail(log_path)[-_LINES:]) + "\n",
     }
     if settings is not None:
         place = settings.store.path
-        shown = {name: value for name, value in config.shown(settings).items() if name != "alerts.command"}
-        shown["alerts.command"] = "(set)" if settings.alerts.command else "(not set)"
-        parts["configuration.json"] = lambda: told(shown)
-        parts["check.txt"] = lambda: "".join(f"{redaction.text(check.line(one))}\n" for one in report.look.found)
+        parts["configuration.json"] = lambda: told(config.shown(settings))
+        parts["check.txt"] = lambda: "".join(
+            f"{terminal.escaped(check.line(outside(one)))}\n" for one in report.look.found
+        )
         parts["machine.txt"] = lambda: redaction.text(_machine(place))
     if db is not None:
         parts |= {name: _with(told, make, db) for name, make in _TABLES.items()}
@@ -188,7 +184,7 @@ def _with(told: Callable[[Any], str], make: Callable[[Database], Any], db: Datab
 
 
 def _alerts(db: Database) -> list[dict[str, Any]]:
-    return [row for row in alerts.everything(db) if row["cleared_at"] is None]
+    return [{**row, "message": "[…]"} for row in alerts.everything(db) if row["cleared_at"] is None]
 
 
 def _attempts(db: Database) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import requests
 
+from crmbridge import terminal
 from crmbridge.sandbox import Sandbox
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
@@ -107,7 +108,8 @@ def alone(sandbox: Sandbox) -> str:
     """Give the sandbox its shop, and return what to type to lead a bridge and the chat page to it."""
     sandbox.meta.add_account(_SHOP, token=_TOKEN, app_scoped_id=_SHOP_SCOPED, username="your_shop")
     account = json.dumps(_account(sandbox), indent=2)
-    bridge = (sandbox.meta.callback_url or "http://127.0.0.1:8080/").partition("/webhooks")[0].rstrip("/")
+    callback_url = terminal.escaped(sandbox.meta.callback_url or "http://127.0.0.1:8080/")
+    bridge = callback_url.partition("/webhooks")[0].rstrip("/")
     return f"""A local Instagram and a sample CRM; the chat page is at {sandbox.url}/
 
 In the bridge's crmbridge.ini, under the sections that are there:
@@ -175,14 +177,19 @@ def run(*, once: bool) -> int:
             admin_key = _round_trip(bridge, sandbox)
             if once:
                 return 0
-            print(f"\n  API and Swagger UI   {bridge.url}/docs")
-            print(f"  chat on both sides   {sandbox.url}/")
-            print(f"  an admin API key     {admin_key}")
-            print(f"  the bridge's log     {bridge.log_path}")
-            print("\nType as the customer or as the shop on the chat page. Ctrl-C ends the demo.", flush=True)
+            terminal.say(
+                "",
+                f"  API and Swagger UI   {bridge.url}/docs",
+                f"  chat on both sides   {sandbox.url}/",
+                f"  an admin API key     {admin_key}",
+                f"  the bridge's log     {bridge.log_path}",
+                "",
+                "Type as the customer or as the shop on the chat page. Ctrl-C ends the demo.",
+                at_once=True,
+            )
             return _wait_for_end(bridge)
         except HopFailed as failure:
-            print(f"\nFAILED  {failure}", file=sys.stderr)
+            terminal.complain("", *f"FAILED  {failure}".split("\n"))
             return 1
         finally:
             bridge.stop()
@@ -196,14 +203,14 @@ def _wait_for_end(bridge: Bridge) -> int:
             if not bridge.runs:
                 raise HopFailed(f"the bridge ended; its log:\n{bridge.log_path.read_text()[-4000:]}")
     except KeyboardInterrupt:
-        print()
+        terminal.say("")
     return 0
 
 
 def _round_trip(bridge: Bridge, sandbox: Sandbox) -> str:
     meta, crm = sandbox.meta, sandbox.crm
     meta.add_account(_SHOP, token=_TOKEN, app_scoped_id=_SHOP_SCOPED, username="your_shop")
-    print("A bridge, a local Instagram and a sample CRM, all on this machine:\n")
+    terminal.say("A bridge, a local Instagram and a sample CRM, all on this machine:", "")
     bridge.command("init")
     admin_key = bridge.command("key", "create", "--name", "demo-admin", "--admin")
     hop = _Hops()
@@ -223,14 +230,14 @@ def _round_trip(bridge: Bridge, sandbox: Sandbox) -> str:
     key = bridge.command("key", "create", "--name", "demo-crm", "--account", account)
     crm.bridge_url, crm.api_key, crm.account_id = bridge.url, key, account
 
-    print("\nInstagram -> CRM")
+    terminal.say("", "Instagram -> CRM")
     meta.auto_read = True
     hop.restart()
     posted = meta.customer_says(_SHOP, _CUSTOMER, "Hello! Is the blue lamp in stock? 💡")
     hop("signed webhook stored and acknowledged", lambda: f"HTTP {_is(posted.status, 200)}  {posted.mid[:24]}…")
     hop("message.received at the CRM, signature verified", lambda: _event(crm, "message.received"))
 
-    print("\nCRM -> Instagram")
+    terminal.say("", "CRM -> Instagram")
     hop.restart()
     message_id = hop(
         "reply accepted and stored",
@@ -252,7 +259,7 @@ def _round_trip(bridge: Bridge, sandbox: Sandbox) -> str:
     history = _ask("GET", f"{bridge.url}/api/v1/messages/{message_id}/status", key)["status_history"]
     said = " -> ".join(step["status"] for step in history)
     hop("status in the API", lambda: _is(said, "pending -> sent -> delivered -> read"))
-    print("\nEvery hop arrived.")
+    terminal.say("", "Every hop arrived.")
     return admin_key
 
 
@@ -270,7 +277,7 @@ class _Hops:
             found = step()
         except (TimeoutError, requests.RequestException) as error:
             raise HopFailed(f"{name}: {error}") from None
-        print(f"  {(time.monotonic() - self._began) * 1000:7.0f} ms  {name:49} {found}", flush=True)
+        terminal.say(f"  {(time.monotonic() - self._began) * 1000:7.0f} ms  {name:49} {found}", at_once=True)
         return found
 
 

@@ -340,7 +340,8 @@ class Meta:
         with self._changed:
             account = self.accounts[user_id]
             account.tokens.clear()
-        asked = wire.signed_request(secret or self.app_secret, account.app_scoped_id, int(self.clock()))
+        secret = self.app_secret if secret is None else secret
+        asked = wire.signed_request(secret, account.app_scoped_id, int(self.clock()))
         return self._exchange("", "POST", data={"signed_request": asked}, path=f"/privacy/{what}")
 
     def _exchange(self, mid: str, method: str, *, path: str | None = None, **arguments: Any) -> Posted:

@@ -9,6 +9,7 @@ from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
 
 _LIVE = "deleted_at IS NULL"
+REFUSED_OFTEN = 2  # so many refusals of a fresh token running are no accident
 
 
 def find(db: Database, account_id: str) -> Row | None:
@@ -98,13 +99,30 @@ def renew_token(
 ) -> bool:
     """Put a fresh token in the place of the old one; False when there is another one by now, which stays."""
     fresh = {"access_token_sealed": new_sealed, "token_checked_at": now, "token_expires_at": expires_at}
-    values = {**fresh, "token_refresh_at": refresh_at, "updated_at": now}
+    values = {**fresh, "token_refresh_at": refresh_at, "token_refusals": 0, "updated_at": now}
     return bool(db.write_last(lambda: db.update("accounts", values, *_with_token(account_id, old_sealed))))
 
 
 def refresh_later(db: Database, account_id: str, sealed: str, at: str) -> None:
     """Ask for a fresh token no sooner than then, unless there is another one by now."""
     db.write_last(lambda: db.update("accounts", {"token_refresh_at": at}, *_with_token(account_id, sealed)))
+
+
+def refuse_token(db: Database, account_id: str, sealed: str, again_at: str) -> int:
+    """Note that a fresh token was refused, to be asked for again then; return how often that was so running.
+
+    Returns 0 when there is another token by now.
+    """
+    where, key = _with_token(account_id, sealed)
+
+    def job() -> int:
+        db.run(
+            f"UPDATE accounts SET token_refusals = token_refusals + 1, token_refresh_at = ? WHERE {where}",
+            (again_at, *key),
+        )
+        return int(db.value(f"SELECT token_refusals FROM accounts WHERE {where}", key) or 0)
+
+    return db.write_last(job)
 
 
 def ask_no_more(db: Database, account_id: str, until: str) -> None:

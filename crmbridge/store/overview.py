@@ -49,12 +49,6 @@ def tables(db: Database) -> dict[str, int]:
     return {row["name"]: int(db.value(f"SELECT COUNT(*) FROM {row['name']}")) for row in names}
 
 
-def reasons(db: Database) -> list[str]:
-    """Return what operators gave as reasons, in their own words."""
-    rows = db.rows("SELECT reason FROM pauses UNION SELECT reason FROM past_holds")
-    return [row["reason"] for row in rows if row["reason"]]
-
-
 def attempts(db: Database, number: int) -> list[Row]:
     """Return the last calls, without what they carried, for whom, and what was answered in words."""
     return db.rows(

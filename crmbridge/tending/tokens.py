@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
+from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Unavailable
 from crmbridge.events import instant
 from crmbridge.instagram import reading
@@ -29,7 +30,10 @@ class Tokens:
         self._clock = clock
 
     def refresh(self) -> None:
-        """Refresh every token whose time has come; one that Instagram calls dead stops its account."""
+        """Refresh every token whose time has come; one that Instagram calls dead stops its account.
+
+        A refusal is asked about again a day later, and the second one running is told: the old token ends.
+        """
         for account in accounts.to_refresh(self._db, instant(self._clock())):
             try:
                 self._refresh(account)
@@ -42,13 +46,15 @@ class Tokens:
             fresh = reading.refresh(self._client, self._vault.open(sealed))
         except Unavailable as problem:
             log.warning("token.not_refreshed", account=account["id"], error=problem.message)
-            self._ask_again(account, now_s + _AGAIN_S)
+            accounts.refresh_later(self._db, account["id"], sealed, instant(now_s + _AGAIN_S))
         except Refusal as problem:
             log.warning("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
-            self._ask_again(account, now_s + DAY_S)
+            refusals = accounts.refuse_token(self._db, account["id"], sealed, instant(now_s + DAY_S))
             if problem.code.startswith("token_") and self._is_dead(account):
                 todo = problem.hint.replace("ACCOUNT", account["id"])
                 self._stop(account, problem.code, f"Instagram does not renew the access token, {problem.code}: {todo}")
+            elif refusals >= accounts.REFUSED_OFTEN:
+                self._tell(account, problem)
         else:
             expires_at = instant(now_s + fresh.lasts_s)
             # The next one well before this one ends, however short-lived it is.
@@ -56,7 +62,8 @@ class Tokens:
             fresh_sealed = self._vault.seal(fresh.token)
             if accounts.renew_token(self._db, account["id"], sealed, fresh_sealed, expires_at, due, instant(now_s)):
                 log.info("token.refreshed", account=account["id"], expires_at=expires_at)
-                self._alarm.clear("token_expiring", account=account["id"])
+                for kind in ("token_expiring", "token_not_renewed"):
+                    self._alarm.clear(kind, account=account["id"])
                 if account["status"] != "error":  # one that was stopped still waits for a person
                     self._alarm.clear("token_dead", account=account["id"])
 
@@ -75,5 +82,13 @@ class Tokens:
         self._db.write_last(lambda: accounts.stop(self._db, account["id"], sealed, code, reason, now))
         self._alarm.alert("token_dead", reason, account=account["id"])
 
-    def _ask_again(self, account: Row, at_s: float) -> None:
-        accounts.refresh_later(self._db, account["id"], account["access_token_sealed"], instant(at_s))
+    def _tell(self, account: Row, problem: Refusal) -> None:
+        """Tell of a token that is good and not renewed, until when it is, and what ends that."""
+        end = reading.token_end(account)
+        until = f"; it ends {end.said()}" if end else ""
+        todo = kind_of("token_not_renewed").todo + (f", by {end.at[:10]}" if end else "")
+        if "new token" not in problem.hint:
+            todo = f"{problem.hint}; else {todo}"
+        message = f"Instagram refuses to renew the access token, {problem.code}{until}"
+        todo = todo.replace("ACCOUNT", account["id"])
+        self._alarm.alert("token_not_renewed", message, account=account["id"], todo=todo)

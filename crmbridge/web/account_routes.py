@@ -7,6 +7,7 @@ from crmbridge import contract, log, net, signing
 from crmbridge.alerts import Alarm
 from crmbridge.errors import BridgeError, Conflict, Invalid
 from crmbridge.events import instant
+from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Identity
 from crmbridge.store import accounts, dead, holds, inbound, pauses, turn
 from crmbridge.store.contacts import Target
@@ -130,6 +131,7 @@ class AccountRoutes:
                 "token_checked_at": instant(call.now_s),
                 "token_expires_at": None,
                 "token_refresh_at": _refresh_at(call.now_s),
+                "token_refusals": 0,
             }
             if row["status"] == "error" and "status" not in given:
                 values["status"], values["status_reason"] = "active", None
@@ -253,7 +255,7 @@ def _refresh_at(now_s: float) -> str:
 
 
 def _shown(row: Row, paused: dict[tuple[str, str], Row], held: dict[tuple[str, str], Row]) -> dict[str, Any]:
-    ok = row["subscription_ok"]
+    ok, end = row["subscription_ok"], reading.token_end(row)
 
     def shown(target: str) -> dict[str, Any] | None:
         found = paused.get((target, row["id"]))
@@ -266,7 +268,8 @@ def _shown(row: Row, paused: dict[tuple[str, str], Row], held: dict[tuple[str, s
         "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
         "paused": {what: shown(target) for what, target in pauses.WHAT.items()},
         "held": {what: _held(row, target, held.get((target, row["id"]))) for what, target in pauses.WHAT.items()},
-        **{name: row[name] for name in ("token_checked_at", "token_expires_at", "created_at", "updated_at")},
+        "token_expires_at": end.at if end else None,
+        **{name: row[name] for name in ("token_checked_at", "created_at", "updated_at")},
     }
 
 
