@@ -248,8 +248,8 @@ def test_a_fault_replaces_the_answer_for_its_times(sandbox):
     assert third.ok
     assert len(sandbox.meta.sent) == 1
     assert [(one.path, one.status) for one in sandbox.meta.calls][1:] == [
-        ("/v26.0/me/messages", 400),
-        ("/v26.0/me/messages", 200),
+        ("/v27.0/me/messages", 400),
+        ("/v27.0/me/messages", 200),
     ]
 
 
@@ -351,7 +351,7 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
         "edit": "message.edited",
         "unsend": "message.deleted",
         "postback": "message.postback",
-        "referral": "message.referral",
+        **dict.fromkeys(("referral", "ad_opened"), "message.referral"),
         "comment": "comment.received",
         "mention": "mention.received",
         "test": None,
