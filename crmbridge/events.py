@@ -147,6 +147,7 @@ class ChannelEvent:
     `dedupe_key` is the same for every repetition of the same fact within one account.
     `external_id` names the message that the event is or is about.
     `extra` holds what only some kinds have: reaction, postback, quick_reply, referral, edit, comment, mention.
+    `others` is what the channel told besides, as it came, by the object it stood in; ``event`` for the whole.
     `party` is the business as the item itself names it, where that is another id than the account's.
     `raw` is the item as it came, kept only where we did not understand it.
     """
@@ -165,4 +166,5 @@ class ChannelEvent:
     party: str = ""
     contact_name: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     raw: Any = None

@@ -18,7 +18,7 @@ _OPEN_THE_WINDOW = ("message.received", "message.postback")
 # What a message is known by; the other kinds are about one.
 _MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
 _BY_A_PERSON = ("message.received", "message.postback", "message.referral")  # Instagram names who wrote or tapped
-_SAID_NOTHING = ("text", "attachments", "reply_to", "raw")  # what goes when a message is taken back
+_SAID_NOTHING = ("text", "attachments", "reply_to", "others", "raw")  # what goes when a message is taken back
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _payload(event: ChannelEvent) -> str:
         "reply_to": asdict(event.reply_to) if event.reply_to else None,
         "from_account": event.from_account,
         "extra": dict(event.extra),
+        "others": dict(event.others),
         "raw": event.raw,
     }
     return json.dumps({key: value for key, value in content.items() if value}, ensure_ascii=False)
@@ -241,6 +242,8 @@ def _withdraw(db: Database, account: Row, row: Row) -> None:
     where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
     for event in db.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
         left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
+        if "referral" in left.get("extra", {}):
+            left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
         withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
         db.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
         db.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
@@ -489,6 +492,7 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
     shop, customer = account["instagram_account_id"], row["contact"] or extra.get("sender_id")
     in_conversation = row["contact"] and kind not in ("comment.received", "mention.received")
     last = contact["last_wrote_at"] if in_conversation else None
+    others = content.get("others", {})
     fields: dict[str, Any] = {
         "event_id": row["id"],
         "sequence": delivery["sequence"],
@@ -506,15 +510,16 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
         "window_expires_at": windows.ends_at(last) if last else None,
         "recovered": bool(extra.get("recovered")),
+        "other": others.get("event"),
     }
     shape = contract.CRM_EVENTS[kind].model_fields
     for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):
         if name in shape:
-            fields[name] = extra.get(name)
+            fields[name] = {**extra[name], "other": others.get(name)} if extra.get(name) else None
     if "is_self" in shape:
         fields["is_self"] = bool(extra.get("is_self"))
     if "reply_to" in shape:
-        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"))
+        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"), others)
     if "raw" in shape:
         fields["raw"] = content.get("raw")
     return contract.crm_body(kind, fields)
@@ -545,13 +550,20 @@ def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reply_to(db: Database, account_id: str, reply: dict[str, Any] | None) -> dict[str, Any] | None:
+def _reply_to(
+    db: Database, account_id: str, reply: dict[str, Any] | None, others: dict[str, Any]
+) -> dict[str, Any] | None:
     if reply is None:
         return None
     external_id = reply["external_id"]
     ours = _our_id(db, account_id, external_id) if external_id else None
-    story = {"id": reply["story_id"], "url": reply["story_url"]} if reply["story_id"] or reply["story_url"] else None
-    return {"message_id": ours, "instagram_message_id": external_id, "story": story}
+    story = {"id": reply["story_id"], "url": reply["story_url"], "other": others.get("story")}
+    return {
+        "message_id": ours,
+        "instagram_message_id": external_id,
+        "story": story if any(story.values()) else None,
+        "other": others.get("reply_to"),
+    }
 
 
 def _found(db: Database, event_id: str) -> Row:
