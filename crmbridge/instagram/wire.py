@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, ReplyTo, epoch_s, instant, new_id
+from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, Opens, ReplyTo, epoch_s, instant, new_id
 from crmbridge.instagram import objects
 from crmbridge.instagram.objects import Parts, Told, first
 
@@ -22,6 +22,11 @@ _COMMENT_FIELDS = {"comments": "comment", "live_comments": "live_comment"}
 _RECEIPTS = ("messaging_seen", "message_reads", "read", "delivery", "message_deliveries")
 _TWINS = {"ig_post": "share", "sticker": "image"}  # one thing may come in both forms: the new one, and the old one
 _AD_KEYS = ("ad_title", "photo_url", "video_url", "post_id", "product_id", "flow_id")
+# What names the customer as its sender, though they did nothing that opens the window.
+_NO_ACTS = {
+    "read", "delivery", "pass_thread_control", "take_thread_control", "request_thread_control", "app_roles",
+    "policy_enforcement",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,28 @@ class _Item:
         places = (self.body, self.body.get("message"), self.body.get("postback"))
         return any(isinstance(place, dict) and _is(place.get("is_self")) for place in places)
 
+    @property
+    def opens(self) -> Opens | None:
+        """What the item does to the window in which the shop may answer.
+
+        Sources: Meta's policy page, and its list of acts as its partners show it. What these do not settle, Instagram
+        is to judge: a reaction taken back, an opt-in, what nobody knows yet.
+        """
+        if self.from_account or self.is_self:
+            return None
+        about = {name: value for name, value in self.body.items() if isinstance(value, dict)}
+        if _is(about.get("message", {}).get("is_deleted")):
+            return None
+        if acts := about.keys() & {"message", "postback", "referral"}:
+            places = (self.body, *(about[name] for name in acts))
+            return "ad" if any(_is_ad(place.get("referral")) for place in places) else "window"
+        if "message_edit" in self.body:  # number 0 announces a new message
+            return "window" if _number(about.get("message_edit", {}).get("num_edit")) == 0 else None
+        if "reaction" in about:
+            return "window" if _action(about["reaction"]) == "react" else "perhaps"
+        names = self.body.keys() - _ENVELOPE
+        return "perhaps" if names and not names & _NO_ACTS else None
+
     def event(self, kind: str, dedupe_key: str, **facts: Any) -> ChannelEvent:
         account = self.account or self.party
         return ChannelEvent(
@@ -80,6 +107,7 @@ class _Item:
             from_account=self.from_account,
             party=self.party if self.party != account else "",
             contact_name=None if self.from_account else self.username,
+            opens=self.opens,
             # What was taken back must not come back by another door.
             others=self.parts.others() if kind != "message.deleted" else {},
             **facts,
@@ -88,7 +116,7 @@ class _Item:
     def unsupported(self, *, external_id: str | None = None, key: str | None = None) -> ChannelEvent:
         account = self.account or self.party
         event = _unsupported(account, self.contact, self.body, self.at, external_id=external_id, key=key)
-        return replace(event, party=self.party if self.party != account else "")
+        return replace(event, party=self.party if self.party != account else "", opens=self.opens)
 
 
 def read(payload: Any, received_at: str) -> Iterator[ChannelEvent]:
@@ -427,6 +455,14 @@ def _identity(referral: Mapping[str, Any] | None) -> Any:
     """Return what is the same whenever a referral is told: an ad's unknown keys may not be."""
     ad = referral["ad"] if referral else None
     return {**referral, "ad": {name: ad[name] for name in _AD_KEYS if name in ad}} if referral and ad else referral
+
+
+def _is_ad(referral: Any) -> bool:
+    if not isinstance(referral, dict):
+        return False
+    return (_text(referral.get("source")) or "").upper() == "ADS" or any(
+        referral.get(name) for name in ("ad_id", "ads_context_data")
+    )
 
 
 def _reply_to(parts: Parts, message: Told) -> ReplyTo | None:
