@@ -186,7 +186,7 @@ class Vault:
 
 @dataclass(frozen=True)
 class Instagram:
-    graph_url: str = _key("https://graph.instagram.com/v26.0", _url, url=True)
+    graph_url: str = _key("https://graph.instagram.com/v27.0", _url, url=True)
     app_secrets: tuple[str, ...] = _key((), _secrets, secret=True)
     verify_token: str = _key("", _text, secret=True)
     comments: bool = _key(False, _flag)

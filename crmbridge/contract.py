@@ -520,19 +520,23 @@ class Attachment(_Answer):
     payload: dict[str, Any] | None
 
 
+# `other` holds the channel's keys that have no field of their own, as they came.
 class StoryReference(_Answer):
     id: str | None
     url: str | None
+    other: dict[str, Any] | None
 
 
 class ReplyReference(_Answer):
     message_id: str | None
     instagram_message_id: str | None
     story: StoryReference | None
+    other: dict[str, Any] | None
 
 
 class QuickReplyChoice(_Answer):
     payload: str | None
+    other: dict[str, Any] | None
 
 
 class Referral(_Answer):
@@ -542,21 +546,25 @@ class Referral(_Answer):
     ad_id: str | None
     product_id: str | None
     ad: dict[str, Any] | None
+    other: dict[str, Any] | None
 
 
 class Reaction(_Answer):
     action: str
     name: str | None
     emoji: str | None
+    other: dict[str, Any] | None
 
 
 class Postback(_Answer):
     title: str | None
     payload: str | None
+    other: dict[str, Any] | None
 
 
 class Edit(_Answer):
     number: int | None
+    other: dict[str, Any] | None
 
 
 class Comment(_Answer):
@@ -566,11 +574,13 @@ class Comment(_Answer):
     media_id: str | None
     media_type: str | None
     ad_id: str | None
+    other: dict[str, Any] | None
 
 
 class Mention(_Answer):
     media_id: str | None
     comment_id: str | None
+    other: dict[str, Any] | None
 
 
 class _CrmInbound(_CrmEvent):
@@ -588,6 +598,7 @@ class _CrmInbound(_CrmEvent):
     attachments: list[Attachment]
     window_expires_at: Timestamp | None
     recovered: bool
+    other: dict[str, Any] | None
 
 
 class _CrmMessage(_CrmInbound):

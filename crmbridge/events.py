@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
@@ -137,6 +137,9 @@ class Thread:
 
 NOTED = "channel.noted"  # kept, and no CRM is told
 TEST = "channel.test"  # a test of the channel's own console; belongs to no account
+# What an act of a customer does to the window in which the shop may answer: opens it, opens it for longer because an ad
+# led to it, or perhaps opens it, for the channel does not say.
+Opens = Literal["window", "ad", "perhaps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,8 @@ class ChannelEvent:
     `dedupe_key` is the same for every repetition of the same fact within one account.
     `external_id` names the message that the event is or is about.
     `extra` holds what only some kinds have: reaction, postback, quick_reply, referral, edit, comment, mention.
+    `others` is what the channel told besides, as it came, by the object it stood in; ``event`` for the whole.
+    `opens` is None for what is no act of a customer, or one that opens no window.
     `party` is the business as the item itself names it, where that is another id than the account's.
     `raw` is the item as it came, kept only where we did not understand it.
     """
@@ -167,4 +172,6 @@ class ChannelEvent:
     party: str = ""
     contact_name: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    opens: Opens | None = None
     raw: Any = None

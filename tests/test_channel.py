@@ -28,8 +28,15 @@ USUAL = {
 }
 
 
+TOMORROW = {"depth": 3, "marks": ["a", None, 1.5]}  # what this version knows nothing of
+
+
 def told(event: str, **facts: Any) -> dict[str, Any]:
     return {"event": event, **USUAL, "message_type": "unsupported" if "unsup" in event else "text", **facts}
+
+
+def sticker(**more: Any) -> dict[str, Any]:
+    return {"type": "sticker", "url": URL, "payload": {"sticker_id": 369239263222822, **more}}
 
 
 # payload → the events that the CRM gets; an empty list: kept, and nobody is told
@@ -98,6 +105,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
                 "media_id": "18000000000000011",
                 "media_type": "AD",
                 "ad_id": "6112345678901",
+                "other": {"media": {"ad_title": "Lamps"}},
             },
         )
     ],
@@ -127,6 +135,27 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             instagram_message_id="17900000000000005",
             comment={"id": "17900000000000005", "username": "passer_by", "media_id": "18000000000000011"},
             referral={"source": "ADS", "type": "OPEN_GRAPH", "ad_id": "6112345678901"},
+        )
+    ],
+    "comment_with_keys_of_tomorrow": [
+        told(
+            "comment.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id="900000000000002",
+            message="What does it cost?",
+            message_type="comment",
+            instagram_message_id="17900000000000001",
+            comment={
+                "id": "17900000000000001",
+                "username": "passer_by",
+                "media_id": "18000000000000011",
+                "media_type": "FEED",
+                "other": {
+                    "like_count": 3,
+                    "from": {"self_ig_scoped_id": "1", "badge": "blue"},
+                    "media": {"original_media_id": "18"},
+                },
+            },
         )
     ],
     "delivery_receipt": [],
@@ -163,6 +192,14 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             message_type="edited",
             edit={"number": 1},
         ),
+    ],
+    "edit_with_keys_of_tomorrow": [
+        told(
+            "message.edited",
+            message="in stock?",
+            message_type="edited",
+            edit={"number": 1, "other": {"edited_by": "app"}},
+        )
     ],
     "edit_with_number_as_text": [
         told("message.edited", message="in stock?", message_type="edited", edit={"number": 2})
@@ -224,6 +261,17 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "image": [told("message.received", message_type="image", attachments=[{"type": "image", "url": URL}])],
     "item_of_tomorrow": [told("message.unsupported", instagram_message_id=None)],
     "item_without_content": [],
+    "known_keys_of_another_kind": [
+        told(
+            "message.received",
+            message="hello",
+            referral={
+                "ref": '{"flyer": 7}',
+                "other": {"source": 7, "ad_id": ["6"], "product": "4711", "ads_context_data": "lamps"},
+            },
+            other={"reply_to": "mid-1", "quick_reply": "YES", "is_echo": {"app": 1}, "attachments": "none"},
+        )
+    ],
     "like_heart": [told("message.received", message_type="like_heart", attachments=[{"type": "like_heart"}])],
     "live_comment": [
         told(
@@ -258,7 +306,19 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             mention={"media_id": "18000000000000013", "comment_id": "17900000000000004"},
         )
     ],
-    "message_as_whatsapp_words_it": [told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello")],
+    "mention_with_keys_of_tomorrow": [
+        told(
+            "mention.received",
+            timestamp="2027-01-15T08:00:01.000Z",
+            sender_id=None,
+            message_type="mention",
+            instagram_message_id="18000000000000013",
+            mention={"media_id": "18000000000000013", "other": {"caption": TOMORROW}},
+        )
+    ],
+    "message_as_whatsapp_words_it": [
+        told("message.received", timestamp="2027-01-15T08:00:00.000Z", message="hello", other={"type": "text"})
+    ],
     "message_from_ad": [
         told(
             "message.received",
@@ -272,9 +332,42 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             },
         )
     ],
+    "message_from_ad_with_keys_of_tomorrow": [
+        told(
+            "message.received",
+            message="Tell me more",
+            referral={
+                "ref": "autumn",
+                "source": "ADS",
+                "type": "OPEN_THREAD",
+                "ad_id": "6112345678901",
+                "product_id": "4711",
+                "ad": {"ad_title": "Lamps", "campaign": TOMORROW},
+                "other": {
+                    "media_id": "18000000000000010",
+                    "referer_uri": "https://www.instagram.com/p/lamps",
+                    "campaign_id": 23840000000000001,
+                    "product": {"retailer_id": "lamp-blue"},
+                },
+            },
+        )
+    ],
     "message_from_shop": [told("message.received", message="Is this one available?", referral={"product_id": "4711"})],
     "message_to_oneself": [
         told("message.echo", sender_id=SHOP_ID, recipient_id="900000000000099", message="a test", is_self=True)
+    ],
+    "message_with_keys_of_tomorrow": [
+        told(
+            "message.received",
+            message="hello",
+            other={
+                "metadata": "ticket 7",
+                "is_forwarded": True,
+                "hologram": TOMORROW,
+                "priority": 1,
+                "sender": {"badge": "blue"},
+            },
+        )
     ],
     "message_without_mid": [told("message.received", message="hello", instagram_message_id=None)],
     "message_without_recipient": [told("message.received", message="hello")],
@@ -314,6 +407,15 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             is_self=True,
         )
     ],
+    "postback_with_keys_of_tomorrow": [
+        told(
+            "message.postback",
+            message="Opening hours",
+            message_type="postback",
+            postback={"title": "Opening hours", "payload": "HOURS", "other": {"menu": TOMORROW}},
+            referral={"ref": "flyer", "other": {"campaign_id": "c1"}},
+        )
+    ],
     "postback_without_mid": [
         told(
             "message.postback",
@@ -348,6 +450,9 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "quick_reply": [told("message.received", message="Yes", quick_reply={"payload": "CONFIRM_YES"})],
+    "quick_reply_with_keys_of_tomorrow": [
+        told("message.received", message="Yes", quick_reply={"payload": "CONFIRM_YES", "other": {"index": 2}})
+    ],
     "reaction": [
         told("message.reaction", message_type="reaction", reaction={"action": "react", "name": "love", "emoji": "❤️"})
     ],
@@ -360,6 +465,13 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             message_type="reaction",
             reaction={"action": "react", "name": "other", "emoji": "👍"},
         ),
+    ],
+    "reaction_with_keys_of_tomorrow": [
+        told(
+            "message.reaction",
+            message_type="reaction",
+            reaction={"action": "react", "name": "love", "emoji": "❤", "other": {"skin_tone": "dark"}},
+        )
     ],
     "reaction_without_message": [told("message.unsupported", instagram_message_id=None)],
     "read": [],
@@ -379,17 +491,44 @@ TABLE: dict[str, list[dict[str, Any]]] = {
             referral={"ref": "flyer", "source": "IGME-SOURCE-LINK", "type": "OPEN_THREAD"},
         )
     ],
+    "referral_with_keys_of_tomorrow": [
+        told(
+            "message.referral",
+            message_type="referral",
+            instagram_message_id=None,
+            referral={
+                "ref": "flyer",
+                "source": "IGME-SOURCE-LINK",
+                "type": "OPEN_THREAD",
+                "other": {"referer_uri": "https://shop.example", "is_guest_user": False},
+            },
+        )
+    ],
     "reply_to_message": [
         told("message.received", message="Is the lamp in stock?", instagram_message_id="mid-of-the-first"),
         told(
             "message.received",
             timestamp="2027-01-15T08:00:01.123Z",
             message="the blue one",
-            reply_to={"message_id": "known", "instagram_message_id": "mid-of-the-first"},
+            reply_to={
+                "message_id": "known",
+                "instagram_message_id": "mid-of-the-first",
+                "other": {"is_self_reply": False},
+            },
         ),
     ],
     "reply_to_story": [
         told("message.received", message="love it", reply_to={"story": {"id": "18000000000000009", "url": URL}})
+    ],
+    "reply_with_keys_of_tomorrow": [
+        told(
+            "message.received",
+            message="love it",
+            reply_to={
+                "story": {"id": "18000000000000009", "url": URL, "other": {"kind": "video"}},
+                "other": {"is_self_reply": False},
+            },
+        )
     ],
     "seen_without_message": [],
     "sender_as_text": [told("message.received", message="hello")],
@@ -405,6 +544,29 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "standby": [told("message.received", message="hello")],
     "standby_postback": [
         told("message.postback", message="Opening hours", message_type="postback", postback={"title": "Opening hours"})
+    ],
+    "sticker": [told("message.received", message_type="sticker", attachments=[sticker()])],
+    "sticker_beside_another_image": [
+        told(
+            "message.received",
+            message_type="image",
+            attachments=[{"type": "image", "url": URL + "2", "payload": {"sticker_id": 1}}, sticker()],
+        )
+    ],
+    "sticker_beside_its_image": [
+        told("message.received", message_type="sticker", attachments=[sticker(width=240, pack="cats")])
+    ],
+    "stickers_of_an_echo": [
+        told(
+            "message.echo",
+            sender_id=SHOP_ID,
+            recipient_id=CUSTOMER,
+            message_type="sticker",
+            attachments=[
+                {"type": "sticker", "url": URL, "payload": {"sticker_id": 1}},
+                {"type": "sticker", "url": URL + "2", "payload": {"sticker_id": 2}},
+            ],
+        )
     ],
     "story_insights": [
         told("message.unsupported", timestamp="2027-01-15T08:00:01.000Z", sender_id=None, instagram_message_id=None)
@@ -608,7 +770,7 @@ def test_a_whole_message_takes_the_place_of_its_announcement(rig: Rig) -> None:
     rig.hear(rig.item({"message": {"mid": "mid-1", "text": "yes", "quick_reply": {"payload": "CONFIRM"}}}))
     rig.drain()
     (told,) = (entry.event for entry in rig.taken())
-    assert (told["message"], told["quick_reply"]) == ("yes", {"payload": "CONFIRM"})
+    assert (told["message"], told["quick_reply"]) == ("yes", {"payload": "CONFIRM", "other": None})
 
 
 @pytest.mark.parametrize("message", [{"text": "hello"}, {"is_unsupported": True}])

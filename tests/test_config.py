@@ -32,6 +32,10 @@ def test_the_shipped_values_are_the_defaults(ini: Path) -> None:
     assert shipped == config.load(written(ini, ""), {})
 
 
+def test_the_graph_api_is_asked_in_the_version_that_is_named_newest() -> None:
+    assert config.Instagram().graph_url == "https://graph.instagram.com/v27.0"
+
+
 def test_a_partial_file_leaves_the_rest_at_its_defaults(ini: Path) -> None:
     found = config.load(written(ini, "[web]\nport = 9000\n"), {})
     assert found.web == replace(config.Web(), port=9000)

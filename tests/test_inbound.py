@@ -296,13 +296,14 @@ def test_the_crm_gets_every_fact_of_a_message(rig: Rig) -> None:
         "attachments": [
             {"type": "ig_reel", "url": "https://r.example", "title": "A reel", "instagram_id": "42", "payload": None}
         ],
-        "reply_to": {"message_id": first["message_id"], "instagram_message_id": "mid-0", "story": None},
+        "reply_to": {"message_id": first["message_id"], "instagram_message_id": "mid-0", "story": None, "other": None},
         "quick_reply": None,
         "referral": None,
         "is_self": False,
         "window_expires_at": "2027-01-16T08:00:00.000Z",
         "sender_name": None,
         "recovered": False,
+        "other": None,
     }
 
 

@@ -241,6 +241,20 @@ def test_windows_tags_and_comments_are_kept_to(sandbox, bridge):
     assert code(message=media, tag="HUMAN_AGENT") == (400, 100, 2018109)
 
 
+@pytest.mark.parametrize(
+    ("shape", "days"),
+    [("reaction", 1), ("referral", 1), ("postback", 1), ("edit_zero", 1), ("ad_opened", 7), ("from_ad", 7)]
+    + [(shape, 0) for shape in ("reaction_taken_back", "edit", "unsend", "optin", "handover", "comment", "mention")],
+)
+def test_a_window_lasts_as_long_as_the_act_that_opens_it(sandbox, shape, days):
+    sandbox.meta.window = True
+    path = f"{sandbox.url}/sandbox/customers/{IGSID}/shapes/{shape}"
+    assert requests.post(path, json={"mid": "m1"}, timeout=10).status_code == 200
+    for at_s, is_open in ((0, days > 0), (days * 86_400 - 60, days > 0), (days * 86_400 + 60, False)):
+        sandbox.meta.clock = lambda at_s=at_s: time.time() + at_s
+        assert send(sandbox).ok == is_open
+
+
 def test_a_fault_replaces_the_answer_for_its_times(sandbox):
     sandbox.meta.fault("messages", times=2, status=400, body=wire.error_body(613), headers={"Retry-After": "7"})
     first, second, third = (send(sandbox) for _ in range(3))
@@ -248,8 +262,8 @@ def test_a_fault_replaces_the_answer_for_its_times(sandbox):
     assert third.ok
     assert len(sandbox.meta.sent) == 1
     assert [(one.path, one.status) for one in sandbox.meta.calls][1:] == [
-        ("/v26.0/me/messages", 400),
-        ("/v26.0/me/messages", 200),
+        ("/v27.0/me/messages", 400),
+        ("/v27.0/me/messages", 200),
     ]
 
 
@@ -351,7 +365,7 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
         "edit": "message.edited",
         "unsend": "message.deleted",
         "postback": "message.postback",
-        "referral": "message.referral",
+        **dict.fromkeys(("referral", "ad_opened"), "message.referral"),
         "comment": "comment.received",
         "mention": "mention.received",
         "test": None,

@@ -94,7 +94,7 @@ def planted(fresh_shop: Shop) -> Shop:
     text = text.replace(
         "verify_token = sandbox-verify-token", f"# {plant['comment']}\nverify_token = {plant['verify_token']}"
     )
-    text = text.replace("/v26.0", f"/v26.0?access_token={plant['graph_query']}")
+    text = text.replace("/v27.0", f"/v27.0?access_token={plant['graph_query']}")
     text += (
         f"\n[alerts]\nurl = https://{plant['alert_user']}:{plant['alert_password']}@hooks.invalid/{plant['alert_path']}"
         f"?t={plant['alert_query']}\ncommand = curl -H 'Authorization: {plant['command']}' {plant['mail']}\n"

@@ -590,7 +590,7 @@ def test_every_kind_of_content_is_recovered_in_the_webhooks_shape(tended: Tended
     media = [(event["message_type"], event["attachments"][0]["url"]) for event in events[1:7]]
     assert media == [(kind, f"{url}{number}") for number, kind in enumerate(kinds)]
     assert events[7]["reply_to"]["message_id"] == events[0]["message_id"]
-    assert events[8]["reply_to"]["story"] == {"id": "178", "url": "https://s"}
+    assert events[8]["reply_to"]["story"] == {"id": "178", "url": "https://s", "other": None}
     assert events[9]["event"] == "message.unsupported"
     assert all(event["recovered"] and event["sender_id"] == CUSTOMER for event in events)
     # What was told in another form is not told again.

@@ -76,6 +76,10 @@ MEANINGS = (
     Meaning("final", "comment_invalid", "100/2534025", "the comment is older than 7 days, answered already or gone"),
     Meaning("final", "comment_already_answered", "10900/*", "a comment can be answered privately once"),
     Meaning("final", "thread_controlled_elsewhere", "100/2534037", _OTHER_APP),
+    Meaning(
+        "final", "conversation_routing_off", "27/*",
+        "switch Conversation Routing on for the Page or account: without it no app can take a conversation over",
+    ),
     Meaning("final", "thread_gone", "*/2534001", "the conversation was deleted or archived in Instagram"),
     Meaning("final", "message_gone", "9000001/*", "the message was deleted, or is not among the newest 20"),
     Meaning("final", "duplicate_message", "506/*", "change the text: Instagram takes it for a repetition"),

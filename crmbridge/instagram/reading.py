@@ -20,6 +20,8 @@ SHOWN_AT_MOST = 20  # details of older messages of a conversation are not told
 _PAGE = 50
 _SIXTY_DAYS_S = 5_184_000.0
 _FIELDS = "id,created_time,from,to,message,attachments,shares,story,reply_to,is_unsupported"
+_READ = (*_FIELDS.split(","), "reactions")  # none of these is passed on besides as it is
+_DATA = ("sticker_data", "image_data", "video_data")
 _SOUNDS = (".aac", ".m4a", ".wav", ".mp3", ".ogg", ".mp4")
 
 
@@ -154,7 +156,7 @@ def _item(entry: Mapping[str, Any], user_id: str, own: set[str]) -> dict[str, An
     contact = next((one for one in readers if one and one not in own), "") if is_echo else author
     if not mid or not at_s or not contact:
         return None
-    message: dict[str, Any] = {"mid": mid}
+    message: dict[str, Any] = {**_but(entry, *_READ), "mid": mid}
     if text := _text(entry.get("message")):
         message["text"] = text
     attachments = _attachments(entry)
@@ -178,36 +180,52 @@ def _attachments(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [_attachment(one) for one in _data(entry.get("attachments"))]
     for share in _data(entry.get("shares")):
         if isinstance(share.get("template"), dict):
-            found.append({"type": "template", "payload": {"generic": share["template"]}})
+            found.append({**_but(share, "template"), "type": "template", "payload": {"generic": share["template"]}})
         else:
-            found.append({"type": "share", "payload": {"url": _text(share.get("link"))}})
+            found.append({"type": "share", "payload": {**_but(share, "link"), "url": _text(share.get("link"))}})
     story = entry.get("story")
     mention = story.get("mention") if isinstance(story, dict) else None
     if isinstance(mention, dict):
         payload = {"url": _text(mention.get("link")), "id": _text(mention.get("id"))}
-        found.append({"type": "story_mention", "payload": {name: value for name, value in payload.items() if value}})
+        told = {name: value for name, value in payload.items() if value}
+        found.append({"type": "story_mention", "payload": {**_but(mention, "link", "id"), **told}})
     return found
 
 
 def _attachment(told: Mapping[str, Any]) -> dict[str, Any]:
-    for key, kind in (("image_data", "image"), ("video_data", "video")):
-        data = told.get(key)
-        if isinstance(data, dict):
-            return {"type": kind, "payload": {"url": _text(data.get("url"))}}
+    """Put an attachment into the webhook's shape. Its own id is not the one that webhooks tell."""
     if "generic_template" in told:
-        return {"type": "template", "payload": {"generic": told["generic_template"]}}
-    url, name = _text(told.get("file_url")), (_text(told.get("name")) or "").lower()
-    is_sound = str(told.get("mime_type") or "").startswith("audio/") or name.endswith(_SOUNDS)
-    return {"type": "audio" if is_sound else "file", "payload": {"url": url}}
+        rest = _but(told, "id", "generic_template")
+        return {**rest, "type": "template", "payload": {"generic": told["generic_template"]}}
+    key = next((name for name in _DATA if isinstance(told.get(name), dict)), None)
+    data = told[key] if key else {"url": told.get("file_url")}
+    rest = _but(told, "id", "type", key or "file_url")
+    return {"type": _kind(told, key), "payload": {**rest, **_but(data, "id"), "url": _text(data.get("url"))}}
+
+
+def _kind(told: Mapping[str, Any], key: str | None) -> str:
+    if named := _text(told.get("type")):
+        return named
+    if key is not None or "sticker_id" in told:
+        return (key or "sticker").removesuffix("_data")
+    is_sound = str(told.get("mime_type") or "").startswith("audio/")
+    return "audio" if is_sound or (_text(told.get("name")) or "").lower().endswith(_SOUNDS) else "file"
 
 
 def _reply(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     story, reply = entry.get("story"), entry.get("reply_to")
     about = story.get("reply_to") if isinstance(story, dict) else None
     if isinstance(about, dict):
-        return {"story": {"url": _text(about.get("link")), "id": _text(about.get("id"))}}
-    mid = (_text(reply.get("mid")) or _text(reply.get("id"))) if isinstance(reply, dict) else None
-    return {"mid": mid} if mid else None
+        known = {"url": _text(about.get("link")), "id": _text(about.get("id"))}
+        return {"story": {**_but(about, "link", "id"), **known}}
+    if not isinstance(reply, dict):
+        return None
+    mid = _text(reply.get("mid")) or _text(reply.get("id"))
+    return {**_but(reply, "id"), "mid": mid} if mid else None
+
+
+def _but(told: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in told.items() if name not in names}
 
 
 def _party(value: Any) -> str:

@@ -10,28 +10,41 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, ReplyTo, epoch_s, instant, new_id
+from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, Opens, ReplyTo, epoch_s, instant, new_id
+from crmbridge.instagram import objects
+from crmbridge.instagram.objects import Parts, Told, first
 
 _SECONDS_BELOW = 1e11  # entry.time is milliseconds for messaging, seconds for changes and dashboard tests
 _MILLIS_BELOW = 1e15
-_RAW_DEPTH = 64  # what is passed on as JSON; a deeper item is passed on as text
 _ENVELOPE = {"sender", "recipient", "timestamp", "is_self"}
 _TEST_ACCOUNT, _TEST_MID = "0", "random_mid"  # what the console's "Test" button sends, always the same
 _COMMENT_FIELDS = {"comments": "comment", "live_comments": "live_comment"}
 _RECEIPTS = ("messaging_seen", "message_reads", "read", "delivery", "message_deliveries")
-_POST_TYPES = ("share", "ig_post")  # a shared post may come as both
+_TWINS = {"ig_post": "share", "sticker": "image"}  # one thing may come in both forms: the new one, and the old one
+_AD_KEYS = ("ad_title", "photo_url", "video_url", "post_id", "product_id", "flow_id")
+# What names the customer as its sender, though they did nothing that opens the window.
+_NO_ACTS = {
+    "read", "delivery", "pass_thread_control", "take_thread_control", "request_thread_control", "app_roles",
+    "policy_enforcement",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A messaging item with its envelope read. `time` is the item's own time as it came, if it has one."""
+    """A messaging item with its envelope read. `time` is the item's own time as it came, if it has one.
+
+    `told` is what stands around the object that the item is about.
+    """
 
     account: str
     sender: str
     recipient: str
+    username: str | None
     at: str
     time: str
     body: Mapping[str, Any]
+    told: Told
+    parts: Parts
 
     @property
     def from_account(self) -> bool:
@@ -55,6 +68,34 @@ class _Item:
         """The business, as the item itself names it."""
         return self.sender if self.from_account else self.recipient
 
+    @property
+    def is_self(self) -> bool:
+        """Whether the business writes to itself, as a test."""
+        places = (self.body, self.body.get("message"), self.body.get("postback"))
+        return any(isinstance(place, dict) and _is(place.get("is_self")) for place in places)
+
+    @property
+    def opens(self) -> Opens | None:
+        """What the item does to the window in which the shop may answer.
+
+        Sources: Meta's policy page, and its list of acts as its partners show it. What these do not settle, Instagram
+        is to judge: a reaction taken back, an opt-in, what nobody knows yet.
+        """
+        if self.from_account or self.is_self:
+            return None
+        about = {name: value for name, value in self.body.items() if isinstance(value, dict)}
+        if _is(about.get("message", {}).get("is_deleted")):
+            return None
+        if acts := about.keys() & {"message", "postback", "referral"}:
+            places = (self.body, *(about[name] for name in acts))
+            return "ad" if any(_is_ad(place.get("referral")) for place in places) else "window"
+        if "message_edit" in self.body:  # number 0 announces a new message
+            return "window" if _number(about.get("message_edit", {}).get("num_edit")) == 0 else None
+        if "reaction" in about:
+            return "window" if _action(about["reaction"]) == "react" else "perhaps"
+        names = self.body.keys() - _ENVELOPE
+        return "perhaps" if names and not names & _NO_ACTS else None
+
     def event(self, kind: str, dedupe_key: str, **facts: Any) -> ChannelEvent:
         account = self.account or self.party
         return ChannelEvent(
@@ -66,18 +107,16 @@ class _Item:
             from_account=self.from_account,
             party=self.party if self.party != account else "",
             contact_name=None if self.from_account else self.username,
+            opens=self.opens,
+            # What was taken back must not come back by another door.
+            others=self.parts.others() if kind != "message.deleted" else {},
             **facts,
         )
 
     def unsupported(self, *, external_id: str | None = None, key: str | None = None) -> ChannelEvent:
         account = self.account or self.party
         event = _unsupported(account, self.contact, self.body, self.at, external_id=external_id, key=key)
-        return replace(event, party=self.party if self.party != account else "")
-
-    @property
-    def username(self) -> str | None:
-        sender = self.body.get("sender")
-        return _text(sender.get("username")) if isinstance(sender, dict) else None
+        return replace(event, party=self.party if self.party != account else "", opens=self.opens)
 
 
 def read(payload: Any, received_at: str) -> Iterator[ChannelEvent]:
@@ -150,7 +189,8 @@ def _item_of_cloud_message(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     parties = {"sender": {"id": message.get("from")}, "recipient": {"id": message.get("to")}}
-    return {**parties, "timestamp": message.get("timestamp"), "message": message}
+    said = {name: value for name, value in message.items() if name not in ("from", "to", "timestamp")}
+    return {**parties, "timestamp": message.get("timestamp"), "message": said}
 
 
 # --- messaging items ---
@@ -159,44 +199,67 @@ def _item_of_cloud_message(message: Any) -> Any:
 def _item(account: str, value: Any, sent_at: str) -> ChannelEvent:
     if not isinstance(value, dict):
         return _unsupported(account, "", value, sent_at)
-    time = value.get("timestamp")
-    item = _Item(
-        account=account,
-        sender=_party(value, "sender"),
-        recipient=_party(value, "recipient"),
-        at=_time(time, sent_at),
-        time=_time(time, ""),
-        body=value,
-    )
     if any(isinstance(about, dict) and about.get("mid") == _TEST_MID for about in value.values()):
         return _test(value, sent_at)
     for key, handler in _HANDLERS.items():
         about = value.get(key)
-        if isinstance(about, dict) and (event := handler(item, about)) is not None:
+        if isinstance(about, dict) and (event := handler(_envelope(account, value, sent_at, key), about)) is not None:
             return event
+    item = _envelope(account, value, sent_at)
     if not value.keys() - _ENVELOPE - {"read", "delivery"}:  # receipts that tell nothing we can use
         return _noted(account or item.party, item.contact, value, item.at)
     return item.unsupported()
 
 
-def _message(item: _Item, message: Mapping[str, Any]) -> ChannelEvent | None:
-    mid = _id(message.get("mid")) or _id(message.get("id"))
+def _envelope(account: str, value: Mapping[str, Any], sent_at: str, key: str = "") -> _Item:
+    """Read what stands around the object of that key."""
+    parts = Parts()
+    told = parts.begin("item", {name: inner for name, inner in value.items() if name != key})
+    told.take("is_self", _flag)
+    username = None
+    for role in ("sender", "recipient"):
+        told.take(role, _known_id)
+        party = told.part(role)
+        party.take("id", _known_id)
+        username = party.take("username", _text) if role == "sender" else username
+    return _Item(
+        account=account,
+        sender=_party(value, "sender"),
+        recipient=_party(value, "recipient"),
+        username=username,
+        at=_time(value.get("timestamp"), sent_at),
+        time=told.take("timestamp", _moment) or "",
+        body=value,
+        told=told,
+        parts=parts,
+    )
+
+
+def _message(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
+    message = item.parts.begin("message", told)
+    mid = first(_known_id, (message, "mid"), (message, "id")) or ""
     if not item.contact:
         return None
-    if _is(message.get("is_deleted")):
+    if message.take("is_deleted", _flag):
         return item.event("message.deleted", f"deleted:{mid}", external_id=mid, message_type="deleted") if mid else None
-    text, attachments = _words(message.get("text")), _attachments(message.get("attachments"))
-    extra: dict[str, Any] = {}
-    if _is(message.get("is_self")) or _is(item.body.get("is_self")):
-        extra["is_self"] = True
-    reply, referral = message.get("quick_reply"), _referral_of(message, item.body)
-    if isinstance(reply, dict):
-        extra["quick_reply"] = {"payload": _scalar(reply.get("payload"))}
+    for flag in ("is_echo", "is_self"):
+        message.take(flag, _flag)
+    is_unsupported = _is(message.get("is_unsupported"))
+    if not is_unsupported:
+        message.take("is_unsupported", _flag)
+    text, attachments, reply_to = _words(message), _attachments(message), _reply_to(item.parts, message)
+    extra: dict[str, Any] = {"is_self": True} if item.is_self else {}
+    reply, referral = message.take("quick_reply", _object), _referral_of(item, message)
+    if reply:
+        extra["quick_reply"] = {"payload": item.parts.begin("quick_reply", reply).take("payload", _scalar)}
     if referral:
         extra["referral"] = referral
-    key = mid or _hash(item.body)
+    # Of what has no id only the keys that are known tell it from others: the rest may differ when it is told again.
+    things = [(one.type, one.url, one.external_id) for one in attachments]
+    known = [item.sender, item.recipient, item.time, text, things, extra.get("quick_reply"), _identity(referral)]
+    key = mid or _hash(known)
     if text is None and not attachments and "quick_reply" not in extra:
-        if referral and not _is(message.get("is_unsupported")):
+        if referral and not is_unsupported:
             return item.event("message.referral", f"message:{key}", external_id=mid or None,
                               message_type="referral", extra=extra)  # fmt: skip
         return None
@@ -207,24 +270,26 @@ def _message(item: _Item, message: Mapping[str, Any]) -> ChannelEvent | None:
         text=text,
         message_type=attachments[0].type if attachments else "text",
         attachments=attachments,
-        reply_to=_reply_to(message.get("reply_to")),
+        reply_to=reply_to,
         extra=extra,
     )
 
 
-def _edit(item: _Item, edit: Mapping[str, Any]) -> ChannelEvent | None:
+def _edit(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
     """Read an edit. Number 0 comes for new messages in some apps, often without text and parties."""
-    mid, text, number = _id(edit.get("mid")), _text(edit.get("text")), _number(edit.get("num_edit"))
+    is_new = _number(told.get("num_edit")) == 0
+    edit = item.parts.begin("message" if is_new else "edit", told)
+    mid, text, number = edit.take("mid", _known_id), edit.take("text", _text), edit.take("num_edit", _number)
     if not mid:
         return None
-    if number == 0:
+    if is_new:
         if text and item.contact:
             kind, key = ("message.echo", "echo") if item.from_account else ("message.received", "message")
             extra = {"announced": True}  # the whole message may follow, with what this form cannot carry
             return item.event(kind, f"{key}:{mid}", external_id=mid, text=text, message_type="text", extra=extra)
         return item.unsupported(external_id=mid, key=f"new:{mid}")
     # Apps that tell no number tell the edits apart by their time.
-    which = str(number) if number is not None else item.time or _hash(edit)
+    which = str(number) if number is not None else item.time or _hash(text)
     return item.event(
         "message.edited",
         f"edited:{mid}:{which}",
@@ -235,12 +300,13 @@ def _edit(item: _Item, edit: Mapping[str, Any]) -> ChannelEvent | None:
     )
 
 
-def _reaction(item: _Item, reaction: Mapping[str, Any]) -> ChannelEvent | None:
-    mid = _id(reaction.get("mid"))
+def _reaction(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
+    reaction, action = item.parts.begin("reaction", told), _action(told)
+    mid = reaction.take("mid", _known_id)
     if not mid or not item.contact:
         return None
-    name, emoji = _text(reaction.get("reaction")), _text(reaction.get("emoji"))
-    action = _text(reaction.get("action")) or ("react" if name or emoji else "unreact")
+    reaction.take("action", _text)
+    name, emoji = reaction.take("reaction", _text), reaction.take("emoji", _text)
     return item.event(
         "message.reaction",
         f"reaction:{mid}:{item.side}:{action}:{emoji or name or ''}:{item.time}",
@@ -250,20 +316,28 @@ def _reaction(item: _Item, reaction: Mapping[str, Any]) -> ChannelEvent | None:
     )
 
 
-def _postback(item: _Item, postback: Mapping[str, Any]) -> ChannelEvent | None:
-    mid, payload, title = _id(postback.get("mid")), _scalar(postback.get("payload")), _text(postback.get("title"))
+def _action(reaction: Mapping[str, Any]) -> str:
+    is_there = _text(reaction.get("reaction")) or _text(reaction.get("emoji"))
+    return _text(reaction.get("action")) or ("react" if is_there else "unreact")
+
+
+def _postback(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
+    postback = item.parts.begin("postback", told)
+    mid, payload = postback.take("mid", _known_id), postback.take("payload", _scalar)
+    title, referral = postback.take("title", _text), _referral_of(item, postback)
+    postback.take("is_self", _flag)
     if not item.contact:
         return None
     extra: dict[str, Any] = {"postback": {"title": title, "payload": payload}}
-    if _is(item.body.get("is_self")) or _is(postback.get("is_self")):
+    if item.is_self:
         extra["is_self"] = True
-    if referral := _referral_of(postback, item.body):
+    if referral:
         extra["referral"] = referral
     key = mid or _hash([item.sender, item.time, payload, title])
     return item.event(
         "message.postback",
         f"postback:{key}",
-        external_id=mid or None,
+        external_id=mid,
         text=title,
         message_type="postback",
         extra=extra,
@@ -283,13 +357,14 @@ def _read(item: _Item, receipt: Mapping[str, Any]) -> ChannelEvent | None:
     return item.event("message.read", f"read:{_hash([seen_at, item.sender])}", extra={"read_until": seen_at})
 
 
-def _referral(item: _Item, _: Mapping[str, Any]) -> ChannelEvent | None:
-    referral = _referral_of(item.body)
-    if not item.contact or not referral:
+def _referral(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
+    if not item.contact or not told:
         return None
+    referral = _origin(item.parts, told)
     return item.event(
         "message.referral",
-        f"referral:{_hash([item.sender, item.time, referral])}",
+        f"referral:{_hash([item.sender, item.time, _identity(referral)])}",
+        external_id=_known_id(told.get("mid")),
         message_type="referral",
         extra={"referral": referral},
     )
@@ -309,15 +384,18 @@ _HANDLERS: dict[str, Callable[[_Item, Mapping[str, Any]], ChannelEvent | None]] 
 # --- parts of items ---
 
 
-def _attachments(value: Any) -> tuple[Attachment, ...]:
-    found = [_attachment(item) for item in _many(value) if isinstance(item, dict)]
+def _attachments(message: Told) -> tuple[Attachment, ...]:
+    value = message.get("attachments")
+    items = _many(value)
+    if items or value is None:
+        message.leave("attachments", [item for item in items if item is not None and not isinstance(item, dict)])
     merged: list[Attachment] = []
-    for attachment in found:
-        twin = next((entry for entry in merged if _same_post(entry, attachment)), None)
+    for attachment in (_attachment(item) for item in items if isinstance(item, dict)):
+        twin = next((entry for entry in merged if _are_twins(entry, attachment)), None)
         if twin is None:
             merged.append(attachment)
         else:
-            newer, older = (attachment, twin) if attachment.type == "ig_post" else (twin, attachment)
+            newer, older = (attachment, twin) if attachment.type in _TWINS else (twin, attachment)
             merged[merged.index(twin)] = Attachment(
                 type=newer.type,
                 url=newer.url or older.url,
@@ -328,98 +406,119 @@ def _attachments(value: Any) -> tuple[Attachment, ...]:
     return tuple(merged)
 
 
-def _same_post(one: Attachment, other: Attachment) -> bool:
-    """Tell whether two attachments are the old and the new form of one shared post."""
-    if one.type == other.type or one.type not in _POST_TYPES or other.type not in _POST_TYPES:
+def _are_twins(one: Attachment, other: Attachment) -> bool:
+    """Tell whether two attachments are the old and the new form of one thing: by what they are called, else by url."""
+    if _TWINS.get(one.type) != other.type and _TWINS.get(other.type) != one.type:
         return False
-    if one.external_id and other.external_id:
-        return one.external_id == other.external_id
-    return one.url is not None and one.url == other.url
+    ids, others = _ids(one), _ids(other)
+    return bool(ids & others) if ids and others else one.url is not None and one.url == other.url
+
+
+def _ids(attachment: Attachment) -> set[str]:
+    return {attachment.external_id or "", _id((attachment.payload or {}).get("sticker_id"))} - {""}
 
 
 def _attachment(item: Mapping[str, Any]) -> Attachment:
+    outer = Told({name: value for name, value in item.items() if name != "payload"})
     payload = item.get("payload")
-    told = dict(payload) if isinstance(payload, dict) else {} if payload in (None, "") else {"value": payload}
-    told |= {key: value for key, value in item.items() if key not in ("type", "payload", "url", "title")}
+    inner = Told(payload if isinstance(payload, dict) else {} if payload in (None, "") else {"value": payload})
     ids = ("ig_post_media_id", "reel_video_id", "story_media_id", "id")
-    external_id = next((_id(told.pop(key)) for key in ids if _id(told.get(key))), None)
-    urls = [_text(told.pop("url", None)), _text(told.pop("story_media_url", None)), _text(item.get("url"))]
-    titles = [_text(told.pop("title", None)), _text(item.get("title"))]
     return Attachment(
-        type=_text(item.get("type")) or "unknown",
-        url=next(filter(None, urls), None),
-        title=next(filter(None, titles), None),
-        external_id=external_id,
-        payload=_shallow(told) or None,
+        type=outer.take("type", _text) or "unknown",
+        url=first(_text, (inner, "url"), (inner, "story_media_url"), (outer, "url")),
+        title=first(_text, (inner, "title"), (outer, "title")),
+        external_id=first(_known_id, *((place, name) for place in (inner, outer) for name in ids)),
+        payload=objects.shallow(objects.together(inner.left(), outer.left())) or None,
     )
 
 
-def _referral_of(*places: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the first referral: from an ad (ad_id, ads_context_data), a shop (product), or an ig.me link (ref)."""
-    for place in places:
-        told = place.get("referral")
-        if isinstance(told, dict) and told:
-            product, context = told.get("product"), told.get("ads_context_data")
-            return {
-                "ref": _scalar(told.get("ref")),
-                "source": _text(told.get("source")),
-                "type": _text(told.get("type")),
-                "ad_id": _id(told.get("ad_id")) or None,
-                "product_id": (_id(product.get("id")) or None) if isinstance(product, dict) else None,
-                "ad": _shallow(context) if isinstance(context, dict) else None,
-            }
-    return None
+def _referral_of(item: _Item, inner: Told) -> dict[str, Any] | None:
+    """Return the referral of an item: in the object that it is about, or beside that."""
+    told = first(_object, (inner, "referral"), (item.told, "referral"))
+    return _origin(item.parts, told) if told else None
 
 
-def _reply_to(value: Any) -> ReplyTo | None:
-    if not isinstance(value, dict):
+def _origin(parts: Parts, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a referral: from an ad (ad_id, ads_context_data), a shop (product), or an ig.me link (ref)."""
+    referral = parts.begin("referral", told)
+    return {
+        "ref": referral.take("ref", _scalar),
+        "source": referral.take("source", _text),
+        "type": referral.take("type", _text),
+        "ad_id": referral.take("ad_id", _known_id),
+        "product_id": referral.part("product").take("id", _known_id),
+        "ad": objects.shallow(ad) if (ad := referral.take("ads_context_data", _object)) else None,
+    }
+
+
+def _identity(referral: Mapping[str, Any] | None) -> Any:
+    """Return what is the same whenever a referral is told: an ad's unknown keys may not be."""
+    ad = referral["ad"] if referral else None
+    return {**referral, "ad": {name: ad[name] for name in _AD_KEYS if name in ad}} if referral and ad else referral
+
+
+def _is_ad(referral: Any) -> bool:
+    if not isinstance(referral, dict):
+        return False
+    return (_text(referral.get("source")) or "").upper() == "ADS" or any(
+        referral.get(name) for name in ("ad_id", "ads_context_data")
+    )
+
+
+def _reply_to(parts: Parts, message: Told) -> ReplyTo | None:
+    told = message.take("reply_to", _object)
+    if told is None:
         return None
-    story = value.get("story")
-    if isinstance(story, dict):
-        return ReplyTo(story_id=_id(story.get("id")) or None, story_url=_text(story.get("url")))
-    mid = _id(value.get("mid"))
-    return ReplyTo(external_id=mid) if mid else None
+    reply = parts.begin("reply_to", told)
+    story = parts.begin("story", reply.take("story", _object) or {})
+    mid, story_id, url = reply.take("mid", _known_id), story.take("id", _known_id), story.take("url", _text)
+    return ReplyTo(mid, story_id, url) if mid or story_id or url or reply.left() or story.left() else None
 
 
 # --- comments and mentions ---
 
 
 def _comment(account: str, kind: str, value: Mapping[str, Any], sent_at: str) -> ChannelEvent | None:
-    author, media = value.get("from"), value.get("media")
-    author, media = author if isinstance(author, dict) else {}, media if isinstance(media, dict) else {}
-    comment_id = _id(value.get("id")) or _id(value.get("comment_id"))
+    parts = Parts()
+    comment = parts.begin("comment", value)
+    author, media = comment.part("from"), comment.part("media")
+    comment_id = first(_known_id, (comment, "id"), (comment, "comment_id"))
     if not comment_id:
         return None
-    time = value.get("created_time") or value.get("timestamp")
-    referral = _referral_of(value)
-    own = account in (_id(author.get("id")), _id(author.get("self_ig_scoped_id")))
+    at = first(_moment, (comment, "created_time"), (comment, "timestamp"))
+    referral = comment.take("referral", _object)
+    author_id = author.take("id", _known_id) or ""
+    own = account in (author_id, _id(author.get("self_ig_scoped_id")))
     return ChannelEvent(
         # What the shop itself answers comes back as a comment: told to a CRM, it could answer itself for ever.
         NOTED if own else "comment.received",
         account,
-        _id(author.get("id")),
-        _time(time, sent_at),
+        author_id,
+        at or sent_at,
         f"comment:{comment_id}",
         external_id=comment_id,
-        text=_text(value.get("text")),
+        text=comment.take("text", _text),
         message_type=kind,
         from_account=own,
         extra={
             "comment": {
                 "id": comment_id,
-                "parent_id": _id(value.get("parent_id")) or None,
-                "username": _text(author.get("username")),
-                "media_id": _id(media.get("id")) or _id(value.get("media_id")) or None,
-                "media_type": _text(media.get("media_product_type")),
-                "ad_id": _id(media.get("ad_id")) or None,
+                "parent_id": comment.take("parent_id", _known_id),
+                "username": author.take("username", _text),
+                "media_id": first(_known_id, (media, "id"), (comment, "media_id")),
+                "media_type": media.take("media_product_type", _text),
+                "ad_id": media.take("ad_id", _known_id),
             },
-            **({"referral": referral} if referral else {}),
+            **({"referral": _origin(parts, referral)} if referral else {}),
         },
+        others=parts.others(),
     )
 
 
 def _mention(account: str, value: Mapping[str, Any], sent_at: str) -> ChannelEvent | None:
-    media_id, comment_id = _id(value.get("media_id")), _id(value.get("comment_id"))
+    parts = Parts()
+    mention = parts.begin("mention", value)
+    media_id, comment_id = mention.take("media_id", _known_id), mention.take("comment_id", _known_id)
     if not media_id and not comment_id:
         return None
     return ChannelEvent(
@@ -427,10 +526,11 @@ def _mention(account: str, value: Mapping[str, Any], sent_at: str) -> ChannelEve
         account,
         "",
         sent_at,
-        f"mention:{media_id}:{comment_id}",
+        f"mention:{media_id or ''}:{comment_id or ''}",
         external_id=comment_id or media_id,
         message_type="mention",
-        extra={"mention": {"media_id": media_id or None, "comment_id": comment_id or None}},
+        extra={"mention": {"media_id": media_id, "comment_id": comment_id}},
+        others=parts.others(),
     )
 
 
@@ -439,11 +539,12 @@ def _mention(account: str, value: Mapping[str, Any], sent_at: str) -> ChannelEve
 
 def _test(item: Any, at: str) -> ChannelEvent:
     """A press of the console's "Test" button: all tests look alike, and none is a repetition."""
-    return ChannelEvent(TEST, _TEST_ACCOUNT, "", at, "test:" + new_id("tst"), message_type="test", raw=_shown(item))
+    raw = objects.shown(item)
+    return ChannelEvent(TEST, _TEST_ACCOUNT, "", at, "test:" + new_id("tst"), message_type="test", raw=raw)
 
 
 def _noted(account: str, contact: str, item: Any, at: str) -> ChannelEvent:
-    return ChannelEvent(NOTED, account, contact, at, "raw:" + _hash(item), raw=_shown(item))
+    return ChannelEvent(NOTED, account, contact, at, "raw:" + _hash(item), raw=objects.shown(item))
 
 
 def _unsupported(
@@ -461,24 +562,11 @@ def _unsupported(
         message_type="unsupported",
         from_account=isinstance(item, dict) and bool(account) and _party(item, "sender") == account,
         extra={"sender_id": _party(item, "sender") or None} if isinstance(item, dict) else {},
-        raw=_shown(item),
+        raw=objects.shown(item),
     )
 
 
 # --- values ---
-
-
-def _shown(item: Any) -> Any:
-    """Return what may be passed on as JSON: an item as it is, as text when it is nested too deeply."""
-    try:
-        content = json.dumps(item, sort_keys=True)
-    except RecursionError:
-        return "an item nested too deeply to be shown"
-    return content if _deeper_than(_RAW_DEPTH, item) else item
-
-
-def _shallow(value: dict[str, Any]) -> dict[str, Any]:
-    return value if not _deeper_than(_RAW_DEPTH, value) else {"value": _shown(value)}
 
 
 def _hash(value: Any) -> str:
@@ -487,19 +575,6 @@ def _hash(value: Any) -> str:
     except RecursionError:
         content = "an item nested too deeply to be told apart"
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _deeper_than(limit: int, value: Any) -> bool:
-    pending = [(value, 0)]
-    while pending:
-        inner, depth = pending.pop()
-        if depth > limit:
-            return True
-        if isinstance(inner, dict):
-            pending += [(entry, depth + 1) for entry in inner.values()]
-        elif isinstance(inner, list):
-            pending += [(entry, depth + 1) for entry in inner]
-    return False
 
 
 def _many(value: Any) -> list[Any]:
@@ -523,9 +598,18 @@ def _id(value: Any) -> str:
     return ""
 
 
+def _known_id(value: Any) -> str | None:
+    return _id(value) or None
+
+
 def _is(value: Any) -> bool:
     """Read a flag: absent is false, and older pages show the text "true"."""
-    return value is True or value == 1 or (isinstance(value, str) and value.lower() in ("true", "1"))
+    return bool(_flag(value))
+
+
+def _flag(value: Any) -> bool | None:
+    word = value.lower() if isinstance(value, str) else value
+    return True if word in (True, "true", "1") else False if word in (False, "false", "0") else None
 
 
 def _number(value: Any) -> int | None:
@@ -537,16 +621,24 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _words(value: Any) -> str | None:
+def _object(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
+
+
+def _words(message: Told) -> str | None:
     """Read a text, or WhatsApp's object around one."""
-    return _text(value.get("body")) if isinstance(value, dict) else _text(value)
+    return message.take("text", _text) or message.part("text").take("body", _text)
 
 
 def _scalar(value: Any) -> str | None:
     """Read a text that some senders write as a number or as JSON."""
     if isinstance(value, dict | list):
-        return json.dumps(_shown(value), ensure_ascii=False)
+        return json.dumps(objects.shown(value), ensure_ascii=False)
     return _text(value) or _id(value) or None
+
+
+def _moment(value: Any) -> str | None:
+    return _time(value, "") or None
 
 
 def _time(value: Any, otherwise: str) -> str:

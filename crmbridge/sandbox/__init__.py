@@ -36,7 +36,7 @@ class Sandbox:
         self.meta.page_paths = self.crm.page_paths = ("/sandbox", f"{_CRM}/sandbox")
         self._server = LoopbackServer(self._app, host, port)
         self.url = self._server.url
-        self.graph_url = f"{self.url}/v26.0"
+        self.graph_url = f"{self.url}/v27.0"
         self.crm_webhook_url = f"{self.url}{_CRM}/webhook"
 
     def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

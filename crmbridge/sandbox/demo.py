@@ -133,7 +133,7 @@ Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
 GET {sandbox.url}/sandbox/state shows what Instagram received ("sent"), its conversations ("messages") and calls
 PUT JSON to {sandbox.url}/sandbox/settings for how Instagram takes sends,
   {{"auto_read": true}}              the customer reads each message at once
-  {{"window": true}}                 refuses them 24 hours after the customer wrote, or before they did
+  {{"window": true}}                 refuses them 24 hours after the customer's last act, or before there was one
   {{"human_agent": false}}           has not approved the tag of a person's answer
   {{"media": "unreachable"}}         cannot fetch media; also timeout, rejected and too_large; ok as usual
 POST JSON to {sandbox.url}/sandbox/privacy for what the account's owner asks Meta,

@@ -109,7 +109,7 @@ class _Owed:
 class Meta:
     """Emulates Meta for one app; safe to use from any thread.
 
-    `echo`, `echo_delay_s`, `auto_read`, `me_form`, `window` (refuse sends to who did not write for 24 hours),
+    `echo`, `echo_delay_s`, `auto_read`, `me_form`, `window` (refuse sends to who did nothing for 24 hours),
     `human_agent` (that tag is approved), `media` (what comes of fetching it), `profile` (whether names are told),
     `profile_delay_s` and `conversations_page` may be set at any time; `configure` checks them first.
     """
@@ -147,6 +147,7 @@ class Meta:
         self.undelivered: list[dict[str, Any]] = []
         self._faults: list[_Fault] = []
         self._heard: dict[tuple[str, str], float] = {}
+        self._open_until: dict[tuple[str, str], float] = {}
         self._answered: set[str] = set()
         self._owed = 0
         self._queue: queue.SimpleQueue[_Owed | None] = queue.SimpleQueue()
@@ -282,17 +283,18 @@ class Meta:
         if reply_to:
             message["reply_to"] = {"mid": reply_to, "is_self_reply": False} if isinstance(reply_to, str) else reply_to
         self._log(user_id, igsid, "customer", mid, message, at_ms)
-        self.customer_wrote(user_id, igsid, at_ms)
+        self.add_customer(igsid)  # who has written lets their profile be read
+        self.customer_acted(user_id, igsid, at_ms)
         if told == "never":
             return Posted(mid, 0, "not told", 0)
         if told == "edit":
             return self._post_item(user_id, {"timestamp": at_ms, "message_edit": {"mid": mid, "num_edit": 0}})
         return self._post_item(user_id, _item(igsid, user_id, at_ms, "message", message))
 
-    def customer_wrote(self, user_id: str, igsid: str, at_ms: int) -> None:
-        """Open the window, and let the customer's profile be read: who has written has consented."""
-        self.add_customer(igsid)
-        self._heard[user_id, igsid] = max(at_ms / 1000, self._heard.get((user_id, igsid), 0))
+    def customer_acted(self, user_id: str, igsid: str, at_ms: int, lasts_s: float = _WINDOW_S) -> None:
+        """Open the window from an act of the customer on."""
+        for known, time_s in ((self._heard, at_ms / 1000), (self._open_until, at_ms / 1000 + lasts_s)):
+            known[user_id, igsid] = max(time_s, known.get((user_id, igsid), 0))
 
     def shop_says(self, user_id: str, igsid: str, text: str, *, told: bool = True) -> Posted:
         """Have the shop write in Instagram's own app, with or without the echo that tells it."""
@@ -640,8 +642,10 @@ class Meta:
                     raise graph.GraphError(10900, "This comment has already been replied to")
                 self._answered.add(comment)
         elif self.window and igsid not in (account.user_id, account.app_scoped_id):
+            lane = account.user_id, igsid
             lasts_s = _HUMAN_WINDOW_S if tag else _WINDOW_S
-            if self.clock() >= self._heard.get((account.user_id, igsid), -_HUMAN_WINDOW_S) + lasts_s:
+            usual_s = self._heard.get(lane, -_HUMAN_WINDOW_S) + lasts_s
+            if self.clock() >= max(usual_s, self._open_until.get(lane, 0)):
                 problem = "(#10) This message is sent outside of allowed window."
                 raise graph.GraphError(10, problem, 403, subcode=2534022)
 

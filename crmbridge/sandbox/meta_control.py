@@ -56,8 +56,10 @@ def add_routes(app: bottle.Bottle, meta: "Meta") -> None:
         if not isinstance(times, int) or not 1 <= times <= 100:
             raise ValueError("times must be a whole number from 1 to 100")
         body = shapes.payload(name, user_id, igsid, meta.now_ms(), **given)
+        if lasts_s := shapes.opens_for_s(name):
+            meta.customer_acted(user_id, igsid, meta.now_ms(), lasts_s)
         if shapes.is_writing(name):
-            meta.customer_wrote(user_id, igsid, meta.now_ms())
+            meta.add_customer(igsid)
         for _ in range(times):  # Meta repeats a fact with another time of sending
             posted = meta.post(body)
             body["entry"][0]["time"] += 18_700

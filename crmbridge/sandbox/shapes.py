@@ -17,6 +17,7 @@ _AD = {
     "type": "OPEN_THREAD",
     "ads_context_data": {"ad_title": "Lamps", "photo_url": _URL},
 }
+_DAY_S = 86_400
 _LINK = {"ref": "flyer", "source": "IGME-SOURCE-LINK", "type": "OPEN_THREAD"}
 Body = Callable[[str, str], dict[str, Any]]  # from a message id and a text: what stands in the item
 
@@ -41,6 +42,14 @@ _NEW: dict[str, Body] = {
         }
     },
     "story_mention": _attached("story_mention", {"url": _URL}),
+    "sticker": lambda mid, _: {
+        "message": {
+            "mid": mid,
+            "attachments": [
+                {"type": kind, "payload": {"url": _URL, "sticker_id": 369239263222822}} for kind in ("image", "sticker")
+            ],
+        }
+    },
     "heart": _attached("like_heart"),
     "view_once": _attached("ephemeral"),
     "attachment_of_tomorrow": _attached("hologram", {"url": _URL, "depth": 3}),
@@ -49,6 +58,7 @@ _NEW: dict[str, Body] = {
     },
     "quick_reply": lambda mid, text: {"message": {"mid": mid, "text": text, "quick_reply": {"payload": "CONFIRM_YES"}}},
     "from_ad": lambda mid, text: {"message": {"mid": mid, "text": text, "referral": _AD}},
+    "ad_opened": lambda mid, _: {"message": {"mid": mid, "referral": _AD}},
     "from_shop": lambda mid, text: {"message": {"mid": mid, "text": text, "referral": {"product": {"id": "4711"}}}},
     "unsupported": lambda mid, _: {"message": {"mid": mid, "is_unsupported": True}},
     "postback": lambda mid, text: {"postback": {"mid": mid, "title": text, "payload": "HOURS"}},
@@ -103,10 +113,21 @@ def _body(name: str, user_id: str, igsid: str, at_ms: int, mid: str | None, text
 
 
 def is_writing(name: str) -> bool:
-    """Tell whether a customer writes, or taps, with that shape; it opens the window and lets their names be read."""
-    shape = (_NEW | _ABOUT).get(name)
-    body = shape("", "") if shape else {}
+    """Tell whether a customer writes, or taps, with that shape; it lets their names be read."""
+    body = _made(name)
     return "postback" in body or ("message" in body and not body["message"].get("is_deleted"))
+
+
+def opens_for_s(name: str) -> float:
+    """Return for how many seconds that shape opens the window; 0 for one that is no such act of the customer."""
+    body = _made(name)
+    is_act = is_writing(name) or name in ("edit_zero", "referral", "reaction")
+    return 0 if not is_act else 7 * _DAY_S if body.get("message", {}).get("referral") == _AD else _DAY_S
+
+
+def _made(name: str) -> dict[str, Any]:
+    shape = (_NEW | _ABOUT).get(name)
+    return shape("", "") if shape else {}
 
 
 def _whole(name: str, user_id: str, igsid: str, at_ms: int, text: str) -> dict[str, Any]:

@@ -124,8 +124,14 @@ def conversation_edges(attachments: list[Any]) -> dict[str, Any]:
         elif kind == "audio":
             files.append({"id": str(number), "name": "voice.m4a", "file_url": url})
         elif url and kind != "story_mention":
-            shown = {"image": {"image_data": {"url": url}}, "video": {"video_data": {"url": url}}}
-            files.append({"id": str(number), **shown.get(kind, {"file_url": url})})
+            rest = {name: value for name, value in one["payload"].items() if name == "sticker_id"}
+            image, sticker = {"image_data": {"url": url}}, {"type": "sticker", "image_data": {"url": url}}
+            shown: dict[str, dict[str, Any]] = {
+                "image": image,
+                "sticker": sticker,
+                "video": {"video_data": {"url": url}},
+            }
+            files.append({"id": str(number), **rest, **shown.get(kind, {"file_url": url})})
     edges = {"attachments": files, "shares": shares}
     return {name: {"data": found} for name, found in edges.items() if found}
 

@@ -22,14 +22,19 @@ def next_sequence(db: Database, target: Target, account_id: str, contact: str, n
     return int(db.value(_NEXT[target], (account_id, contact, new_id("cnv"), now)))
 
 
-def wrote(db: Database, account_id: str, contact: str, at: str) -> None:
-    """Note when a customer last wrote; runs inside a write, after `next_sequence`."""
-    db.run(
-        """
-        UPDATE contacts SET last_wrote_at = ? WHERE account_id = ? AND contact = ?
-            AND (last_wrote_at IS NULL OR last_wrote_at < ?)""",
-        (at, account_id, contact, at),
-    )
+def acted(db: Database, account_id: str, contact: str, *, at: str | None, until: str | None) -> None:
+    """Note when a customer last opened the window, and until when it may be open beyond its usual length.
+
+    An earlier time than the one that is known changes nothing. Runs inside a write, after `next_sequence`.
+    """
+    for column, time in (("last_wrote_at", at), ("window_until", until)):
+        if time is not None:
+            db.run(
+                f"""
+                UPDATE contacts SET {column} = ? WHERE account_id = ? AND contact = ?
+                    AND ({column} IS NULL OR {column} < ?)""",
+                (time, account_id, contact, time),
+            )
 
 
 def name(db: Database, account_id: str, contact: str, username: str) -> None:
@@ -38,8 +43,8 @@ def name(db: Database, account_id: str, contact: str, username: str) -> None:
 
 
 def find(db: Database, account_id: str, contact: str) -> Row:
-    """Return the contact's conversation_id, username, name and last_wrote_at."""
-    return _columns(db, account_id, contact, ("conversation_id", "username", "name", "last_wrote_at"))
+    """Return the contact's conversation_id, username, name, last_wrote_at and window_until."""
+    return _columns(db, account_id, contact, ("conversation_id", "username", "name", "last_wrote_at", "window_until"))
 
 
 def profile(db: Database, account_id: str, contact: str) -> Row:

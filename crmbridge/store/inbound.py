@@ -14,11 +14,10 @@ from crmbridge.store.deliveries import Debt, Patience
 _ADOPT_AT_ONCE = 200
 # What rendering raises where the content is gone or is not what it was when it was written.
 UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
-_OPEN_THE_WINDOW = ("message.received", "message.postback")
 # What a message is known by; the other kinds are about one.
 _MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
 _BY_A_PERSON = ("message.received", "message.postback", "message.referral")  # Instagram names who wrote or tapped
-_SAID_NOTHING = ("text", "attachments", "reply_to", "raw")  # what goes when a message is taken back
+_SAID_NOTHING = ("text", "attachments", "reply_to", "others", "raw")  # what goes when a message is taken back
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _keep_one(
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
             (now, external_account_id, event.dedupe_key),
         )
-        _complete(db, external_account_id, event)
+        _complete(db, account, external_account_id, event)
         return Kept("duplicate", event, None, account["id"] if account else None)
     if event.kind == TEST:
         return Kept("noted", event, event_id, None)
@@ -117,20 +116,29 @@ def _keep_one(
     if queues:
         return Kept("queued", event, event_id, account["id"])
     state = _apply(db, account, _found(db, event_id), now, patience)
+    windows.note(db, account, event.contact, event.opens, acted_at=event.occurred_at, received_at=now)
     if event.contact_name:
         contacts.name(db, account["id"], event.contact, event.contact_name)
     return Kept(state, event, event_id, account["id"])
 
 
-def _complete(db: Database, external_account_id: str, event: ChannelEvent) -> None:
-    """Let a whole message take the place of its mere announcement, as long as no CRM was told of that."""
+def _complete(db: Database, account: Row | None, external_account_id: str, event: ChannelEvent) -> None:
+    """Let a whole message take the place of its mere announcement, as long as no CRM was told of that.
+
+    Only the whole message, if any form of it, tells that an ad led to it.
+    """
     if event.kind != "message.received" or event.extra.get("announced"):
         return
     known = db.row(
-        "SELECT id, payload FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?",
+        "SELECT id, payload, received_at FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?",
         (external_account_id, event.dedupe_key),
     )
-    if known is None or '"announced"' not in (known["payload"] or ""):
+    if known is None:
+        return
+    if account is not None:
+        at, received_at = event.occurred_at, known["received_at"]
+        windows.note(db, account, event.contact, event.opens, acted_at=at, received_at=received_at)
+    if '"announced"' not in (known["payload"] or ""):
         return
     told = "SELECT 1 FROM deliveries WHERE event_id = ? AND target = 'crm' AND (attempts > 0 OR body IS NOT NULL)"
     if not db.value(told, (known["id"],)):
@@ -145,6 +153,8 @@ def _payload(event: ChannelEvent) -> str:
         "reply_to": asdict(event.reply_to) if event.reply_to else None,
         "from_account": event.from_account,
         "extra": dict(event.extra),
+        "others": dict(event.others),
+        "opens": event.opens,
         "raw": event.raw,
     }
     return json.dumps({key: value for key, value in content.items() if value}, ensure_ascii=False)
@@ -241,6 +251,8 @@ def _withdraw(db: Database, account: Row, row: Row) -> None:
     where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
     for event in db.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
         left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
+        if "referral" in left.get("extra", {}):
+            left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
         withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
         db.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
         db.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
@@ -292,22 +304,12 @@ def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience)
     sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
     if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
         _take_over_edits(db, account, row)
-    if row["kind"] in _OPEN_THE_WINDOW or _is_unshown(row, account):
-        contacts.wrote(db, account["id"], row["contact"], row["occurred_at"])
     wait_s = patience.ask_s if _ask(db, account, row, now) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
     expires = instant(epoch_s(now) + patience.crm_s)
     deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push, wait_s=wait_s)
     return "forwarded"
-
-
-def _is_unshown(row: Row, account: Row) -> bool:
-    """Tell whether an event is a customer's message whose content the channel does not show, or only announced."""
-    if row["kind"] != "message.unsupported" or not row["contact"] or not row["instagram_message_id"]:
-        return False
-    content = json.loads(row["payload"] or "{}")
-    return not content.get("from_account") and row["contact"] != account["instagram_account_id"]
 
 
 def _ask(db: Database, account: Row, row: Row, now: str) -> bool:
@@ -456,6 +458,8 @@ def _adopt_some(db: Database, account: Row, now: str, patience: Patience) -> int
         if not is_ours:
             db.update("inbound_events", {"instagram_account_id": named}, "id = ?", [row["id"]])
         _apply(db, account, row, now, patience)
+        opens = json.loads(row["payload"] or "{}").get("opens")
+        windows.note(db, account, row["contact"], opens, acted_at=row["occurred_at"], received_at=row["received_at"])
     return len(waiting)
 
 
@@ -488,7 +492,7 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
     )
     shop, customer = account["instagram_account_id"], row["contact"] or extra.get("sender_id")
     in_conversation = row["contact"] and kind not in ("comment.received", "mention.received")
-    last = contact["last_wrote_at"] if in_conversation else None
+    others = content.get("others", {})
     fields: dict[str, Any] = {
         "event_id": row["id"],
         "sequence": delivery["sequence"],
@@ -504,17 +508,18 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "instagram_message_id": row["instagram_message_id"],
         "conversation_id": contact["conversation_id"] if in_conversation else None,
         "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
-        "window_expires_at": windows.ends_at(last) if last else None,
+        "window_expires_at": windows.of_contact(contact) if in_conversation else None,
         "recovered": bool(extra.get("recovered")),
+        "other": others.get("event"),
     }
     shape = contract.CRM_EVENTS[kind].model_fields
     for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):
         if name in shape:
-            fields[name] = extra.get(name)
+            fields[name] = {**extra[name], "other": others.get(name)} if extra.get(name) else None
     if "is_self" in shape:
         fields["is_self"] = bool(extra.get("is_self"))
     if "reply_to" in shape:
-        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"))
+        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"), others)
     if "raw" in shape:
         fields["raw"] = content.get("raw")
     return contract.crm_body(kind, fields)
@@ -545,13 +550,20 @@ def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reply_to(db: Database, account_id: str, reply: dict[str, Any] | None) -> dict[str, Any] | None:
+def _reply_to(
+    db: Database, account_id: str, reply: dict[str, Any] | None, others: dict[str, Any]
+) -> dict[str, Any] | None:
     if reply is None:
         return None
     external_id = reply["external_id"]
     ours = _our_id(db, account_id, external_id) if external_id else None
-    story = {"id": reply["story_id"], "url": reply["story_url"]} if reply["story_id"] or reply["story_url"] else None
-    return {"message_id": ours, "instagram_message_id": external_id, "story": story}
+    story = {"id": reply["story_id"], "url": reply["story_url"], "other": others.get("story")}
+    return {
+        "message_id": ours,
+        "instagram_message_id": external_id,
+        "story": story if any(story.values()) else None,
+        "other": others.get("reply_to"),
+    }
 
 
 def _found(db: Database, event_id: str) -> Row:

@@ -1,15 +1,21 @@
-"""Until when a customer may be written to: the channel closes its window some time after they last wrote."""
+"""Until when a customer may be written to: the channel closes its window some time after their last act.
+
+`contacts.last_wrote_at` is the last act that opens it for sure, `contacts.window_until` how long it may be open beyond
+its usual length. Where the channel's rule is not clear the later end counts: the channel refuses what it does not take.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from crmbridge.events import epoch_s, instant
+from crmbridge.events import Opens, epoch_s, instant
 from crmbridge.store import contacts
 from crmbridge.store.database import Database, Row
 
 OPEN_S = 86_400  # a customer may be answered this long (Meta: "24-hour standard messaging window")
 LONG_S = 7 * OPEN_S  # a person may answer this long ("Human Agent"), and a comment be answered in private
+AD_S = 7 * OPEN_S  # the same from the first message after an ad ("up to 7 days from that message")
+_AHEAD_S = 60.0  # so much a time may lie after it was told: the channel's clock is not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +45,33 @@ def of(db: Database, account: Row, recipient_id: str, content: Mapping[str, Any]
         return _of_comment(db, account, content["comment_id"])
     if recipient_id in (account["instagram_account_id"], account["app_scoped_id"]):
         return Window()  # messages to oneself are exempt
-    last = contacts.find(db, account["id"], recipient_id)["last_wrote_at"]
-    if last is None:
+    known = contacts.find(db, account["id"], recipient_id)
+    last, open_until = known["last_wrote_at"], of_contact(known)
+    if open_until is None:
         return Window(warning="recipient_unknown")
-    open_until = ends_at(last)
     # A sender action travels alone: it cannot say that a person makes it.
-    if content.get("human") and not content.keys() & {"action", "reaction"}:
-        return Window(ends_at(last, LONG_S), tagged_from=open_until)
+    if last and content.get("human") and not content.keys() & {"action", "reaction"}:
+        # Beyond the usual length the window may be closed: a tag passes in either case.
+        return Window(max(_after(last, LONG_S), open_until), tagged_from=_after(last, OPEN_S))
     return Window(open_until)
+
+
+def of_contact(contact: Mapping[str, Any]) -> str | None:
+    """Return until when a customer may be written to by anyone; None where no act of theirs is known."""
+    usual = _after(contact["last_wrote_at"], OPEN_S) if contact["last_wrote_at"] else None
+    return max(filter(None, (usual, contact["window_until"])), default=None)
+
+
+def note(db: Database, account: Row, contact: str, opens: Opens | None, *, acted_at: str, received_at: str) -> None:
+    """Open the window as far as an act of a customer does; runs inside a write, once the contact is there.
+
+    An act is not taken to be later than it was received, whatever its time says.
+    """
+    if opens is None or contact in ("", account["instagram_account_id"], account["app_scoped_id"]):
+        return
+    at = min(acted_at, _after(received_at, _AHEAD_S))
+    until = {"ad": _after(at, AD_S), "perhaps": _after(at, OPEN_S)}.get(opens)
+    contacts.acted(db, account["id"], contact, at=None if opens == "perhaps" else at, until=until)
 
 
 def _of_comment(db: Database, account: Row, comment_id: str) -> Window:
@@ -58,9 +83,8 @@ def _of_comment(db: Database, account: Row, comment_id: str) -> Window:
     )
     if comment is None:
         return Window(warning="comment_unknown")
-    return Window(ends_at(comment["occurred_at"], LONG_S), contact=comment["contact"] or None)
+    return Window(_after(comment["occurred_at"], LONG_S), contact=comment["contact"] or None)
 
 
-def ends_at(last: str, lasts_s: float = OPEN_S) -> str:
-    """Return when the window ends that a customer's message opened."""
-    return instant(epoch_s(last) + lasts_s)
+def _after(time: str, seconds: float) -> str:
+    return instant(epoch_s(time) + seconds)

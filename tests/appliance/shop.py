@@ -37,7 +37,7 @@ class Shop:
         """Change keys of the ini, named section__key; and lead it to the sandbox."""
         text = self.ini.read_text()
         wanted = {
-            "instagram__graph_url": f"{SANDBOX}/v26.0",
+            "instagram__graph_url": f"{SANDBOX}/v27.0",
             "instagram__app_secrets": "sandbox-app-secret",
             "instagram__verify_token": "sandbox-verify-token",
             "crm__allow_http": "true",
