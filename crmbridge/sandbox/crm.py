@@ -107,7 +107,7 @@ class SampleCrm:
         with self._changed:
             self._always = None if status is None else _Script(status, 1, body, headers, delay_s, None, None)
 
-    def wait(self, n: int, *, timeout_s: float = 10, where: Callable[[Received], bool] | None = None) -> list[Received]:
+    def wait(self, n: int, *, timeout_s: float = 60, where: Callable[[Received], bool] | None = None) -> list[Received]:
         """Wait until at least n deliveries match; return all that do."""
 
         def matching() -> list[Received]:
