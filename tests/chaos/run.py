@@ -17,6 +17,7 @@ from tests.chaos.load import Load
 from tests.chaos.processes import Process
 from tests.chaos.weather import TIMEOUT_S, UnreliableMeta, Weather, unreliable
 from tests.shop import Shop
+from tests.waiting import PATIENCE_S, free_port
 
 _QUICK_TRIES = 6
 _SHOWN = 15
@@ -92,7 +93,7 @@ def run(plan: Plan, folder: Path, disturb: Callable[[Stage], None] | None = None
     sandbox, meta = unreliable(weather, history)
     with sandbox:
         shop = _shop(folder, sandbox)
-        port = processes.free_port()
+        port = free_port()
         own = {"CRMBRIDGE_WEB_PORT": str(port), "CRMBRIDGE_INSTAGRAM_TIMEOUT_S": str(TIMEOUT_S)}
         parts = {
             name: Process(name, words, folder / "crmbridge.ini", {**shop.bridge.environ, **own}, plan.planted)
@@ -192,7 +193,7 @@ def _calm_down(plan: Plan, load: Load, meta: UnreliableMeta, weather: Weather, d
 @contextlib.contextmanager
 def reading(database: Path) -> Iterator[sqlite3.Connection]:
     """Look into the database without being able to change it."""
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)) as connection:
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=PATIENCE_S)) as connection:
         yield connection
 
 
@@ -216,7 +217,7 @@ def _statuses(url: str, key: str, history: History) -> dict[str, dict[str, objec
         session.trust_env = False
         session.headers["Authorization"] = f"Bearer {key}"
         for message_id in dict.fromkeys(order.message_id for order in history.of(Order) if order.message_id):
-            answer = session.get(f"{url}/api/v1/messages/{message_id}/status", timeout=10)
+            answer = session.get(f"{url}/api/v1/messages/{message_id}/status", timeout=PATIENCE_S)
             answer.raise_for_status()
             found[message_id] = answer.json()
     return found
