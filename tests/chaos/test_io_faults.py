@@ -329,7 +329,6 @@ def test_a_queue_that_cannot_be_written_costs_no_message_and_no_time(fresh_shop:
     shop, callers = fresh_shop, Callers(fresh_shop)
 
     def one_more(way: str, _: int) -> None:
-        time.sleep(0.3)  # no drain runs any more, so that a bell has to be rung
         assert was_taken(way, callers.try_one(way)), callers.answers
 
     with failing(shop, BOTH, error, "1+", QUEUE) as report:
