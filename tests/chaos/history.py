@@ -170,6 +170,10 @@ class History:
             for item in webhook.items if item.kind == "message"
         }  # fmt: skip
 
+    def accepted(self) -> set[str]:
+        """Return the keys of the sends that the bridge said 202 to."""
+        return {order.key for order in self.of(Order) if order.status == 202}
+
     def of(self, kind: type[Record]) -> list[Record]:
         return [fact for fact in self.facts if isinstance(fact, kind)]
 

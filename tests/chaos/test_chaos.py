@@ -13,11 +13,11 @@ import pytest
 
 from crmbridge.sandbox import Sandbox
 from tests.chaos import processes
-from tests.chaos.history import CrmCall, Order, Webhook
+from tests.chaos.history import CrmCall, Webhook
 from tests.chaos.processes import Process
-from tests.chaos.run import Plan, Stage, kill_again_and_again, run
+from tests.chaos.run import Plan, Stage, run
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop
-from tests.waiting import BULK_S, PATIENCE_S, SWEEP_S, free_port, until
+from tests.waiting import BULK_S, PATIENCE_S, SWEEP_S, free_port
 
 pytestmark = pytest.mark.chaos
 _TOLERANCE_S = 2.5
@@ -26,23 +26,13 @@ _TIMES = 10  # as long as what has its bell takes here, at this moment, may come
 
 def test_more_than_fifty_kills_break_no_promise(tmp_path: Path) -> None:
     """Two bridges at a time, so that each also meets a busy machine."""
-    messages, sends = 1001, 201
-
-    def killed_under_load(stage: Stage) -> None:
-        kill_again_and_again(stage)
-        until(lambda: len(stage.history.acknowledged()), lambda number: number > messages / 4, timeout_s=BULK_S)
-        until(
-            lambda: len({order.key for order in stage.history.of(Order) if order.status == 202}),
-            lambda number: number > sends / 4,
-            timeout_s=BULK_S,
-        )
-
-    plans = [Plan(seed, 13, mode) for seed, mode in ((1, "serve"), (2, "split"), (3, "serve"), (4, "split"))]
+    modes = {1: "serve", 2: "split", 3: "serve", 4: "split"}
+    plans = [Plan(seed, 13, mode, least=(251, 51)) for seed, mode in modes.items()]
     folders = [tmp_path / str(plan.seed) for plan in plans]
     for folder in folders:
         folder.mkdir()
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, plans, folders, [killed_under_load] * 4))
+        results = list(pool.map(run, plans, folders))
     total = Counter[str]()
     for result in results:
         print(result.told())
@@ -53,8 +43,8 @@ def test_more_than_fifty_kills_break_no_promise(tmp_path: Path) -> None:
     # A run in which nothing happened proves nothing.
     for name in ("CRM duplicates, in flight at a kill", "attempts in_doubt", "attempts abandoned", "attempts absent"):
         assert total[name] > 0, name
-    assert total["messages acknowledged"] >= messages
-    assert total["sends acknowledged"] >= sends
+    assert total["messages acknowledged"] > 1000
+    assert total["sends acknowledged"] > 200
 
 
 @pytest.mark.parametrize(
