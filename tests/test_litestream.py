@@ -1,7 +1,10 @@
 """Litestream beside the running bridge, as README sets it up: the bridge alone checkpoints, and nothing is lost."""
 
+import contextlib
+import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,7 +19,7 @@ from tests.needs import require
 from tests.shop import SHOP_ID, Shop
 from tests.test_backup import query
 from tests.test_cli import ROOT
-from tests.waiting import BULK_S, until
+from tests.waiting import BULK_S, PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 BESIDE = Path(sys.executable).parent / "litestream"
@@ -30,26 +33,36 @@ def socket() -> Iterator[Path]:
 
 
 class Litestream:
-    """The program, and README's litestream.yml for a shop, with a socket by which a test can wait."""
+    """README's litestream.yml and what it has one type, for a database; with a socket by which a test can wait."""
 
-    def __init__(self, shop: Shop, socket: Path) -> None:
+    def __init__(self, database: Path, socket: Path) -> None:
         found = shutil.which("litestream") or (str(BESIDE) if BESIDE.exists() else None)
         require(found, "needs litestream, which tests/requirements.txt has for Linux on x86_64 and aarch64")
-        folder = shop.database.parent.parent
-        (recipe,) = re.findall(r"```yaml\n([^`]*dbs:[^`]*)```", (ROOT / "README.md").read_text())
-        recipe = recipe.replace("/var/lib/crmbridge/bridge.db", str(shop.database))
-        recipe = recipe.replace("/mnt/elsewhere/crmbridge", str(folder / "replica"))
-        self._program, self._socket, self._database = str(found), socket, shop.database
-        self._config, self._log = folder / "litestream.yml", folder / "litestream.log"
-        self._config.write_text(f"{recipe}\nsocket:\n  enabled: true\n  path: {socket}\n")
+        self._socket, self._database, self._folder = socket, database, database.parent.parent
+        self._environ = {**os.environ, "PATH": f"{Path(str(found)).parent}:{os.environ['PATH']}"}
+        self._log = self._folder / "litestream.log"
+        recipe = self._readme(r"```yaml\n([^`]*dbs:[^`]*)```")
+        (self._folder / "litestream.yml").write_text(f"{recipe}\nsocket:\n  enabled: true\n  path: {socket}\n")
+        (self._folder / "replica").mkdir()
         self._process: subprocess.Popen[bytes] | None = None
+
+    def _readme(self, pattern: str) -> str:
+        """Return a block of README, with the places of this test."""
+        (found,) = re.findall(pattern, (ROOT / "README.md").read_text())
+        for theirs, ours in (
+            ("/var/lib/crmbridge", self._database.parent),
+            ("/mnt/elsewhere/crmbridge", self._folder / "replica"),
+            ("/etc/litestream.yml", self._folder / "litestream.yml"),
+        ):
+            found = found.replace(theirs, str(ours))
+        return str(found)
 
     def start(self) -> None:
         """Replicate, and wait until it can be asked."""
         self._socket.unlink(missing_ok=True)
+        words = ["sh", "-c", self._readme(r"```sh\n(#!/bin/sh\nrm -rf [^`]*litestream replicate[^`]*)```")]
         with self._log.open("ab") as log:
-            words = [self._program, "replicate", "-config", str(self._config)]
-            self._process = process = subprocess.Popen(words, stdout=log, stderr=log)
+            self._process = process = subprocess.Popen(words, env=self._environ, stdout=log, stderr=log)
         until(lambda: self._socket.exists() or process.poll() is not None)
         assert process.poll() is None, self.log()
 
@@ -60,23 +73,26 @@ class Litestream:
 
     def sync(self) -> None:
         """Wait until all that the database holds is in the replica."""
-        words = ["-wait", "-timeout", str(int(BULK_S)), "-socket", str(self._socket), str(self._database)]
-        self._run("sync", *words)
+        self._run(f"litestream sync -wait -timeout {BULK_S:.0f} -socket {self._socket} {self._database}")
 
     def restore(self, file: Path) -> None:
-        self._run("restore", "-config", str(self._config), "-o", str(file), str(self._database))
+        script = self._readme(r"```sh\n([^`]*litestream restore[^`]*)crmbridge restore[^`]*```")
+        self._run(script.replace("/root/restored.db", str(file)))
 
     def log(self) -> str:
         return self._log.read_text()
 
-    def _run(self, *words: str) -> None:
-        done = subprocess.run([self._program, *words], capture_output=True, text=True, timeout=BULK_S, check=False)
+    def _run(self, script: str) -> None:
+        words = ["sh", "-ec", script]
+        done = subprocess.run(
+            words, env=self._environ, capture_output=True, text=True, timeout=BULK_S + PATIENCE_S, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
 def litestream(fresh_shop: Shop, socket: Path) -> Iterator[Litestream]:
-    made = Litestream(fresh_shop, socket)
+    made = Litestream(fresh_shop.database, socket)
     yield made
     made.stop(at_once=True)
 
@@ -109,9 +125,9 @@ class Writers:
             thread.join()
 
 
-def salt(shop: Shop) -> bytes:
+def salt(database: Path) -> bytes:
     """Return what tells one beginning of the log from another."""
-    with shop.database.with_name("bridge.db-wal").open("rb") as log:
+    with database.with_name("bridge.db-wal").open("rb") as log:
         return log.read(24)[16:]
 
 
@@ -124,7 +140,7 @@ def lose(shop: Shop, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["database", "machine"])
-def test_what_was_synced_survives_the_loss_and_the_replica_goes_on_with_what_was_restored(
+def test_what_was_synced_survives_the_loss_and_is_copied_again(
     fresh_shop: Shop, litestream: Litestream, what: str
 ) -> None:
     shop, folder = fresh_shop, fresh_shop.database.parent.parent
@@ -137,9 +153,9 @@ def test_what_was_synced_survives_the_loss_and_the_replica_goes_on_with_what_was
             before = list(writers.told)
             litestream.sync()
             if number < 1100:
-                wal_of = salt(shop)
+                wal_of = salt(shop.database)
                 litestream.stop(at_once=number == 500)
-                until(lambda wal_of=wal_of: salt(shop) != wal_of, timeout_s=BULK_S)  # type: ignore[misc]
+                until(lambda wal_of=wal_of: salt(shop.database) != wal_of, timeout_s=BULK_S)  # type: ignore[misc]
                 litestream.start()
         checkpointed_bytes = shop.database.stat().st_size
         litestream.stop(at_once=True)
@@ -157,7 +173,7 @@ def test_what_was_synced_survives_the_loss_and_the_replica_goes_on_with_what_was
     lose(shop, what)
     shop.bridge.command("restore", str(restored))
     shop.start()
-    litestream.start()  # onto the same replica, whose history this is not
+    litestream.start()
     last = shop.meta.customer_says(SHOP_ID, "819", "after the loss")
     assert last.status == 200
     # what was told after the last sync comes back from Instagram's conversations, and only then all is there
@@ -172,3 +188,42 @@ def test_what_was_synced_survives_the_loss_and_the_replica_goes_on_with_what_was
     assert copies.look_through(again).rows["accounts"] == 1  # and it is whole
     assert {mid for (mid,) in query(again, MIDS)} == stored
     assert "level=ERROR" not in litestream.log()
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["stopped", "killed"])
+def test_a_log_that_began_anew_while_nobody_copied_it_leaves_no_hole(
+    tmp_path: Path, socket: Path, at_once: bool
+) -> None:
+    """As in a quiet shop: what was copied last is still there in the log, behind what came after its new beginning."""
+    database = tmp_path / "var" / "bridge.db"
+    database.parent.mkdir()
+    litestream = Litestream(database, socket)
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, text)")
+        connection.execute("CREATE INDEX texts ON events (text)")
+
+        def write(number: int) -> None:
+            for _ in range(number):
+                connection.execute("INSERT INTO events (text) VALUES (hex(randomblob(300)))")
+
+        write(30)
+        litestream.start()
+        litestream.sync()
+        litestream.stop(at_once=at_once)
+        began = salt(database)
+        write(5)
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        write(1)
+        assert salt(database) != began
+        litestream.start()
+        try:
+            write(1)
+            litestream.sync()
+        finally:
+            litestream.stop(at_once=True)
+        stored = connection.execute("SELECT * FROM events").fetchall()
+    litestream.restore(tmp_path / "restored.db")
+    assert query(tmp_path / "restored.db", "SELECT * FROM events NOT INDEXED") == stored
+    assert query(tmp_path / "restored.db", "PRAGMA integrity_check") == [("ok",)]
