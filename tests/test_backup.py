@@ -26,7 +26,7 @@ from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID, Shop
 from tests.test_cli import ROOT, run
 from tests.test_feed import page
-from tests.waiting import until
+from tests.waiting import BULK_S, until
 
 PASSPHRASE = "correct horse battery"
 KINDS = "link,linkat,unlink,unlinkat,rename,renameat,renameat2,fsync,fdatasync,ftruncate"
@@ -101,7 +101,7 @@ def test_what_was_acknowledged_before_a_backup_began_is_in_it_and_nobody_waits_f
     assert {mid for (mid,) in shop.rows("SELECT instagram_message_id FROM inbound_events")} >= set(before)
     shop.start()
     shop.wait_rows("SELECT COUNT(*) FROM backfills", [(0,)])
-    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)])
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)], BULK_S)
     assert not left_over(folder)
 
 

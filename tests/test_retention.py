@@ -20,7 +20,7 @@ from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import OTHER_ID, SHOP_ID, Shop
 from tests.test_feed import Stopped, follower, hundreds_of_steps
-from tests.waiting import BULK_S
+from tests.waiting import BULK_S, until
 
 DAY_S = 86_400
 MB = 2**20
@@ -386,8 +386,12 @@ def test_the_file_shrinks_when_much_of_it_is_free(rig: Rig) -> None:
     rig.db.checkpoint()
     before = rig.db.sizes()["database_bytes"]
     assert before > 48 * MB
-    prune(rig)
-    assert rig.db.free_bytes() <= retention.SPARE_BYTES
+
+    def free_after_a_run() -> int:
+        prune(rig)
+        return rig.db.free_bytes()
+
+    until(free_after_a_run, lambda free: free <= retention.SPARE_BYTES)  # a slow disk takes more than one run's time
     rig.db.checkpoint()
     assert rig.db.sizes()["database_bytes"] < before / 2
     assert rig.db.value("PRAGMA integrity_check") == "ok"
