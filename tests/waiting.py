@@ -19,7 +19,7 @@ def until(
     is_it: Callable[[Seen], object] = bool,
     *,
     timeout_s: float = PATIENCE_S,
-    pause_s: float = 0.02,
+    pause_s: float = 0.05,
 ) -> Seen:
     """Look again and again until what is seen is what is wanted, and return it.
 
