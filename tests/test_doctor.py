@@ -535,11 +535,11 @@ def no_tls(stage: Stage, undo: contextlib.ExitStack) -> Path:
 def future_beat(stage: Stage, undo: contextlib.ExitStack) -> None:
     beat = "UPDATE heartbeats SET at = ? WHERE name = 'listening'"
     undo.callback(stage.execute, beat, instant(time.time()))
-    stage.execute(beat, instant(time.time() + 7200))
-    # the service's own next beat must not come between
-    undo.callback(stage.execute, "DROP TRIGGER planted")
-    stage.execute("CREATE TRIGGER planted BEFORE UPDATE ON heartbeats WHEN old.name = 'listening' "
+    # the service's own next beat must not take it back
+    stage.execute("CREATE TRIGGER planted BEFORE UPDATE ON heartbeats WHEN new.at < old.at "
                   "BEGIN SELECT RAISE(IGNORE); END")  # fmt: skip
+    undo.callback(stage.execute, "DROP TRIGGER planted")
+    stage.execute(beat, instant(time.time() + 7200))
 
 
 @fault("clock_off", "warning", "chronyd")
