@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -86,6 +87,16 @@ class Shop:
         """Call the API with the CRM's key, or another."""
         headers = {"Authorization": f"Bearer {self.key if key is None else key}", **options.pop("headers", {})}
         return requests.request(method, self.url + path, json=body, headers=headers, timeout=PATIENCE_S, **options)
+
+    def hears(self, customer: str, text: str, **more: Any) -> None:
+        """Have a customer write, and Meta tell it again until it is acknowledged: a slow disk may cost it a 503."""
+        told = {"mid": f"mid-{secrets.token_hex(12)}", **more}
+
+        def acknowledged(status: int) -> bool:
+            assert status in (200, 503)
+            return status == 200
+
+        until(lambda: self.meta.customer_says(SHOP_ID, customer, text, **told).status, acknowledged)
 
     def send(self, text: str, idempotency_key: str, /, **more: Any) -> Any:
         """Send a message as the CRM would."""

@@ -227,6 +227,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with pytest.MonkeyPatch.context() as patch, Sandbox(app_secret=APP_SECRET) as sandbox:
         stage = Stage(folder, sandbox)
         patch.setenv("SSL_CERT_FILE", str(stage.good))
+        patch.setattr(sqlite, "BUSY_TIMEOUT_S", 15.0)  # a slow disk may keep the service's lock for longer than usual
         stage.shop.bridge.environ["SSL_CERT_FILE"] = str(stage.good)
         try:
             yield stage

@@ -462,7 +462,7 @@ def test_a_follower_misses_nothing_through_a_restart_and_a_retention_run(fresh_s
 
     def say(first: int, end: int) -> None:
         for number in range(first, end):
-            assert shop.meta.customer_says(SHOP_ID, f"80{number % 5}", f"text {number}").status == 200
+            shop.hears(f"80{number % 5}", f"text {number}")
 
     say(0, 20)
     cursor = follow(20, None)
