@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import rig as rigs
 from tests import shop as shops
 from tests.needs import require
 
+# How long an example takes to make and to try is the machine's.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

@@ -27,6 +27,7 @@ from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
 from crmbridge.watch import Watch
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
+from tests.waiting import PATIENCE_S
 
 START_S = 1_800_000_000.0
 SCHEDULE = {
@@ -46,7 +47,7 @@ class Recorder(Alerts):
 
     def __init__(self, db: Database, clock: Callable[[], float], **settings: Any) -> None:
         reach = net.Reach(any_address=True, http=True)
-        session = net.Session(reach, connect_timeout_s=2, timeout_s=5)
+        session = net.Session(reach, connect_timeout_s=2, timeout_s=PATIENCE_S)
         given: dict[str, Any] = {"command": "", "url": "", "repeat_after_s": 3600.0, **settings}
         super().__init__(db, session=session, clock=clock, **given)
         self.raised: list[tuple[str, str]] = []

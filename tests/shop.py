@@ -3,9 +3,9 @@
 import contextlib
 import os
 import re
+import secrets
 import signal
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import requests
 from crmbridge.sandbox import Sandbox
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.demo import Bridge, ini
+from tests.waiting import PATIENCE_S, until
 
 SHOP_ID, SHOP_SCOPED_ID = "17841400000000001", "24000000000000001"
 OTHER_ID, OTHER_SCOPED_ID = "17841400000000002", "24000000000000002"
@@ -85,7 +86,17 @@ class Shop:
     def call(self, method: str, path: str, body: Any = None, *, key: str | None = None, **options: Any) -> Any:
         """Call the API with the CRM's key, or another."""
         headers = {"Authorization": f"Bearer {self.key if key is None else key}", **options.pop("headers", {})}
-        return requests.request(method, self.url + path, json=body, headers=headers, timeout=30, **options)
+        return requests.request(method, self.url + path, json=body, headers=headers, timeout=PATIENCE_S, **options)
+
+    def hears(self, customer: str, text: str, **more: Any) -> None:
+        """Have a customer write, and Meta tell it again until it is acknowledged: a slow disk may cost it a 503."""
+        told = {"mid": f"mid-{secrets.token_hex(12)}", **more}
+
+        def acknowledged(status: int) -> bool:
+            assert status in (200, 503)
+            return status == 200
+
+        until(lambda: self.meta.customer_says(SHOP_ID, customer, text, **told).status, acknowledged)
 
     def send(self, text: str, idempotency_key: str, /, **more: Any) -> Any:
         """Send a message as the CRM would."""
@@ -112,6 +123,10 @@ class Shop:
         found: dict[str, Any] = self.call("GET", f"/api/v1/messages/{message_id}/status").json()
         return found
 
+    def wait_status(self, message_id: str, *wanted: str) -> None:
+        """Wait until a message has one of these statuses: that Instagram took it is recorded a moment after."""
+        until(lambda: self.status(message_id), lambda found: found["status"] in wanted)
+
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         """Read the database as an operator would."""
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
@@ -122,39 +137,38 @@ class Shop:
         with contextlib.closing(sqlite3.connect(self.database)) as connection, connection:
             connection.execute(sql)
 
-    def wait_rows(self, sql: str, wanted: list[Any], timeout_s: float = 10) -> None:
+    def wait_rows(self, sql: str, wanted: list[Any], timeout_s: float = PATIENCE_S) -> None:
         """Wait until a query finds what is wanted."""
-        deadline = time.monotonic() + timeout_s
-        while (found := self.rows(sql)) != wanted:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{sql}: {found}")
-            time.sleep(0.01)
+        until(lambda: self.rows(sql), lambda found: found == wanted, timeout_s=timeout_s)
 
     def log(self) -> str:
         return self.bridge.log_path.read_text()
 
-    def wait_log(self, pattern: str, timeout_s: float = 10) -> str:
+    def wait_log(self, pattern: str) -> str:
         """Return the first log line that matches, once it is written."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            for line in self.log().splitlines():
-                if re.search(pattern, line):
-                    return line
-            time.sleep(0.01)
-        raise TimeoutError(pattern)
+
+        def lines() -> list[str]:
+            return self.log().splitlines()
+
+        seen = until(lines, lambda lines: any(re.search(pattern, line) for line in lines))
+        return next(line for line in seen if re.search(pattern, line))
 
     def close(self) -> None:
         self.bridge.stop()
 
 
 @contextlib.contextmanager
-def opened(folder: Path, settings: str = "", *, instagram: str = "", account: bool = True) -> Iterator[Shop]:
+def opened(
+    folder: Path, settings: str = "", *, instagram: str = "", account: bool = True, port: int = 0
+) -> Iterator[Shop]:
     """Yield a running shop, with its account connected unless told otherwise.
 
-    `settings` are sections to add, `instagram` lines for the section that is there.
+    `settings` are sections to add, `instagram` lines for the section that is there; a `port` is kept over restarts.
     """
     with Sandbox() as sandbox:
         shop = Shop(folder, sandbox, settings, instagram)
+        if port:
+            shop.bridge.environ["CRMBRIDGE_WEB_PORT"] = str(port)
         try:
             shop.start()
             if account:

@@ -25,6 +25,7 @@ from crmbridge.web import webhook_routes
 from tests import shop as shops
 from tests.rig import START_S, Recorder, Rig
 from tests.shop import CUSTOMER, SHOP_ID
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY_S = 86_400.0
@@ -50,10 +51,10 @@ class Hook:
         start_response(f"{self.status} X", [("Content-Length", "0")])
         return []
 
-    def wait(self, number: int, timeout_s: float = 10) -> None:
+    def wait(self, number: int) -> None:
         """Wait until it took so many."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.took) >= number, timeout_s), self.took
+            assert self._changed.wait_for(lambda: len(self.took) >= number, PATIENCE_S), self.took
 
 
 class Office:
@@ -751,7 +752,9 @@ def test_a_running_bridge_tells_command_and_url_and_a_restart_repeats_nothing(tm
             for _ in range(20):
                 headers = wire.signature_headers("another-secret", body)
                 assert (
-                    requests.post(f"{shop.url}/webhooks/instagram", data=body, headers=headers, timeout=10).status_code
+                    requests.post(
+                        f"{shop.url}/webhooks/instagram", data=body, headers=headers, timeout=PATIENCE_S
+                    ).status_code
                     == 401
                 )
             hook.wait(1)

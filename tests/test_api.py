@@ -13,6 +13,7 @@ import requests
 from crmbridge import apikey
 from crmbridge.sandbox import wire
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
+from tests.waiting import BULK_S, PATIENCE_S, until
 
 SEND = "/api/v1/messages/send"
 ACCOUNTS = "/api/v1/accounts"
@@ -50,7 +51,7 @@ def fields(answer: requests.Response) -> set[str]:
 )
 def test_no_or_a_wrong_key_is_401_before_anything_else(shop: Shop, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
-    answer = requests.post(shop.url + SEND, data=b"not json", headers=headers, timeout=10)
+    answer = requests.post(shop.url + SEND, data=b"not json", headers=headers, timeout=PATIENCE_S)
     assert error(answer, 401)["error"] == "unauthorized"
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
@@ -202,8 +203,11 @@ def test_a_deleted_account_is_gone_and_its_secrets_with_it(fresh_shop: Shop) -> 
     assert fresh_shop.call("DELETE", path, key=fresh_shop.admin_key).status_code == 200
     assert error(fresh_shop.call("GET", path, key=fresh_shop.admin_key), 404)
     assert not fresh_shop.meta.accounts[SHOP_ID].subscribed
-    status = fresh_shop.call("GET", f"/api/v1/messages/{message_id}/status", key=fresh_shop.admin_key).json()
-    assert (status["status"], status["error"]["code"]) == ("failed", "account_deleted")
+    path = f"/api/v1/messages/{message_id}/status"
+    status = until(
+        lambda: fresh_shop.call("GET", path, key=fresh_shop.admin_key).json(), lambda found: found["status"] == "failed"
+    )
+    assert status["error"]["code"] == "account_deleted"
     sealed = "access_token_sealed, webhook_secret_sealed, crm_webhook_url"
     assert fresh_shop.rows(f"SELECT {sealed} FROM accounts") == [(None, None, None)]
     fresh_shop.meta.customer_says(SHOP_ID, CUSTOMER, "still there?")
@@ -323,7 +327,9 @@ def test_a_body_that_is_no_request_is_refused(
     shop: Shop, body: bytes, content_type: str, status: int, slug: str
 ) -> None:
     headers = {"Content-Type": content_type, "Authorization": f"Bearer {shop.key}"}
-    assert error(requests.post(shop.url + SEND, data=body, headers=headers, timeout=30), status)["error"] == slug
+    assert (
+        error(requests.post(shop.url + SEND, data=body, headers=headers, timeout=PATIENCE_S), status)["error"] == slug
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,21 +359,21 @@ def test_metadata_is_json_and_json_has_no_infinity(shop: Shop, number: str) -> N
     )
     headers = {"Authorization": f"Bearer {shop.key}", "Content-Type": "application/json"}
     odd = body[:-1] + ', "metadata": {"a": [' + number + "]}}"
-    assert fields(requests.post(shop.url + SEND, data=odd, headers=headers, timeout=10)) == {"metadata"}
+    assert fields(requests.post(shop.url + SEND, data=odd, headers=headers, timeout=PATIENCE_S)) == {"metadata"}
 
 
 def test_bytes_that_are_no_text_are_no_fault_of_ours(shop: Shop) -> None:
     for path in ("/health?%ff", "/webhooks/instagram?hub.mode=%ff", f"{ACCOUNTS}?cursor=%ff", "/health?a=%zz"):
         error(shop.call("GET", path), 400)
     odd = b"\xff".decode("latin-1")
-    error(requests.get(shop.url + ACCOUNTS, headers={"Authorization": b"Bearer \xff"}, timeout=10), 401)
+    error(requests.get(shop.url + ACCOUNTS, headers={"Authorization": b"Bearer \xff"}, timeout=PATIENCE_S), 401)
     headers: dict[str, str | bytes | None] = {
         "Authorization": f"Bearer {shop.key}",
         "Content-Type": f"application/json{odd}".encode("latin-1"),
     }
-    error(requests.post(shop.url + SEND, data=b"{}", headers=headers, timeout=10), 415)
+    error(requests.post(shop.url + SEND, data=b"{}", headers=headers, timeout=PATIENCE_S), 415)
     forged: dict[str, str | bytes | None] = {"X-Hub-Signature-256": b"\xff"}
-    error(requests.post(shop.url + "/webhooks/instagram", data=b"{}", headers=forged, timeout=10), 401)
+    error(requests.post(shop.url + "/webhooks/instagram", data=b"{}", headers=forged, timeout=PATIENCE_S), 401)
 
 
 @pytest.mark.parametrize("odd", ["%00", "msg_%F0%9F%92%A1", "..%2f..%2fetc", "'%20OR%201=1", "x" * 4000])
@@ -386,7 +392,7 @@ def test_odd_ids_are_not_found(shop: Shop, odd: str) -> None:
 )
 def test_what_is_no_http_is_answered_in_json_too(shop: Shop, request_text: bytes) -> None:
     where = urlsplit(shop.url)
-    with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
+    with socket.create_connection((where.hostname, where.port), timeout=PATIENCE_S) as connection:
         connection.sendall(request_text)
         answer = b""
         while part := connection.recv(65_536):
@@ -412,7 +418,8 @@ def test_a_request_id_is_kept_through_to_the_crm(shop: Shop) -> None:
     assert posted.status == 200
     (received,) = shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "trace me")
     assert received.headers["X-Correlation-Id"] == "trace-42"
-    shop.wait_log(r"delivery\.attempted.*correlation=trace-42")
+    for name in (r"delivery\.attempted", "request"):
+        shop.wait_log(rf" {name} .*correlation=trace-42")
     lines = [line for line in shop.log().splitlines() if "correlation=trace-42" in line]
     assert {line.split()[2] for line in lines} >= {"event.kept", "request", "delivery.attempted"}
     assert "trace me" not in shop.log()
@@ -421,10 +428,10 @@ def test_a_request_id_is_kept_through_to_the_crm(shop: Shop) -> None:
 
 
 def test_health_needs_no_key(shop: Shop) -> None:
-    found = requests.get(shop.url + "/health", timeout=10)
+    found = requests.get(shop.url + "/health", timeout=PATIENCE_S)
     assert (found.status_code, found.json()["status"]) == (200, "healthy")
-    assert requests.get(shop.url + "/health/live", timeout=10).json()["status"] == "alive"
-    assert requests.head(shop.url + "/health", timeout=10).status_code == 200
+    assert requests.get(shop.url + "/health/live", timeout=PATIENCE_S).json()["status"] == "alive"
+    assert requests.head(shop.url + "/health", timeout=PATIENCE_S).status_code == 200
 
 
 def test_start_logs_configuration_and_health(shop: Shop) -> None:
@@ -444,7 +451,7 @@ def test_a_webhook_without_a_right_signature_is_401(shop: Shop, signature: Any) 
 def test_the_handshake_is_answered_as_plain_text(shop: Shop) -> None:
     assert shop.meta.verify_handshake(challenge="1158201444").body == "1158201444"
     assert shop.meta.verify_handshake(verify_token="wrong").status == 403
-    error(requests.get(shop.url + "/webhooks/instagram", timeout=10), 400)
+    error(requests.get(shop.url + "/webhooks/instagram", timeout=PATIENCE_S), 400)
 
 
 def test_a_thousand_updates_in_one_post_and_a_body_over_the_limit(shop: Shop) -> None:
@@ -461,7 +468,7 @@ def test_a_thousand_updates_in_one_post_and_a_body_over_the_limit(shop: Shop) ->
     assert 3_000_000 < len(body) < 8 * 1024 * 1024
     assert shop.meta.post(body).status == 200
     shop.crm.wait(
-        300, timeout_s=60, where=lambda entry: str(entry.event.get("instagram_message_id")).startswith("batch-")
+        300, timeout_s=BULK_S, where=lambda entry: str(entry.event.get("instagram_message_id")).startswith("batch-")
     )
     assert shop.meta.post(b" " * (8 * 1024 * 1024 + 1)).status == 413
 
@@ -471,8 +478,8 @@ def test_requests_beyond_what_can_be_answered_get_503_not_a_growing_queue(shop: 
 
     def ask(_: int) -> int:
         begin.wait()
-        return int(requests.get(shop.url + "/health/live", timeout=30).status_code)
+        return int(requests.get(shop.url + "/health/live", timeout=PATIENCE_S).status_code)
 
     with ThreadPoolExecutor(200) as pool:
         assert set(pool.map(ask, range(200))) <= {200, 503}
-    assert requests.get(shop.url + "/health", timeout=10).status_code == 200
+    assert requests.get(shop.url + "/health", timeout=PATIENCE_S).status_code == 200

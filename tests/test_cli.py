@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.shop import QUICK, Shop, opened
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +26,7 @@ def run(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProces
         env={**clean, "PYTHONPATH": str(ROOT), **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -187,12 +188,12 @@ def test_the_sandbox_binds_loopback_alone(tmp_path: Path) -> None:
 def test_health_asks_the_running_server(fresh_shop: Shop, tmp_path: Path) -> None:
     shop, address = fresh_shop, fresh_shop.url.removeprefix("http://")
     ini = str(shop.bridge.folder / "crmbridge.ini")
-    well = run(tmp_path, "health", "--config", ini, CRMBRIDGE_WEB_PORT=address.rpartition(":")[2])
+    well = run(tmp_path, "health", "--wait", "50", "--config", ini, CRMBRIDGE_WEB_PORT=address.rpartition(":")[2])
     assert (well.returncode, well.stdout) == (0, "healthy\n")
     unknown = run(tmp_path, "health", "--config", ini)
     assert (unknown.returncode, "port is 0" in unknown.stderr) == (1, True)
-    assert run(tmp_path, "health", "--wait", "20", "--at", address).returncode == 0
-    live = run(tmp_path, "health", "--live", "--at", address)
+    assert run(tmp_path, "health", "--wait", "50", "--at", address).returncode == 0
+    live = run(tmp_path, "health", "--live", "--wait", "50", "--at", address)
     assert (live.returncode, live.stdout) == (0, "alive\n")
     shop.kill()
     dead = run(tmp_path, "health", "--live", "--wait", "0.5", "--at", address)
@@ -227,14 +228,14 @@ def test_health_tells_the_reasons(tmp_path: Path) -> None:
         unwell = run(tmp_path, "health", "--at", address)
         reason = "the worker's last heartbeat was at 2026-01-01T00:00:00.000Z"
         assert (unwell.returncode, unwell.stdout) == (1, f"unhealthy: {reason}\n")
-        assert run(tmp_path, "health", "--live", "--at", address).returncode == 0
+        assert run(tmp_path, "health", "--live", "--wait", "50", "--at", address).returncode == 0
 
 
 def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
     with opened(tmp_path, QUICK, account=False) as shop:
         queue = str(tmp_path / "var" / "queue.db")
         ini = str(shop.bridge.folder / "crmbridge.ini")
-        alive = run(tmp_path, "health", "--worker", "--config", ini)
+        alive = run(tmp_path, "health", "--worker", "--wait", "50", "--config", ini)
         assert (alive.returncode, alive.stdout) == (0, "alive\n")
         process = shop.bridge._process
         assert process is not None
@@ -243,7 +244,7 @@ def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
             hung = run(tmp_path, "health", "--worker", *place)
             assert (hung.returncode, hung.stdout) == (3, f"no worker hears {queue}.bell: timed out\n")
         process.send_signal(signal.SIGCONT)
-        assert run(tmp_path, "health", "--worker", "--wait", "20", "--at", queue).returncode == 0
+        assert run(tmp_path, "health", "--worker", "--wait", "50", "--at", queue).returncode == 0
     assert run(tmp_path, "health", "--worker", "--at", queue).returncode == 3
 
 

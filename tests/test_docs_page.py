@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.shop import Shop
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.browser
 
@@ -20,7 +21,7 @@ class Visit:
         self.failed: list[str] = []
         self._host = urlsplit(url).netloc
         self.page = browser.new_page(base_url=url, viewport={"width": 1280, "height": 1000}, **options)
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(PATIENCE_S * 1000)
         self.page.route("**/*", self._route)
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))

@@ -36,6 +36,7 @@ from crmbridge.store import database, sqlite, vitals
 from tests.needs import require
 from tests.shop import CUSTOMER, OTHER_TOKEN, SHOP_ID, Shop
 from tests.test_cli import run
+from tests.waiting import PATIENCE_S, free_port, until
 
 NAME = "localhost"
 APP_SECRET = "0123456789abcdef0123456789abcdef"
@@ -113,7 +114,7 @@ class Proxy(ThreadingHTTPServer):
 
     def close(self) -> None:
         self.shutdown()
-        self._thread.join(5)
+        self._thread.join(PATIENCE_S)
         self.server_close()
 
 
@@ -124,7 +125,7 @@ class _Forward(BaseHTTPRequestHandler):
         body, status = self.server.canned.get(self.path, b""), 200
         if not body:
             try:
-                answer = requests.get(self.server.target + self.path, timeout=5)
+                answer = requests.get(self.server.target + self.path, timeout=PATIENCE_S)
                 status, body = answer.status_code, answer.content
             except requests.RequestException:
                 status, body = 502, b"bad gateway"
@@ -141,9 +142,7 @@ class Stage:
     """A healthy installation, what stands around it, and `doctor` itself."""
 
     def __init__(self, folder: Path, sandbox: Sandbox) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder = folder
         self.good = certificate(folder, "good", days=60)
         self.proxy = Proxy(self.good, f"http://127.0.0.1:{port}")
@@ -195,7 +194,7 @@ class Stage:
         return lambda: self.execute(f"UPDATE accounts SET {column} = ?", before)
 
     def execute(self, sql: str, *values: Any) -> None:
-        with contextlib.closing(sqlite3.connect(self.shop.database, timeout=10)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(self.shop.database, timeout=PATIENCE_S)) as connection, connection:
             connection.execute(sql, values)
 
     def delivery(self, state: str, **values: Any) -> Callable[[], None]:
@@ -228,6 +227,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with pytest.MonkeyPatch.context() as patch, Sandbox(app_secret=APP_SECRET) as sandbox:
         stage = Stage(folder, sandbox)
         patch.setenv("SSL_CERT_FILE", str(stage.good))
+        patch.setattr(sqlite, "BUSY_TIMEOUT_S", 15.0)  # a slow disk may keep the service's lock for longer than usual
         stage.shop.bridge.environ["SSL_CERT_FILE"] = str(stage.good)
         try:
             yield stage
@@ -458,17 +458,14 @@ def full_disk(stage: Stage, undo: contextlib.ExitStack) -> None:
     reserve = stage.shop.database.with_name("bridge.db.reserve")
     reserve.unlink()
     reserve.symlink_to("/nowhere/at/all")  # it cannot be taken again
-    undo.callback(wait_until_healthy, stage)
+    undo.callback(wait_health, stage, 200)
     undo.callback(reserve.unlink)
-    time.sleep(1.1)  # /health remembers for a second
+    wait_health(stage, 503)
 
 
-def wait_until_healthy(stage: Stage) -> None:
-    for _ in range(200):
-        if requests.get(f"{stage.shop.url}/health", timeout=5).status_code == 200:
-            return
-        time.sleep(0.1)
-    raise TimeoutError
+def wait_health(stage: Stage, status: int) -> None:
+    """Wait until /health says so; it remembers for a second."""
+    until(lambda: requests.get(f"{stage.shop.url}/health", timeout=PATIENCE_S).status_code, lambda said: said == status)
 
 
 @fault("port_taken", "error", "fuser -v")
@@ -538,8 +535,12 @@ def no_tls(stage: Stage, undo: contextlib.ExitStack) -> Path:
 @fault("clock_behind", "error", "date -u")
 def future_beat(stage: Stage, undo: contextlib.ExitStack) -> None:
     beat = "UPDATE heartbeats SET at = ? WHERE name = 'listening'"
-    stage.execute(beat, instant(time.time() + 7200))
     undo.callback(stage.execute, beat, instant(time.time()))
+    # the service's own next beat must not take it back
+    stage.execute("CREATE TRIGGER planted BEFORE UPDATE ON heartbeats WHEN new.at < old.at "
+                  "BEGIN SELECT RAISE(IGNORE); END")  # fmt: skip
+    undo.callback(stage.execute, "DROP TRIGGER planted")
+    stage.execute(beat, instant(time.time() + 7200))
 
 
 @fault("clock_off", "warning", "chronyd")
@@ -733,11 +734,11 @@ def test_nobody_is_called_when_that_is_not_wanted_and_only_the_account_that_is_n
 
 
 def test_what_answers_never_is_not_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_ALL_CALLS_S", 1.0)
+    monkeypatch.setattr(doctor, "_ALL_CALLS_S", 8.0)  # all others answer within that
     with socket.create_server(("127.0.0.1", 0)) as mute:
         shown = stage.look(stage.with_ini(public_url=f"https://{NAME}:{mute.getsockname()[1]}"))
     (found,) = [one for one in shown["findings"] if one["level"] == "blind"]
-    assert found["what"] == "no answer within 1 s from: public_url"
+    assert found["what"] == "no answer within 8 s from: public_url"
     assert shown["status"] == 3
 
 

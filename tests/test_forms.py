@@ -726,7 +726,7 @@ def lasting_desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         yield Desk(opened)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(bodies)
 def test_nothing_a_client_sends_is_a_fault(lasting_desk: Desk, body: Any) -> None:
     desk = lasting_desk

@@ -223,7 +223,7 @@ _shaped = st.recursive(
 _KINDS = ("message", "message_edit", "reaction", "postback", "read", "referral")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     item=_shaped,
     field=_shaped | st.sampled_from(["messages", "comments", "mentions"]),

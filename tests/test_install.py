@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import BULK_S
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 TOOLS = ["cat", "chmod", "dirname", "flock", "mktemp", "mv", "readlink", "rm", "sha256sum", "sh"]
 REAL_PYTHON = getattr(sys, "_base_executable", sys.executable)  # the suite itself runs in a virtual environment
@@ -66,7 +68,7 @@ class Checkout:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=BULK_S,
             check=False,
         )
 

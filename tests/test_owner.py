@@ -15,6 +15,7 @@ import pytest
 
 from tests.needs import require
 from tests.test_cli import ROOT
+from tests.waiting import PATIENCE_S
 
 UID = GID = 54_321  # nobody's
 # The Python of a checkout may be closed to others, so all that could be imported later is imported while root.
@@ -52,7 +53,7 @@ def started(place: Path, *words: str) -> subprocess.Popen[str]:
 
 def run(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     with started(place, *words) as process:
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE_S)
     return subprocess.CompletedProcess(words, process.returncode, said)
 
 
@@ -145,7 +146,7 @@ def test_a_forgotten_sudo_serves_as_the_owner(place: Path, word: str) -> None:
         assert f"Groups:\t{GID} \n" in Path(f"/proc/{process.pid}/status").read_text()
         assert {uid for uid, _ in owners(place / "data").values()} == {UID}
         process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, rest
 
 

@@ -1,6 +1,7 @@
 """Holds on a set clock: an account's deliveries or sends wait, and nothing of it ages, is lost or changes its order."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from crmbridge.store import accounts, deliveries, pauses, turn
 from crmbridge.store.contacts import Target
 from crmbridge.store.deliveries import Outcome, Verdict
 from crmbridge.upkeep import Upkeep
+from tests import waiting
 from tests.rig import START_S, Rig, opened
 
 DAY_S, HOUR_S = 86_400, 3600
@@ -308,10 +310,17 @@ def test_a_crm_that_is_gone_pauses_the_deliveries_and_loses_nothing(rig: Rig) ->
     assert rig.cleared == ["crm_gone"]
 
 
+def answer_after_the_other(rig: Rig) -> None:
+    """Let the CRM's held answer go once another event is done."""
+    waiting.until(lambda: rig.db.value("SELECT COUNT(*) FROM deliveries WHERE state = 'done'"))
+    rig.db.close_thread()
+    rig.crm.close()
+
+
 def test_a_410_to_one_message_alone_pauses_once_and_then_is_an_ordinary_refusal(rig: Rig) -> None:
     account = rig.account()
     rig.crm.answer(410, event="message.reaction")
-    rig.crm.answer(410, event="message.reaction", delay_s=0.5)  # the other message's answer is there first
+    rig.crm.answer(410, event="message.reaction", delay_s=600)  # until the other message's answer was there
     rig.crm.answer(410, times=1000, event="message.reaction")
     rig.hear(rig.item({"reaction": {"mid": "mid-0", "action": "react", "emoji": "❤"}}))
     rig.drain()
@@ -321,7 +330,10 @@ def test_a_410_to_one_message_alone_pauses_once_and_then_is_an_ordinary_refusal(
         rig.say(f"{number}", f"mid-{number}", contact="900000000000002")
         if number == 0:
             rig.resume(account, "deliveries")
+            other = threading.Thread(target=answer_after_the_other, args=(rig,))
+            other.start()
         rig.live_through(60)
+        other.join()
         assert rig.held(account)["deliveries"] is None
     rig.say("behind it", "mid-9")
     rig.live_through(60)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import http.client
+import http.server
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from crmbridge.sandbox.meta import APP_SECRET
 from tests.needs import require
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop, opened
 from tests.test_docs_page import Visit, try_a_key
+from tests.waiting import BULK_S, PATIENCE_S, free_port, until
 
 pytestmark = [pytest.mark.proxy, pytest.mark.slow]
 
@@ -46,12 +48,6 @@ def snippet(language: str) -> str:
     """Return README's one block of a language, for this name and no other."""
     (found,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return str(found).replace("YOUR.NAME", NAME)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def certify(folder: Path) -> tuple[Path, Path]:
@@ -126,15 +122,19 @@ class Front:
     pid: int
 
     @property
+    def inside(self) -> int:
+        """The port of the bridge."""
+        return int(self.shop.url.rpartition(":")[2])
+
+    @property
     def url(self) -> str:
         return f"https://{NAME}:{self.ports[1]}"
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.shop.key}", **options.pop("headers", {})}
         trusted = str(self.folder / "fullchain.pem")
-        return requests.request(
-            method, self.url + path, headers=headers, verify=trusted, timeout=30, allow_redirects=False, **options
-        )
+        options = {"verify": trusted, "timeout": PATIENCE_S, "allow_redirects": False, **options}
+        return requests.request(method, self.url + path, headers=headers, **options)
 
     def post(self, body: Any, signed: bytes | None = None, **headers: str) -> requests.Response:
         """Post a webhook as Meta would; `signed` are the bytes when the body is a stream of them."""
@@ -157,7 +157,7 @@ class Front:
 
     def connect(self, source: str = "127.0.0.1") -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=self.folder / "fullchain.pem")
-        plain = socket.create_connection(("127.0.0.1", self.ports[1]), timeout=30, source_address=(source, 0))
+        plain = socket.create_connection(("127.0.0.1", self.ports[1]), timeout=PATIENCE_S, source_address=(source, 0))
         return context.wrap_socket(plain, server_hostname=NAME)
 
 
@@ -193,18 +193,17 @@ def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
         said = stack.enter_context((folder / "proxy.log").open("wb"))
         process = subprocess.Popen(words, env=environ, stderr=said, stdout=said)
-        stack.callback(process.wait, 30)
+        stack.callback(process.wait, PATIENCE_S)
         stack.callback(process.send_signal, signal.SIGTERM)
         made = Front(kind, shop, ports, folder, process.pid)
-        deadline = time.monotonic() + 20
-        while True:
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "proxy.log").read_text()
             with contextlib.suppress(requests.ConnectionError):
-                if made.call("GET", "/health").status_code == 200:
-                    break
-            told = (folder / "proxy.log").read_text()
-            assert process.poll() is None, told
-            assert time.monotonic() < deadline, told
-            time.sleep(0.05)
+                return made.call("GET", "/health").status_code == 200
+            return False
+
+        until(answers)
         yield made
 
 
@@ -214,8 +213,8 @@ def test_both_ways_work_through_it(front: Front) -> None:
     answer = front.call("POST", "/api/v1/messages/send", json=body)
     assert answer.status_code == 202
     front.shop.meta.wait_sent(1)
-    status = front.call("GET", f"/api/v1/messages/{answer.json()['message_id']}/status")
-    assert status.json()["status"] in ("sent", "delivered", "read")
+    path = f"/api/v1/messages/{answer.json()['message_id']}/status"
+    until(lambda: front.call("GET", path).json(), lambda found: found["status"] in ("sent", "delivered", "read"))
     handshake = {"hub.mode": "subscribe", "hub.verify_token": "wrong", "hub.challenge": "1"}
     assert front.call("GET", "/webhooks/instagram", params=handshake).status_code == 403
     assert front.call("GET", "/privacy/deletion/unknown").json()["error"] == "deletion_not_found"
@@ -240,12 +239,12 @@ def test_only_what_others_need_is_open(front: Front) -> None:
 
 def test_plain_http_leads_to_https(front: Front) -> None:
     asked = f"http://{NAME}:{front.ports[0]}/api/v1/accounts?limit=1"
-    answer = requests.post(asked, data=b"x", timeout=10, allow_redirects=False)
+    answer = requests.post(asked, data=b"x", timeout=PATIENCE_S, allow_redirects=False)
     assert answer.status_code == 308
     assert re.fullmatch(rf"https://{NAME}(:{front.ports[1]})?/api/v1/accounts\?limit=1", answer.headers["Location"])
     if front.kind == "nginx":  # Caddy proves itself to the certificate's issuer without help
         challenge = f"http://{NAME}:{front.ports[0]}/.well-known/acme-challenge/token"
-        assert requests.get(challenge, timeout=10).text == "the certificate's proof"
+        assert requests.get(challenge, timeout=PATIENCE_S).text == "the certificate's proof"
 
 
 @pytest.mark.parametrize("path", ["/health", "/nothing", "/api/v1/accounts"])
@@ -268,7 +267,7 @@ def speak_tls(front: Front, version: ssl.TLSVersion) -> str | None:
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
     with (
-        socket.create_connection(("127.0.0.1", front.ports[1]), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", front.ports[1]), timeout=PATIENCE_S) as plain,
         context.wrap_socket(plain, server_hostname=NAME) as secured,
     ):
         return secured.version()
@@ -331,35 +330,84 @@ def test_a_refusal_for_now_passes_with_the_time_to_come_back(front: Front) -> No
             "GET", "/api/v1/accounts", headers={"Authorization": f"Bearer {head}{apikey._checksum(head)}"}
         )
 
+    answers = list[requests.Response]()
+
+    def guess_many() -> set[int]:
+        answers.extend(pool.map(guess, range(24)))
+        return {answer.status_code for answer in answers}
+
     with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(guess, range(24)))
-    assert {answer.status_code for answer in answers} == {401, 429}
+        until(guess_many, lambda statuses: statuses == {401, 429})
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers if answer.status_code == 429)
+
+
+class Stand(http.server.BaseHTTPRequestHandler):
+    """Says 200 in the place of a bridge that is back."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def came_while_nobody_was_there(front: Front) -> int:
+    """Post a webhook, have a bridge be there after half a second, and return the answer."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(front.post, said("held during a restart"))
+        time.sleep(0.5)
+        with http.server.HTTPServer(("127.0.0.1", front.inside), Stand) as back:
+            back.timeout = 5
+            back.handle_request()
+            return waiting.result().status_code
 
 
 def test_what_comes_during_a_restart_is_refused_and_comes_again(front: Front) -> None:
     shop, body = front.shop, said("said during a restart")
     assert shop.bridge.stop() == 0
     assert front.post(body).status_code == 502
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(front.post, said("held during a restart"))
-        shop.start()
-        assert waiting.result().status_code == (200 if front.kind == "caddy" else 502)
+    if front.kind == "caddy":  # holds for three seconds what comes; a busy machine may use them up
+        until(lambda: came_while_nobody_was_there(front), lambda status: status == 200)
+    shop.start()
     assert front.post(body).status_code == 200
     assert front.post(body).status_code == 200
     shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "said during a restart")
     front.arrives("after the restart")
     heard = [entry.event.get("message") for entry in shop.crm.received]
-    assert (heard.count("said during a restart"), heard.count("held during a restart")) in ((1, 1), (1, 0))
+    assert heard.count("said during a restart") == 1
+
+
+def connections() -> list[list[str]]:
+    """Return this machine's TCP connections: local and far address, and state."""
+    return [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
 
 
 def connected_to(port: int) -> int:
     """Return how many connections to a port of this machine there are."""
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(fields[2].endswith(f":{port:04X}") and fields[3] == "01" for fields in lines)
+    return sum(far.endswith(f":{port:04X}") and state == "01" for _, far, state in connections())
+
+
+def closed_by(port: int) -> set[str]:
+    """Return the far ends of the connections that the server at a port closed first, in the last minute."""
+    return {far for near, far, state in connections() if near.endswith(f":{port:04X}") and state in ("04", "05", "06")}
+
+
+def slowest_answer_s(front: Front, name: str) -> float:
+    """Return how long the slowest of ten webhooks took; all come to the CRM."""
+    took_s = []
+    for number in range(10):
+        began = time.monotonic()
+        assert front.post(said(f"{name} {number}")).status_code == 200
+        took_s.append(time.monotonic() - began)
+    front.shop.crm.wait(10, where=lambda entry: str(entry.event.get("message")).startswith(name))
+    return max(took_s)
 
 
 def test_half_sent_requests_do_not_stop_it(front: Front) -> None:
+    alone_s, closed = slowest_answer_s(front, "alone"), closed_by(front.inside)
     with contextlib.ExitStack() as stack:
         slow = []
         for number in range(HALF_SENT):
@@ -367,23 +415,22 @@ def test_half_sent_requests_do_not_stop_it(front: Front) -> None:
             head = f"POST /webhooks/instagram HTTP/1.1\r\nHost: {NAME}\r\nContent-Type: application/json\r\n"
             one.sendall((head if number % 2 else head + 'Content-Length: 5000\r\n\r\n{"object":').encode())
             slow.append(one)
-        began = time.monotonic()
-        for number in range(10):
-            front.arrives(f"beside {HALF_SENT} others {number}")
-        assert time.monotonic() - began < 5
-        # None of them stays; nor does a connection to the bridge that it would close by itself after a minute.
-        inside = int(front.shop.url.rpartition(":")[2])
-        assert 1 <= connected_to(inside) <= 20
-        deadline = time.monotonic() + 45
-        while (left := connected_to(front.ports[1])) or connected_to(inside):
-            assert time.monotonic() < deadline, f"{left} of {HALF_SENT} and {connected_to(inside)} inside"
+        # Meta waits for five seconds; what this machine takes by itself is not the proxy's
+        assert slowest_answer_s(front, f"beside {HALF_SENT} others") < 5 + alone_s
+        assert 1 <= connected_to(front.inside) <= 20
+
+        def left() -> tuple[int, int]:
             for one in list(slow):
                 one.setblocking(False)
                 with contextlib.suppress(OSError):  # nothing to read yet
                     if not one.recv(4096):
                         slow.remove(one)
                         one.close()
-            time.sleep(0.25)
+            return connected_to(front.ports[1]), connected_to(front.inside)
+
+        # None of them stays; nor does a connection to the bridge, which is not the one to close it.
+        until(left, lambda left: left == (0, 0), timeout_s=BULK_S, pause_s=0.25)
+        assert closed_by(front.inside) <= closed
 
 
 def test_without_a_proxy_half_sent_requests_do_stop_it(tmp_path: Path) -> None:
@@ -391,7 +438,7 @@ def test_without_a_proxy_half_sent_requests_do_stop_it(tmp_path: Path) -> None:
     with opened(tmp_path, QUICK) as shop, contextlib.ExitStack() as stack:
         host, port = shop.url.removeprefix("http://").split(":")
         for _ in range(HALF_SENT):
-            one = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            one = stack.enter_context(socket.create_connection((host, int(port)), timeout=PATIENCE_S))
             one.sendall(b"POST /webhooks/instagram HTTP/1.1\r\nHost: bridge\r\nContent-Length: 5000\r\n\r\n{")
         with pytest.raises(requests.Timeout):
             requests.get(shop.url + "/health/live", timeout=3)

@@ -20,6 +20,7 @@ from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import OTHER_ID, SHOP_ID, Shop
 from tests.test_feed import Stopped, follower, hundreds_of_steps
+from tests.waiting import BULK_S, until
 
 DAY_S = 86_400
 MB = 2**20
@@ -284,27 +285,28 @@ def test_a_run_ends_with_its_time_and_the_next_goes_on(rig: Rig) -> None:
 
 
 def test_writers_need_not_wait_for_a_run(rig: Rig) -> None:
-    """Among 5,000 old messages a write gets its turn within a few steps."""
+    """Among 5,000 old messages a write gets its turn within a few of the run's steps."""
     account = rig.account()
     _fill(rig.db, account["id"], 5000, "2026-01-01T00:00:00.000Z", size=100)
     swept: list[retention.Swept] = []
     terms = retention.Terms("2026-06", "2026-06", "2026", "2026", "2026", 0, 0)
+    steps, waited = [0.0], list[int]()
 
     def sweep() -> None:
-        swept.append(retention.sweep(rig.db, terms, budget_s=60, pause=lambda seconds: None))
+        swept.append(retention.sweep(rig.db, terms, budget_s=BULK_S, pause=steps.append))
         rig.db.close_thread()
 
     thread = threading.Thread(target=sweep)
-    waits: list[float] = []
     thread.start()
     while thread.is_alive():
-        began = time.monotonic()
-        rig.say("new", f"mid-{len(waits)}")
-        waits.append(time.monotonic() - began)
+        before = len(steps)
+        rig.say("new", f"mid-{len(waited)}")
+        waited.append(len(steps) - before)
         time.sleep(0.005)
     assert (swept[0].texts, swept[0].rows) == (5000, 5000)
-    assert len(waits) > 20
-    assert sorted(waits)[len(waits) * 9 // 10] < 0.1
+    assert len(steps) > 10_000 / retention._MOST  # each of them short
+    assert len(waited) > 20
+    assert sorted(waited)[len(waited) * 9 // 10] <= 3
 
 
 @pytest.mark.parametrize(
@@ -384,8 +386,12 @@ def test_the_file_shrinks_when_much_of_it_is_free(rig: Rig) -> None:
     rig.db.checkpoint()
     before = rig.db.sizes()["database_bytes"]
     assert before > 48 * MB
-    prune(rig)
-    assert rig.db.free_bytes() <= retention.SPARE_BYTES
+
+    def free_after_a_run() -> int:
+        prune(rig)
+        return rig.db.free_bytes()
+
+    until(free_after_a_run, lambda free: free <= retention.SPARE_BYTES)  # a slow disk takes more than one run's time
     rig.db.checkpoint()
     assert rig.db.sizes()["database_bytes"] < before / 2
     assert rig.db.value("PRAGMA integrity_check") == "ok"
@@ -456,7 +462,7 @@ def test_a_follower_misses_nothing_through_a_restart_and_a_retention_run(fresh_s
 
     def say(first: int, end: int) -> None:
         for number in range(first, end):
-            assert shop.meta.customer_says(SHOP_ID, f"80{number % 5}", f"text {number}").status == 200
+            shop.hears(f"80{number % 5}", f"text {number}")
 
     say(0, 20)
     cursor = follow(20, None)

@@ -14,6 +14,7 @@ import requests
 from crmbridge import signing
 from crmbridge.sandbox import LoopbackServer, SampleCrm, Sandbox, shapes, wire
 from tests import shop as shops
+from tests.waiting import PATIENCE_S
 
 ACCOUNT, TOKEN, IGSID = "17841400000000001", "IGAAtoken", "900000000000001"
 
@@ -56,7 +57,7 @@ def sandbox(bridge):
 
 def graph(sandbox, method, path, body=None, token=TOKEN):
     headers = {"Authorization": f"Bearer {token}"}
-    return requests.request(method, f"{sandbox.graph_url}/{path}", json=body, headers=headers, timeout=5)
+    return requests.request(method, f"{sandbox.graph_url}/{path}", json=body, headers=headers, timeout=PATIENCE_S)
 
 
 def send(sandbox, text="hello", **more):
@@ -71,8 +72,8 @@ def test_only_loopback_is_bound(host):
 
 def test_another_origins_page_is_refused(sandbox):
     for headers in ({"Origin": "https://example.org"}, {"Host": "example.org"}):
-        assert requests.get(f"{sandbox.url}/sandbox/state", headers=headers, timeout=5).status_code == 403
-    assert "</html>" in requests.get(sandbox.url, timeout=5).text
+        assert requests.get(f"{sandbox.url}/sandbox/state", headers=headers, timeout=PATIENCE_S).status_code == 403
+    assert "</html>" in requests.get(sandbox.url, timeout=PATIENCE_S).text
 
 
 def test_a_mid_carries_account_thread_and_time():
@@ -129,7 +130,7 @@ def test_me_has_two_forms(sandbox):
     assert graph(sandbox, "GET", "me?fields=user_id,username").json() == flat
     sandbox.meta.me_form = "data"
     assert graph(sandbox, "GET", "me?fields=user_id,username").json() == {"data": [flat]}
-    assert requests.get(f"{sandbox.url}/me?access_token={TOKEN}", timeout=5).status_code == 200
+    assert requests.get(f"{sandbox.url}/me?access_token={TOKEN}", timeout=PATIENCE_S).status_code == 200
 
 
 def test_a_bad_token_is_190(sandbox):
@@ -150,7 +151,7 @@ def test_subscription_profile_and_refresh(sandbox):
     sandbox.meta.add_customer(IGSID, username="customer")
     assert graph(sandbox, "GET", f"{IGSID}?fields=username").json()["username"] == "customer"
     query = {"grant_type": "ig_refresh_token", "access_token": TOKEN}
-    fresh = requests.get(f"{sandbox.url}/refresh_access_token", query, timeout=5).json()["access_token"]
+    fresh = requests.get(f"{sandbox.url}/refresh_access_token", query, timeout=PATIENCE_S).json()["access_token"]
     assert graph(sandbox, "GET", "me", token=fresh).ok
 
 
@@ -214,7 +215,7 @@ def test_a_form_that_instagram_does_not_take_is_refused(sandbox, body):
 def test_a_body_may_be_a_form_with_json_in_it(sandbox):
     form = {"recipient": json.dumps({"id": IGSID}), "message": json.dumps({"text": "hi"}), "tag": "HUMAN_AGENT"}
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = requests.post(f"{sandbox.graph_url}/me/messages", data=form, headers=headers, timeout=5)
+    answer = requests.post(f"{sandbox.graph_url}/me/messages", data=form, headers=headers, timeout=PATIENCE_S)
     (sent,) = sandbox.meta.sent
     assert answer.json() == {"recipient_id": IGSID, "message_id": sent.mid}
     assert (sent.text, sent.payload["tag"], sent.body[:10]) == ("hi", "HUMAN_AGENT", b"recipient=")
@@ -286,7 +287,7 @@ def test_a_dropped_connection_has_no_answer(sandbox, after_effect):
 
 def crm_post(sandbox, body, secret, path=""):
     headers = {"X-Hub-Signature-256": signing.hub_signature(secret, body)}
-    return requests.post(sandbox.crm_webhook_url + path, body, headers=headers, timeout=5).status_code
+    return requests.post(sandbox.crm_webhook_url + path, body, headers=headers, timeout=PATIENCE_S).status_code
 
 
 def test_the_crm_verifies_and_records(sandbox):
@@ -314,7 +315,7 @@ def test_the_crm_answers_by_script(sandbox):
 
 def test_everything_can_be_done_over_http(sandbox, bridge):
     def control(method, path, body=None, status=200):
-        answer = requests.request(method, f"{sandbox.url}{path}", json=body, timeout=5)
+        answer = requests.request(method, f"{sandbox.url}{path}", json=body, timeout=PATIENCE_S)
         assert answer.status_code == status, answer.text
         return answer.json()
 
@@ -373,28 +374,28 @@ def test_every_shape_can_be_said_by_name_and_is_told_as_what_it_is(tmp_path: Pat
     }
     with shops.opened(tmp_path, shops.QUICK, instagram="comments = true\nmentions = true\n") as shop:
         base = shop.sandbox.url + "/sandbox"
-        for number, name in enumerate(requests.get(base + "/shapes", timeout=10).json()["shapes"]):
+        for number, name in enumerate(requests.get(base + "/shapes", timeout=PATIENCE_S).json()["shapes"]):
             first = shop.meta.customer_says(shops.SHOP_ID, f"90000000000{number:04}", "hello")
             shop.crm.wait(1)  # a new customer's first message may wait for their name
             about = {"mid": first.mid} if name in shapes._ABOUT else {}
             path = f"{base}/customers/90000000000{number:04}/shapes/{name}"
-            answer = requests.post(path, json={**about, "times": 2}, timeout=10)
+            answer = requests.post(path, json={**about, "times": 2}, timeout=PATIENCE_S)
             assert (answer.status_code, answer.json()["status"]) == (200, 200), name
             wanted = told.get(name, "message.received")
             events = shop.crm.wait(1 + (wanted is not None))
             assert [entry.event["event"] for entry in events][1:] == [wanted] * (wanted is not None), name
             shop.crm.reset()
-        requests.post(f"{base}/customers/2/shapes/referral", json={}, timeout=10)
+        requests.post(f"{base}/customers/2/shapes/referral", json={}, timeout=PATIENCE_S)
         assert "2" not in shop.meta.customers
-        requests.post(f"{base}/customers/2/shapes/postback", json={}, timeout=10)
+        requests.post(f"{base}/customers/2/shapes/postback", json={}, timeout=PATIENCE_S)
         assert "2" in shop.meta.customers  # who has written lets their names be read
-        assert requests.post(f"{base}/customers/1/shapes/unsend", json={}, timeout=10).status_code == 400
-        assert requests.post(f"{base}/customers/1/shapes/nonsense", json={}, timeout=10).status_code == 400
+        assert requests.post(f"{base}/customers/1/shapes/unsend", json={}, timeout=PATIENCE_S).status_code == 400
+        assert requests.post(f"{base}/customers/1/shapes/nonsense", json={}, timeout=PATIENCE_S).status_code == 400
 
 
 def test_media_are_fetched_well_or_not_as_the_address_says(sandbox):
     found = {
-        state: requests.get(f"{sandbox.url}/cdn/{state}", timeout=10)
+        state: requests.get(f"{sandbox.url}/cdn/{state}", timeout=PATIENCE_S)
         for state in ("ok", "mistyped", "gone", "expired", "slow?seconds=0.01", "nonsense")
     }
     assert [answer.status_code for answer in found.values()] == [200, 200, 404, 403, 200, 403]

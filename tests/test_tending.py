@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from crmbridge.tending.names import Names
 from crmbridge.tending.subscriptions import Subscriptions
 from crmbridge.tending.tokens import DAY_S, Tokens
 from tests.rig import Rig
-from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
+from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, QUICK, SHOP_ID, TOKEN, opened
+from tests.waiting import PATIENCE_S
 
 HOUR_S = 3600.0
 
@@ -654,19 +656,19 @@ def test_while_the_disk_is_full_nobody_listens(tended: Tended, monkeypatch: pyte
     assert [row["since"] for row in questions.backfills(rig.db, instant(rig.now_s))] == [began]
 
 
-def test_a_running_bridge_names_new_customers_and_backfills_when_it_is_told_to(fresh_shop: Shop) -> None:
-    shop = fresh_shop
-    shop.meta.add_customer(CUSTOMER, username="lamp_lover", name="Lena")
-    shop.meta.customer_says(SHOP_ID, CUSTOMER, "hello")
-    event = shop.crm.wait(1)[0].event
-    assert (event["sender_username"], event["sender_name"]) == ("lamp_lover", "Lena")
-    shop.meta.customer_says(SHOP_ID, CUSTOMER, "nobody tells", told="never")
-    printed = shop.bridge.command("backfill", shop.account_id, "--since", "1h")
-    assert printed.startswith(f"asked    {shop.account_id}")
-    event = shop.crm.wait(2)[1].event
-    assert (event["message"], event["recovered"]) == ("nobody tells", True)
-    shop.wait_log(r"backfill\.done .*recovered=1")
-    shop.wait_rows("SELECT * FROM backfills", [])
+def test_a_running_bridge_names_new_customers_and_backfills_when_it_is_told_to(tmp_path: Path) -> None:
+    with opened(tmp_path, QUICK, instagram="profile_wait_s = 10\n") as shop:
+        shop.meta.add_customer(CUSTOMER, username="lamp_lover", name="Lena")
+        shop.meta.customer_says(SHOP_ID, CUSTOMER, "hello")
+        event = shop.crm.wait(1)[0].event
+        assert (event["sender_username"], event["sender_name"]) == ("lamp_lover", "Lena")
+        shop.meta.customer_says(SHOP_ID, CUSTOMER, "nobody tells", told="never")
+        printed = shop.bridge.command("backfill", shop.account_id, "--since", "1h")
+        assert printed.startswith(f"asked    {shop.account_id}")
+        event = shop.crm.wait(2)[1].event
+        assert (event["message"], event["recovered"]) == ("nobody tells", True)
+        shop.wait_log(r"backfill\.done .*recovered=1")
+        shop.wait_rows("SELECT * FROM backfills", [])
 
 
 @pytest.mark.parametrize(
@@ -681,17 +683,21 @@ def test_a_backfill_of_nothing_is_refused(rig: Rig, account: str | None, since: 
 
 def test_the_sandbox_can_be_told_so_over_http(rig: Rig) -> None:
     control = f"{rig.sandbox.url}/sandbox"
-    put = requests.put(f"{control}/settings", json={"profile": "fails", "conversations_page": 2}, timeout=5)
+    put = requests.put(f"{control}/settings", json={"profile": "fails", "conversations_page": 2}, timeout=PATIENCE_S)
     assert put.json()["profile"] == "fails"
-    assert requests.put(f"{control}/settings", json={"profile": "?"}, timeout=5).status_code == 400
-    lost = requests.put(f"{control}/accounts/{SHOP_ID}/subscription", json={"fields": []}, timeout=5)
+    assert requests.put(f"{control}/settings", json={"profile": "?"}, timeout=PATIENCE_S).status_code == 400
+    lost = requests.put(f"{control}/accounts/{SHOP_ID}/subscription", json={"fields": []}, timeout=PATIENCE_S)
     assert lost.json() == {"user_id": SHOP_ID, "subscribed": []}
     quiet = {"text": "hello", "told": "never"}
-    assert requests.post(f"{control}/customers/{CUSTOMER}/messages", json=quiet, timeout=5).json()["status"] == 0
+    assert (
+        requests.post(f"{control}/customers/{CUSTOMER}/messages", json=quiet, timeout=PATIENCE_S).json()["status"] == 0
+    )
     reply = {"text": "hello", "told": False}
-    assert requests.post(f"{control}/customers/{CUSTOMER}/replies", json=reply, timeout=5).json()["status"] == 0
+    assert (
+        requests.post(f"{control}/customers/{CUSTOMER}/replies", json=reply, timeout=PATIENCE_S).json()["status"] == 0
+    )
     assert len(rig.meta.messages) == 2
-    requests.delete(f"{control}/accounts/{SHOP_ID}/tokens", timeout=5)
+    requests.delete(f"{control}/accounts/{SHOP_ID}/tokens", timeout=PATIENCE_S)
     assert rig.meta.accounts[SHOP_ID].tokens == {}
 
 

@@ -18,6 +18,7 @@ from crmbridge.store.database import Row
 from crmbridge.store.sqlite import shifted
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
+from tests.waiting import PATIENCE_S
 
 QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
 MAY_BE_EMPTY = {
@@ -30,7 +31,7 @@ VIEWS = ("stuck", "dead", "recent", "slow", "account_overview", "latency_last_ho
 
 def sqlite(shop: Shop, *words: str) -> str:
     shell = ["sqlite3", "-readonly", "-cmd", ".timeout 5000", str(shop.database)]  # as README says
-    done = subprocess.run([*shell, *words], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([*shell, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 

@@ -12,6 +12,7 @@ import pytest
 
 from crmbridge.errors import Misconfigured
 from crmbridge.worker import Job, Worker, ring_remote
+from tests.waiting import PATIENCE_S, assert_rung, until
 
 
 class FakeEngine:
@@ -35,9 +36,9 @@ class FakeEngine:
     def stop(self, grace_s: float) -> bool:
         return True
 
-    def wait(self, number: int, timeout_s: float = 10) -> None:
+    def wait(self, number: int) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self.drains) >= number, timeout_s), self.drains
+            assert self.changed.wait_for(lambda: len(self.drains) >= number, PATIENCE_S), self.drains
 
 
 @pytest.fixture
@@ -59,9 +60,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[FakeEngine, Worker]]]:
 
 def test_a_bell_is_heard(start: Callable[..., tuple[FakeEngine, Worker]]) -> None:
     engine, worker = start()
-    for number in range(2, 12):
-        worker.wake()
-        engine.wait(number, timeout_s=2)
+    assert_rung(lambda _: worker.wake(), lambda number: engine.wait(number + 2))
 
 
 def test_many_bells_before_a_drain_are_one(start: Callable[..., tuple[FakeEngine, Worker]]) -> None:
@@ -72,7 +71,7 @@ def test_many_bells_before_a_drain_are_one(start: Callable[..., tuple[FakeEngine
     engine.wait(2)
     worker.wake()
     engine.wait(3)
-    assert len(engine.drains) <= 4
+    assert len(engine.drains) <= 6  # the first, one for each of Huey's threads to be stuck in, one more, and the last
 
 
 @pytest.mark.slow
@@ -91,7 +90,7 @@ def test_another_process_can_ring_and_a_missing_worker_is_no_error(
     ring_remote(tmp_path / "nobody.db")
     engine, _ = start()
     ring_remote(tmp_path / "queue.db")
-    engine.wait(2, timeout_s=3)
+    engine.wait(2)
 
 
 def test_a_socket_path_longer_than_the_kernel_takes_still_works(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_a_socket_path_longer_than_the_kernel_takes_still_works(tmp_path: Path) 
     worker.start()
     engine.wait(1)
     ring_remote(folder / "queue.db")
-    engine.wait(2, timeout_s=3)
+    engine.wait(2)
     worker.stop(0)
 
 
@@ -116,8 +115,9 @@ def test_jobs_run_again_and_again_and_one_that_fails_stops_no_other(
 
     alerts: list[tuple[str, str]] = []
     start(Job("broken", 5, broken), Job("fine", 5, ran.release), alert=lambda *told: alerts.append(told))
-    assert ran.acquire(timeout=12)
-    assert ran.acquire(timeout=12)
+    assert ran.acquire(timeout=PATIENCE_S)
+    assert ran.acquire(timeout=PATIENCE_S)
+    until(lambda: alerts)
     assert alerts[0][0] == "system_fault"
     assert "job broken failed with ValueError" in alerts[0][1]
 
@@ -142,4 +142,4 @@ def test_a_bell_is_heard_though_the_queue_cannot_be_written(
         other.execute("DROP TABLE task")
         other.commit()
         worker.wake()
-        engine.wait(2, timeout_s=8)
+        engine.wait(2)

@@ -113,7 +113,7 @@ class SampleCrm:
             self._scripts.clear()
             self._always = None
 
-    def wait(self, n: int, *, timeout_s: float = 10, where: Callable[[Received], bool] | None = None) -> list[Received]:
+    def wait(self, n: int, *, timeout_s: float = 60, where: Callable[[Received], bool] | None = None) -> list[Received]:
         """Wait until at least n deliveries match; return all that do."""
 
         def matching() -> list[Received]:

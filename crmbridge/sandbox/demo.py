@@ -23,7 +23,7 @@ from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
 
 _SHOP, _SHOP_SCOPED, _CUSTOMER = "17841400000000001", "24000000000000001", "900000000000001"
 _TOKEN = "IGAA-sandbox-token"
-_WAIT_S = 20
+_WAIT_S = 60
 _READY = re.compile(r"serve\.ready url=(\S+)")
 _PORT = """[web]
 port = 0

@@ -35,7 +35,7 @@ TOKEN_LASTS_S, TOKEN_TOO_YOUNG_S = 5_184_000, 86_400
 _RETRY_DELAYS_S = (0.05, 0.2, 0.5, 1.0)
 _CONVERSATION = "aWdfZAG06"
 _NEWEST = 20  # Meta gives details of no more
-_WEBHOOK_TIMEOUT_S = 10
+_WEBHOOK_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,11 +368,11 @@ class Meta:
 
     # What a send brings about
 
-    def flush(self, timeout_s: float = 5) -> None:
+    def flush(self, timeout_s: float = 60) -> None:
         """Wait until every echo and receipt of the sends so far has been posted or given up."""
         self._wait(lambda: not self._owed, timeout_s, lambda: f"{self._owed} webhooks are still owed")
 
-    def wait_sent(self, n: int, timeout_s: float = 10) -> list[Sent]:
+    def wait_sent(self, n: int, timeout_s: float = 60) -> list[Sent]:
         """Wait until the Send API has accepted at least n calls; return all of them."""
         self._wait(lambda: len(self.sent) >= n, timeout_s, lambda: f"{len(self.sent)} of {n} sends came")
         with self._changed:

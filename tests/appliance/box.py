@@ -12,10 +12,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+from tests.waiting import BULK_S, until
 
 SUITE = "bookworm"
 PACKAGES = (
@@ -172,15 +174,15 @@ class Box:
                 ["sh", "-c", enter + 'exec unshare "$@"', "box", *spaces, *words], start_new_session=True, stderr=file
             )
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        for _ in range(1000):
+
+        def first() -> str:
+            assert self._process is not None
             if self._process.poll() is not None:
                 raise RuntimeError(f"the box did not start: {said.read_text()}")
             pids = children.read_text().split()
-            if pids and Path(f"/proc/{pids[0]}/root/run/born").exists():
-                self._pid = pids[0]
-                return
-            time.sleep(0.01)
-        raise RuntimeError("the box did not start within 10 seconds")
+            return pids[0] if pids and Path(f"/proc/{pids[0]}/root/run/born").exists() else ""
+
+        self._pid = until(first)
 
     @property
     def root(self) -> Path:
@@ -193,7 +195,7 @@ class Box:
         check: bool = True,
         env: Mapping[str, str] | None = None,
         stdin: str | None = None,
-        timeout: float = 300,
+        timeout: float = BULK_S,
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in it as root, in /root; stdout and stderr come together in `stdout`.
 
@@ -252,13 +254,17 @@ class Box:
         if self._process is not None:
             self.cut()
         if self._cgroup:
-            for _ in range(100):  # the kernel counts the dead for a moment
-                with contextlib.suppress(OSError):
-                    for group in (*self._cgroup.glob("*/"), self._cgroup):
-                        group.rmdir()
-                    break
-                time.sleep(0.01)
+            with contextlib.suppress(TimeoutError):
+                until(partial(_removed, self._cgroup))  # the kernel counts the dead for a moment
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _removed(cgroup: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for group in (*cgroup.glob("*/"), cgroup):
+            group.rmdir()
+        return True
+    return False
 
 
 def _bounded(memory_mb: int) -> Path:

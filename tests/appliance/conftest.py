@@ -107,7 +107,7 @@ def installed(tmp_path: Path, layer: Path) -> Iterator[Box]:
     made = Box(tmp_path / "box", memory_mb=1024, layer=layer)
     try:
         made.boot()
-        made.run("crmbridge", "health", "--wait", "30")
+        made.run("crmbridge", "health", "--wait", "60")
         yield made
     finally:
         made.close()

@@ -6,8 +6,10 @@ _KILL = """
 setsid sh -x /root/next/install.sh "$1" >/tmp/said 2>/tmp/trace &
 pid=$!
 # what undoes the run before comes first
-until sed '1,/^+ need_clock/d' /tmp/trace | grep -q -e "^+ $2"; do
-    kill -0 $pid 2>/dev/null || { cat /tmp/said; tail -n 20 /tmp/trace; exit 9; }
+is_there() { sed '1,/^+ need_clock/d' /tmp/trace | grep -q -e "^+ $1"; }
+until is_there "$2"; do
+    # it may have come to the step, and to its end, between the two looks
+    kill -0 $pid 2>/dev/null || is_there "$2" || { cat /tmp/said; tail -n 20 /tmp/trace; exit 9; }
     sleep 0.005
 done
 sleep "$3"

@@ -2,14 +2,14 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from tests.appliance.box import Box
+from tests.waiting import until
 
 LOG = "/var/log/crmbridge/crmbridge.log"
 INI = "/etc/crmbridge/crmbridge.ini"
@@ -63,7 +63,7 @@ class Shop:
 
     def ask(self, method: str, url: str, body: Any = None, key: str = "") -> Any:
         """Return what a URL inside answers, as JSON; None when nothing or no JSON comes."""
-        words = ["curl", "-sS", "--max-time", "30", "-X", method, url, "-H", "Content-Type: application/json"]
+        words = ["curl", "-sS", "--max-time", "60", "-X", method, url, "-H", "Content-Type: application/json"]
         words += ["-H", f"Authorization: Bearer {key}"] * bool(key)
         words += ["-d", json.dumps(body)] * (body is not None)
         try:
@@ -92,7 +92,7 @@ class Shop:
         words = [*self.box.entering(), "crmbridge", "sandbox", "--callback-url", f"{URL}/webhooks/instagram"]
         path = {"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         self.sandbox = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=path)
-        wait(lambda: self.ask("GET", f"{SANDBOX}/sandbox/state"))
+        until(lambda: self.ask("GET", f"{SANDBOX}/sandbox/state"))
 
     def command(self, *words: str) -> str:
         """Run a command of the command line as the service's user, and return what it printed, without stderr."""
@@ -131,14 +131,14 @@ class Shop:
         answer = self.ask("GET", f"{URL}/health")
         return answer["status"] if answer else "no answer"
 
-    def wait_healthy(self, timeout_s: float = 60) -> None:
-        wait(lambda: self.health() == "healthy", timeout_s)
+    def wait_healthy(self) -> None:
+        until(self.health, lambda said: said == "healthy")
 
     def wait_replaced(self, pid: int) -> None:
-        wait(lambda: self.pids() not in ([], [pid]))
+        until(self.pids, lambda pids: pids not in ([], [pid]))
 
-    def wait_live(self, timeout_s: float = 30) -> None:
-        wait(lambda: self.ask("GET", f"{URL}/health/live"), timeout_s)
+    def wait_live(self) -> None:
+        until(lambda: self.ask("GET", f"{URL}/health/live"))
 
     def pids(self, words: str = "crmbridge serve") -> list[int]:
         """Return the processes that run these words, by their number inside."""
@@ -160,16 +160,6 @@ class Shop:
         if self.sandbox is not None:
             self.sandbox.kill()
             self.sandbox.wait()
-
-
-def wait(condition: Callable[[], Any], timeout_s: float = 30, pause_s: float = 0.1) -> Any:
-    """Wait until something is true and return it."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout_s} s")
-        time.sleep(pause_s)
-    return found
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 
 from tests.appliance.box import Box
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 def test_a_box_has_openrc_and_nothing_of_the_machine(box: Box) -> None:

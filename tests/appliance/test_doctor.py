@@ -7,7 +7,7 @@ import pytest
 
 from tests.appliance.box import Box
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 def look(box: Box, *words: str) -> tuple[int, dict[str, Any]]:

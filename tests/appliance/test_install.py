@@ -13,7 +13,7 @@ from tests.appliance.cuts import cut
 from tests.appliance.trees import in_box, later, tree
 from tests.needs import require
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 def everything(box: Box) -> str:
@@ -158,7 +158,7 @@ def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(laye
     try:
         box.run("chmod", "711", "/root")
         box.boot()
-        box.run("crmbridge", "health", "--wait", "30")
+        box.run("crmbridge", "health", "--wait", "60")
         box.run("crmbridge", "key", "create", "--name", "kept", "--admin")
         in_box(box, "/root/next", later(tmp_path / "next", "9.0.0"))
         box.run("sh", "/root/next/install.sh", "upgrade")
@@ -211,7 +211,7 @@ def test_a_first_installation_killed_at_any_step_and_run_again_is_whole(box: Box
         cut(box, "install", step, delay_s, all_of_it=number % 2 == 1)
     said = box.run("sh", "/root/next/install.sh", "install").stdout
     assert "Traceback" not in said
-    assert box.run("crmbridge", "health", "--wait", "30").stdout == "healthy\n"
+    assert box.run("crmbridge", "health", "--wait", "60").stdout == "healthy\n"
     assert "is already installed; the service is started" in box.run("sh", "/root/next/install.sh", "install").stdout
     assert "it starts, but is broken: [instagram] app_secrets is empty" in box.run("crmbridge", "check").stdout
     assert box.run("stat", "-c", "%a", "/srv/opt").stdout == "755\n"

@@ -10,7 +10,7 @@ import pytest
 from tests.appliance.box import Box
 from tests.appliance.trees import in_box, tree
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.appliance
 LIBRARY = "/usr/lib/python3.11"
 OLD = next((path for minor in (10, 9, 8) for path in sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*"))), None)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.appliance.shop import DATA, LOG, Shop, opened, wait
+from tests.appliance.shop import DATA, LOG, Shop, opened
+from tests.waiting import until
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 @pytest.fixture(scope="module", params=[1024, 256], ids=["1GB", "256MB"])
@@ -19,9 +20,9 @@ def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_both_flows_and_what_status_tells(shop: Shop) -> None:
     assert shop.customer_says("in 1") == 200
-    wait(lambda: "in 1" in shop.at_crm())
+    until(lambda: "in 1" in shop.at_crm())
     assert shop.send("out 1")["status"] == "pending"
-    wait(lambda: "out 1" in shop.at_instagram())
+    until(lambda: "out 1" in shop.at_instagram())
     told = shop.rc("status")
     assert re.search(r"\* status: started\n \* process \d+ since 20.+, \d+ MB\n \* healthy\n", told), told
     assert "checkconfig: " in shop.rc("describe")
@@ -56,9 +57,9 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(shop: Shop) -> No
     shop.wait_replaced(pid)
     shop.crm_answers(status=None, always=True)
     shop.wait_healthy()
-    wait(lambda: set(texts) <= set(shop.at_crm()))
+    until(lambda: set(texts) <= set(shop.at_crm()))
     assert shop.customer_says("after the kill") == 200
-    wait(lambda: "after the kill" in shop.at_crm())
+    until(lambda: "after the kill" in shop.at_crm())
     assert all(shop.at_crm().count(text) == 1 for text in texts)
 
 
@@ -88,7 +89,7 @@ def test_a_restart_loses_nothing_and_keeps_the_supervisor(shop: Shop, command: s
     shop.crm_answers(status=None, always=True)
     assert shop.customer_says(f"after the {command}") == 200  # at once: the command waits for an answer
     assert shop.pid() != pid
-    wait(lambda: {f"before the {command}", f"after the {command}"} <= set(shop.at_crm()))
+    until(lambda: {f"before the {command}", f"after the {command}"} <= set(shop.at_crm()))
     assert "status: started" in shop.rc("status")
     assert len(shop.supervisors()) == 1
 
@@ -114,7 +115,7 @@ def test_a_log_that_is_rotated_loses_no_line(shop: Shop) -> None:
         assert shop.customer_says(text) == 200
         if number % 4 == 2:
             shop.box.run("logrotate", "--force", "/etc/logrotate.d/crmbridge")
-    wait(lambda: set(texts) <= set(shop.at_crm()))
+    until(lambda: set(texts) <= set(shop.at_crm()))
     folder = LOG.rpartition("/")[0]
     names = ["crmbridge.log", "crmbridge.log.1", "crmbridge.log.2.gz", "crmbridge.log.3.gz"]
     listed = shop.box.run("sh", "-c", f"stat -c '%n %a %U:%G' {LOG}*").stdout.splitlines()
@@ -124,7 +125,7 @@ def test_a_log_that_is_rotated_loses_no_line(shop: Shop) -> None:
         return shop.box.run("sh", "-c", f"zcat -f {folder}/*").stdout
 
     assert set(before.splitlines()) <= set(kept().splitlines())
-    wait(lambda: kept().count(calls) - before.count(calls) == len(shop.crm_received()) - received)
+    until(lambda: kept().count(calls) - before.count(calls) == len(shop.crm_received()) - received)
     assert calls in shop.log()
 
 
@@ -136,5 +137,5 @@ def test_it_is_back_after_a_reboot_and_after_a_power_cut(shop: Shop) -> None:
         assert "Starting crmbridge" in told
         shop.wait_healthy()
         shop.start_sandbox()
-        wait(lambda text=f"orderly {orderly}": shop.at_crm().count(text) == 1)  # type: ignore[misc]
+        until(lambda text=f"orderly {orderly}": shop.at_crm().count(text) == 1)  # type: ignore[misc]
         assert "status: started" in shop.rc("status")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.appliance.shop import DATA, LOG, SOON, Shop, opened, wait
+from tests.appliance.shop import DATA, LOG, SOON, Shop, opened
 from tests.needs import require
+from tests.waiting import until
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,11 @@ def test_a_crash_loop_is_slowed_down_and_ends_with_its_cause(shop: Shop) -> None
     shop.ini.write_text(good + "[nonsense]\nx = 1\n")
     began = time.monotonic()
     shop.box.run("kill", "-9", str(shop.pid()))
-    wait(lambda: shop.log().count("there is no section [nonsense]") == 2, pause_s=0.5)
-    assert 10 <= time.monotonic() - began < 20
+    until(lambda: shop.log().count("there is no section [nonsense]") >= 2)
+    took_s = time.monotonic() - began
+    began = time.monotonic()
+    shop.rc("checkconfig", check=False)  # what one start takes before it ends with this
+    assert 10 <= took_s < 20 + 4 * (time.monotonic() - began)
     shop.ini.write_text(good)
     shop.wait_healthy()
 
@@ -36,7 +40,7 @@ def test_a_boot_with_what_is_wrong_ends_well_once_it_is_mended(shop: Shop) -> No
     shop.ini.write_text(good + "[nonsense]\nx = 1\n")
     before = shop.log().count("there is no section")
     told = shop.box.reboot()
-    wait(lambda: shop.log().count("there is no section") > before)
+    until(lambda: shop.log().count("there is no section") > before)
     assert "there is no section [nonsense]" in told
     assert "Started all the same, as this is a boot: it is tried every 5 seconds" in told
     shop.ini.write_text(good)
@@ -45,18 +49,20 @@ def test_a_boot_with_what_is_wrong_ends_well_once_it_is_mended(shop: Shop) -> No
 
 def test_a_stop_ends_within_its_time_when_the_crm_hangs(shop: Shop) -> None:
     shop.configure(delivery__stop_grace_s="2")
+    began = time.monotonic()
     shop.rc("restart")
+    restart_s = time.monotonic() - began
     assert "--retry TERM/22/KILL/5 " in shop.supervisors()[0]
     shop.start_sandbox()
     shop.crm_answers(status=200, delay_s=60)
     assert shop.customer_says("hanging") == 200
     began = time.monotonic()
     shop.rc("stop")
-    assert 2 <= time.monotonic() - began < 10
+    assert 2 <= time.monotonic() - began < 8 + restart_s
     assert shop.log().splitlines()[-1].endswith("calls_left=true")  # it ended by itself
     shop.rc("start")
     shop.wait_healthy()
-    wait(lambda: shop.at_crm() == ["hanging"], 60)
+    until(lambda: shop.at_crm() == ["hanging"])
 
 
 def test_a_python_that_is_gone_is_named(shop: Shop) -> None:
@@ -108,19 +114,19 @@ def test_crashes_do_not_add_up(tmp_path: Path, layer: Path) -> None:
             shop.box.run("kill", "-9", str(pid))
             shop.wait_replaced(pid)
             shop.wait_live()
-        wait(lambda: {f"crash {number}" for number in range(15)} <= set(shop.at_crm()))
+        until(lambda: {f"crash {number}" for number in range(15)} <= set(shop.at_crm()))
         assert "status: started" in shop.rc("status")
 
 
 def test_a_full_disk_is_waited_for_without_a_restart(tmp_path: Path, layer: Path) -> None:
     with opened(tmp_path, layer, memory_mb=256, conf_d=SOON, small_disk=True) as shop:
         assert shop.customer_says("before") == 200
-        wait(lambda: shop.at_crm() == ["before"])
+        until(lambda: shop.at_crm() == ["before"])
         pid = shop.pid()
         for place in (DATA, LOG.rpartition("/")[0]):
             shop.box.run("sh", "-c", f"dd if=/dev/zero of={place}/ballast bs=4k 2>/dev/null; true")
-        wait(lambda: shop.customer_says("on a full disk") >= 500)
-        wait(lambda: shop.health() == "unhealthy")
+        until(lambda: shop.customer_says("on a full disk") >= 500)
+        until(lambda: shop.health() == "unhealthy")
         ends = time.monotonic() + 10
         while time.monotonic() < ends:  # five health checks
             assert shop.pid() == pid
@@ -130,4 +136,4 @@ def test_a_full_disk_is_waited_for_without_a_restart(tmp_path: Path, layer: Path
         shop.box.run("sh", "-c", f"rm {DATA}/ballast {LOG.rpartition('/')[0]}/ballast")
         shop.wait_healthy()
         assert shop.customer_says("after") == 200
-        wait(lambda: "after" in shop.at_crm())
+        until(lambda: "after" in shop.at_crm())

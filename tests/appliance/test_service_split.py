@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.appliance.shop import SOON, opened, wait
+from tests.appliance.shop import SOON, opened
+from tests.waiting import BULK_S, until
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 
 
 def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path) -> None:
@@ -14,10 +15,13 @@ def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path
     with opened(tmp_path, layer, memory_mb=256, conf_d=split, delivery__stop_grace_s="0") as shop:
         web, worker = shop.pid("crmbridge serve --no-worker"), shop.pid("crmbridge worker")
         assert shop.customer_says("split") == 200
-        wait(lambda: "split" in shop.at_crm())
+        until(lambda: "split" in shop.at_crm())
         assert shop.rc("status").count("status: started") == 2
         shop.box.run("kill", "-STOP", str(web), str(worker))
-        wait(lambda: web not in shop.pids("crmbridge serve") and worker not in shop.pids("crmbridge worker"), 120)
+        until(
+            lambda: web not in shop.pids("crmbridge serve") and worker not in shop.pids("crmbridge worker"),
+            timeout_s=BULK_S,
+        )
         shop.wait_healthy()
         assert shop.log().count(" error service.hung ") == 2
         before = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}

@@ -9,10 +9,11 @@ import pytest
 from crmbridge import __version__
 from tests.appliance.box import Box
 from tests.appliance.cuts import cut
-from tests.appliance.shop import DATA, SANDBOX, Shop, opened, wait
+from tests.appliance.shop import DATA, SANDBOX, Shop, opened
 from tests.appliance.trees import in_box, later
+from tests.waiting import until
 
-pytestmark = [pytest.mark.appliance, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.appliance
 TOOL = "/opt/crmbridge/current/install.sh"
 
 
@@ -61,7 +62,7 @@ def migrations(shop: Shop) -> str:
 def delivered(shop: Shop, *texts: str) -> None:
     """Let the CRM work again, and hold that it gets just these texts, in their order."""
     shop.crm_answers(status=None, always=True)
-    wait(lambda: len(shop.at_crm()) >= len(texts))
+    until(lambda: len(shop.at_crm()) >= len(texts))
     assert shop.at_crm() == list(texts)
 
 
@@ -101,7 +102,7 @@ BROKEN: dict[str, tuple[str, tuple[tuple[str, str, str], ...], str]] = {
         "pass",
         (
             ("crmbridge/__main__.py", SERVE, f"{SERVE}    sys.exit('it does not start')\n"),
-            ("install.sh", "--wait 60", "--wait 2"),
+            ("install.sh", "--wait 60", "--wait 20"),
             ("openrc/crmbridge", "    ask 15 ", "    ask 1 "),
         ),
         "was not well within a minute",
@@ -151,12 +152,12 @@ def test_what_a_version_that_is_taken_back_has_accepted_is_kept(shop: Shop, tmp_
     edits = (
         ("crmbridge/web/health_routes.py", "return [problem]", "return [problem or 'never well']"),
         ("crmbridge/web/health_routes.py", "if problem:", "if True:"),
-        ("install.sh", "--wait 60", "--wait 5"),
+        ("install.sh", "--wait 60", "--wait 20"),
     )
     to(shop.box, later(tmp_path / "next", "9.0.0", edits=edits))
     words = [*shop.box.entering(), "sh", "/root/next/install.sh", "upgrade"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        wait(lambda: shop.health() == "unhealthy", 60)
+        until(lambda: shop.health() == "unhealthy")
         assert shop.customer_says("between") == 200
         said, _ = run.communicate()
     assert "never well" in said

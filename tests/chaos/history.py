@@ -163,6 +163,17 @@ class History:
         """Count what is acknowledged and not delivered: the load holds back, so that a run can come to its end."""
         return len(self._waiting)
 
+    def acknowledged(self) -> set[str]:
+        """Return the customers' messages that the bridge said 200 to."""
+        return {
+            item.mid for webhook in self.of(Webhook) if webhook.status == 200
+            for item in webhook.items if item.kind == "message"
+        }  # fmt: skip
+
+    def accepted(self) -> set[str]:
+        """Return the keys of the sends that the bridge said 202 to."""
+        return {order.key for order in self.of(Order) if order.status == 202}
+
     def of(self, kind: type[Record]) -> list[Record]:
         return [fact for fact in self.facts if isinstance(fact, kind)]
 

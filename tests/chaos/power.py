@@ -11,7 +11,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import Any, Literal
 
 from crmbridge.sandbox.demo import Bridge
 from tests.needs import require
+from tests.waiting import until
 
 SECTOR = 512  # a disk writes a sector whole or not at all
 FILES = ("bridge.db", "bridge.db-wal")  # SQLite makes the -shm file anew
 FOLDER = "."
 _CALLS = "openat,pwrite64,pwritev,write,writev,fsync,fdatasync,ftruncate,fallocate,unlink,rename"
-_FLUSH_S = 30.0
 
 Kind = Literal["write", "truncate", "sync", "create", "unlink"]
 
@@ -84,11 +83,7 @@ class Recorded(Bridge):
         assert tracer, "the server is not being recorded"
         self._process.kill()
         self._process.wait()
-        deadline = time.monotonic() + _FLUSH_S
-        while _lives(tracer):
-            if time.monotonic() > deadline:
-                raise TimeoutError("strace does not end")
-            time.sleep(0.02)
+        until(lambda: not _lives(tracer))
         return read(self._traces.glob("thread.*"), self._var)
 
 

@@ -3,19 +3,18 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.waiting import PATIENCE_S, until
 
 MODES: dict[str, dict[str, tuple[str, ...]]] = {
     "serve": {"serve": ("serve",)},
     "split": {"web": ("serve", "--no-worker"), "worker": ("worker",)},
 }
 _READY = re.compile(rb"(?:serve|worker)\.ready")
-_READY_S = 30
 _ROOT = Path(__file__).absolute().parent.parent.parent
 
 
@@ -46,11 +45,9 @@ class Process:
 
     def wait_ready(self) -> None:
         """Wait until it does its work; RuntimeError when it ended or takes too long."""
-        deadline = time.monotonic() + _READY_S
-        while not _READY.search(self._log.read_bytes()):
-            if not self.runs() or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()}")
-            time.sleep(0.02)
+        until(lambda: _READY.search(self._log.read_bytes()) or not self.runs())
+        if not _READY.search(self._log.read_bytes()):
+            raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()}")
 
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -74,17 +71,10 @@ class Process:
         if self._process.poll() is None:
             os.kill(self._process.pid, number)
         try:
-            self._process.wait(20)
+            self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def free_port() -> int:
-    """Return a port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def log_lines(folder: Path, names: Sequence[str], most: int = 40) -> list[str]:

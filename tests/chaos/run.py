@@ -17,6 +17,7 @@ from tests.chaos.load import Load
 from tests.chaos.processes import Process
 from tests.chaos.weather import TIMEOUT_S, UnreliableMeta, Weather, unreliable
 from tests.shop import Shop
+from tests.waiting import BULK_S, PATIENCE_S, free_port, until
 
 _QUICK_TRIES = 6
 _SHOWN = 15
@@ -38,7 +39,8 @@ class Plan:
     """What a run does.
 
     `up_s` is how long the bridge lives between two kills; `quiet_s` how long nothing may change at the end while
-    something is still owed; `is_fair` means that there are no faults but the kills.
+    something is still owed; `is_fair` means that there are no faults but the kills. `least` are the messages and the
+    sends that must have been acknowledged before the end, however slow the machine is.
     """
 
     seed: int
@@ -51,6 +53,7 @@ class Plan:
     pause_s: float = 0.04
     quiet_s: float = 20.0
     is_fair: bool = False
+    least: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -92,7 +95,7 @@ def run(plan: Plan, folder: Path, disturb: Callable[[Stage], None] | None = None
     sandbox, meta = unreliable(weather, history)
     with sandbox:
         shop = _shop(folder, sandbox)
-        port = processes.free_port()
+        port = free_port()
         own = {"CRMBRIDGE_WEB_PORT": str(port), "CRMBRIDGE_INSTAGRAM_TIMEOUT_S": str(TIMEOUT_S)}
         parts = {
             name: Process(name, words, folder / "crmbridge.ini", {**shop.bridge.environ, **own}, plan.planted)
@@ -109,6 +112,7 @@ def run(plan: Plan, folder: Path, disturb: Callable[[Stage], None] | None = None
             (disturb or kill_again_and_again)(stage)
             _start(parts)
             time.sleep(1)
+            _go_on(plan, history, weather)
             owed = _calm_down(plan, load, meta, weather, shop.database)
             statuses = _statuses(url, shop.key, history)
         finally:
@@ -172,6 +176,18 @@ def _start(parts: dict[str, Process]) -> None:
         part.wait_ready()
 
 
+def _go_on(plan: Plan, history: History, weather: Weather) -> None:
+    """Let the load go on, in calm weather, until there was enough of it."""
+    if any(plan.least):
+        weather.crm = weather.meta = "calm"
+        seen = until(
+            lambda: (len(history.acknowledged()), len(history.accepted())),
+            lambda seen: seen[0] >= plan.least[0] and seen[1] >= plan.least[1],
+            timeout_s=BULK_S,
+        )
+        history.add(Note(now := time.time(), now, f"enough: {seen}"))
+
+
 def _calm_down(plan: Plan, load: Load, meta: UnreliableMeta, weather: Weather, database: Path) -> list[str]:
     """End the faults and the load, and wait until nothing is owed, or nothing changes; return what still is."""
     weather.clear = True
@@ -192,7 +208,7 @@ def _calm_down(plan: Plan, load: Load, meta: UnreliableMeta, weather: Weather, d
 @contextlib.contextmanager
 def reading(database: Path) -> Iterator[sqlite3.Connection]:
     """Look into the database without being able to change it."""
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)) as connection:
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=PATIENCE_S)) as connection:
         yield connection
 
 
@@ -216,7 +232,7 @@ def _statuses(url: str, key: str, history: History) -> dict[str, dict[str, objec
         session.trust_env = False
         session.headers["Authorization"] = f"Bearer {key}"
         for message_id in dict.fromkeys(order.message_id for order in history.of(Order) if order.message_id):
-            answer = session.get(f"{url}/api/v1/messages/{message_id}/status", timeout=10)
+            answer = session.get(f"{url}/api/v1/messages/{message_id}/status", timeout=PATIENCE_S)
             answer.raise_for_status()
             found[message_id] = answer.json()
     return found

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -15,15 +17,17 @@ from tests.chaos.history import CrmCall, Webhook
 from tests.chaos.processes import Process
 from tests.chaos.run import Plan, Stage, run
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop
+from tests.waiting import BULK_S, PATIENCE_S, SWEEP_S, free_port
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
-_SWEEP_S = 5
+pytestmark = pytest.mark.chaos
 _TOLERANCE_S = 2.5
+_TIMES = 10  # as long as what has its bell takes here, at this moment, may come to a sweep as well
 
 
 def test_more_than_fifty_kills_break_no_promise(tmp_path: Path) -> None:
     """Two bridges at a time, so that each also meets a busy machine."""
-    plans = [Plan(seed, 13, mode) for seed, mode in ((1, "serve"), (2, "split"), (3, "serve"), (4, "split"))]
+    modes = {1: "serve", 2: "split", 3: "serve", 4: "split"}
+    plans = [Plan(seed, 13, mode, least=(251, 51)) for seed, mode in modes.items()]
     folders = [tmp_path / str(plan.seed) for plan in plans]
     for folder in folders:
         folder.mkdir()
@@ -54,10 +58,16 @@ def test_more_than_fifty_kills_break_no_promise(tmp_path: Path) -> None:
     ids=lambda value: value.planted if isinstance(value, Plan) else "",
 )
 def test_a_planted_bug_is_found(plan: Plan, rules: set[str], tmp_path: Path) -> None:
-    result = run(plan, tmp_path)
-    found = Counter(violation.rule for violation in result.violations)
-    print(plan.planted, dict(found))
-    assert rules <= set(found), result.told()
+    found = Counter[str]()
+    for seed in (1, 2, 3):  # a kill may miss the bug's moment, on a busy machine more often
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        result = run(replace(plan, seed=seed), folder)
+        found.update(violation.rule for violation in result.violations)
+        print(plan.planted, dict(found))
+        if rules <= set(found):
+            return
+    raise AssertionError(result.told())
 
 
 @contextmanager
@@ -65,10 +75,11 @@ def still_shop(folder: Path) -> Iterator[tuple[Shop, dict[str, Process]]]:
     """Yield a shop and the processes that its bridge may be made of, none of them started."""
     with Sandbox() as sandbox:
         shop = Shop(folder, sandbox, QUICK)
+        shop.bridge.environ["CRMBRIDGE_WEB_PORT"] = str(free_port())
         shop.start()
         shop.open()
         shop.close()
-        environ = {**shop.bridge.environ, "CRMBRIDGE_WEB_PORT": shop.url.rsplit(":", 1)[1]}
+        environ = shop.bridge.environ
         parts = {
             name: Process(name, words, folder / "crmbridge.ini", environ, planted)
             for name, words, planted in (
@@ -106,7 +117,7 @@ def test_500_messages_acknowledged_before_a_kill_arrive_once_each(mode: str, tmp
         shop.crm.answer_always(None)
         for part in parts:
             part.spawn()
-        shop.crm.wait(500, timeout_s=60, where=lambda entry: entry.answered == 200)
+        shop.crm.wait(500, timeout_s=BULK_S, where=lambda entry: entry.answered == 200)
         shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state <> 'done'", [(0,)])
         taken = [entry.event for entry in shop.crm.received if entry.answered == 200]
         assert Counter(event["message"] for event in taken) == {f"in {number}": 1 for number in range(500)}
@@ -118,21 +129,30 @@ def test_500_messages_acknowledged_before_a_kill_arrive_once_each(mode: str, tmp
 
 def test_a_kill_between_commit_and_bell_delays_by_a_sweep_at_most(tmp_path: Path) -> None:
     with still_shop(tmp_path) as (shop, parts):
-        for name in ("worker", "dying"):
+        for name in ("worker", "web"):
             parts[name].spawn()
             parts[name].wait_ready()
         began = time.monotonic()
+        assert shop.meta.customer_says(SHOP_ID, CUSTOMER, "somebody rings").status == 200
+        shop.crm.wait(1)
+        at_most_s = SWEEP_S + _TOLERANCE_S + _TIMES * (time.monotonic() - began)
+        parts["web"].kill()
+        parts["dying"].spawn()
+        parts["dying"].wait_ready()
+        began = time.monotonic()
         assert shop.meta.customer_says(SHOP_ID, CUSTOMER, "nobody rang").status == 0
-        assert parts["dying"].wait(5) == 9
-        shop.crm.wait(1, timeout_s=_SWEEP_S + _TOLERANCE_S)
-        print(f"in: {time.monotonic() - began:.1f} s")
+        assert parts["dying"].wait(PATIENCE_S) == 9
+        shop.crm.wait(2)
+        took_s = {"in": time.monotonic() - began}
         parts["dying"].spawn()
         parts["dying"].wait_ready()
         began = time.monotonic()
         with pytest.raises(OSError):  # requests' own errors are OSErrors
             shop.send("nobody rang", "bell-1")
-        shop.meta.wait_sent(1, timeout_s=_SWEEP_S + _TOLERANCE_S)
-        print(f"out: {time.monotonic() - began:.1f} s")
+        shop.meta.wait_sent(1)
+        took_s["out"] = time.monotonic() - began
+        print(f"at most {at_most_s:.1f} s: {took_s}")
+        assert max(took_s.values()) < at_most_s
         # Both were kept, so Meta's and the client's repetitions change nothing.
         parts["web"].spawn()
         parts["web"].wait_ready()
@@ -171,5 +191,5 @@ def test_the_queue_may_be_deleted_under_load(plan: Plan, tmp_path: Path) -> None
         for item in webhook.items
         if item.kind == "message"
     ]
-    print(f"slowest: {max(late):.2f} s")
-    assert max(late) < _SWEEP_S + _TOLERANCE_S
+    print(f"median: {median(late):.3f} s, slowest: {max(late):.2f} s")
+    assert max(late) < SWEEP_S + _TOLERANCE_S + _TIMES * median(late)

@@ -5,6 +5,7 @@ Whatever was acknowledged is kept and delivered, the rest is refused with 503, a
 
 import contextlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,10 @@ from crmbridge.sandbox import Sandbox
 from tests.chaos import power
 from tests.needs import require
 from tests.shop import QUICK, SHOP_ID, Shop
+from tests.waiting import BULK_S, PATIENCE_S, assert_rung, until
 
 CUSTOMERS = 12
 BURST_S = 1.0
-RECOVERED_S = 15
 DISK_BYTES = 32 << 20
 MAIN = ("bridge.db", "bridge.db-wal")
 QUEUE = ("queue.db", "queue.db-wal", "queue.db-shm")
@@ -119,10 +121,7 @@ class Callers:
     def mend(self) -> None:
         """Try again what was refused, as Meta and a CRM would, until it is taken."""
         for text in sorted(self.refused()):
-            deadline = time.monotonic() + RECOVERED_S
-            while not was_taken(text, answer := self.try_again(text)):
-                assert time.monotonic() < deadline, f"{text} is still refused: {answer}"
-                time.sleep(0.2)
+            until(partial(self.try_again, text), partial(was_taken, text), pause_s=0.2)
 
 
 def was_taken(text: str, answer: Answer) -> bool:
@@ -153,20 +152,13 @@ def arrived(shop: Shop) -> Counter[str]:
     return Counter([*texts, *(entry.text or "" for entry in list(shop.meta.sent))])
 
 
-def wait_for(ready: Callable[[], bool], problem: Callable[[], str], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < deadline, problem()
-        time.sleep(0.05)
-
-
 def wait_healthy(shop: Shop) -> None:
-    wait_for(lambda: shop.call("GET", "/health").status_code == 200, lambda: "/health stays 503", RECOVERED_S)
+    until(lambda: shop.call("GET", "/health").status_code, lambda status: status == 200)
 
 
-def wait_arrived(shop: Shop, texts: set[str], timeout_s: float = 30) -> None:
+def wait_arrived(shop: Shop, texts: set[str]) -> None:
     """Wait until each text has come to its other side."""
-    wait_for(lambda: texts <= set(arrived(shop)), lambda: f"missing: {sorted(texts - set(arrived(shop)))}", timeout_s)
+    until(lambda: texts - set(arrived(shop)), lambda missing: not missing, timeout_s=BULK_S)
 
 
 def assert_honest(callers: Callers) -> None:
@@ -200,7 +192,7 @@ def assert_whole(shop: Shop) -> None:
 def assert_each_once(shop: Shop, texts: set[str]) -> None:
     """Assert that all arrived, and nothing twice: no process died, so nothing excuses a repetition."""
     wait_arrived(shop, texts)
-    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)], RECOVERED_S)
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)])
     counts = arrived(shop)
     assert {text: number for text, number in counts.items() if number != 1} == {}
     assert set(counts) == texts
@@ -231,7 +223,7 @@ def failing(shop: Shop, calls: str, error: str, when: str, files: tuple[str, ...
             yield report
         finally:
             tracer.terminate()
-            tracer.communicate(timeout=30)
+            tracer.communicate(timeout=PATIENCE_S)
 
 
 def injected(report: Path) -> int:
@@ -262,6 +254,8 @@ def test_bursts_of_errors_cost_refusals_and_nothing_else(
         for when in ("1+", "3+4", "1+"):
             with failing(shop, calls, error, when, files) as report:
                 time.sleep(BURST_S)
+                until(partial(injected, report))
+                until(callers.refused)
             faults += injected(report)
             time.sleep(0.5)
     assert faults, "no fault was injected"
@@ -288,12 +282,12 @@ def test_a_log_that_cannot_be_carried_over_refuses_nobody(fresh_shop: Shop) -> N
     shop, callers = fresh_shop, Callers(fresh_shop)
     size = shop.database.stat().st_size
     with callers.busy(), failing(shop, BOTH, "EIO", "1+", ("bridge.db",)) as report:
-        wait_for(lambda: injected(report) >= 3, lambda: "no checkpoint was tried", RECOVERED_S)
+        until(lambda: injected(report), lambda faults: faults >= 3)  # checkpoints that were tried
     assert not callers.refused()
     assert_honest(callers)
     assert_each_once(shop, set(callers.answers))
     with callers.busy():
-        wait_for(lambda: shop.database.stat().st_size > size, lambda: "no checkpoint was made", RECOVERED_S)
+        until(lambda: shop.database.stat().st_size, lambda now: now > size)  # a checkpoint was made
     assert_each_once(shop, set(callers.answers))
     assert_whole(shop)
 
@@ -308,9 +302,8 @@ def test_killed_while_syncs_fail_a_refused_message_may_be_there_but_never_twice(
         assert was_taken("in", callers.try_one("in"))
     with failing(shop, SYNCS, "EIO", "1+", MAIN):
         with callers.busy():
-            time.sleep(0.5)
+            until(callers.refused)
         shop.kill()
-    assert callers.refused()
     assert_honest(callers)
     shop.crm.answer_always(None)
     shop.start()
@@ -319,7 +312,7 @@ def test_killed_while_syncs_fail_a_refused_message_may_be_there_but_never_twice(
     print(f"{len(callers.taken())} taken, {len(refused)} refused, of these stored: {sorted(refused & held)}")
     callers.mend()
     wait_arrived(shop, set(callers.answers))
-    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)], RECOVERED_S)
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)])
     assert Counter(entry.text for entry in shop.meta.sent).most_common(1)[0][1] == 1
     ids: dict[str, set[str]] = defaultdict(set)
     for entry in shop.crm.received:
@@ -334,13 +327,13 @@ def test_killed_while_syncs_fail_a_refused_message_may_be_there_but_never_twice(
 def test_a_queue_that_cannot_be_written_costs_no_message_and_no_time(fresh_shop: Shop, error: str) -> None:
     power.require_strace()
     shop, callers = fresh_shop, Callers(fresh_shop)
+
+    def one_more(way: str, _: int) -> None:
+        assert was_taken(way, callers.try_one(way)), callers.answers
+
     with failing(shop, BOTH, error, "1+", QUEUE) as report:
-        for number in range(12):
-            # No drain runs any more, so that a bell has to be rung.
-            time.sleep(0.3)
-            way = "out" if number % 3 else "in"
-            assert was_taken(way, callers.try_one(way)), callers.answers
-            wait_arrived(shop, callers.taken(), timeout_s=3)
+        for way in ("in", "out") * 3:
+            assert_rung(partial(one_more, way), lambda _: wait_arrived(shop, callers.taken()))
     assert injected(report), "the queue was not written"
     assert "queue.unwritable" in shop.log()
     assert_honest(callers)
@@ -490,12 +483,17 @@ def test_web_and_worker_as_two_processes_have_a_reserve_for_the_second_full_disk
                 worker = subprocess.Popen(words, env=shop.bridge.environ, stderr=log)
             wait_healthy(shop)
             callers = Callers(shop)
+
+            def times_full() -> int:
+                return (small_disk / "worker.log").read_text().count(" storage.full ")
+
             for _ in range(2):
+                before = times_full()
                 shop.crm.answer_always(503)
                 shop.meta.fault("messages", times=100_000, status=503, body="")
                 take(callers, 60)
                 filler = fill(shop.database.parent)
-                time.sleep(2)  # the worker alone writes, until it finds the disk full
+                until(times_full, partial(operator.lt, before))  # the worker alone writes, until it finds the disk full
                 try_until_refused(callers)
                 come_back(shop)
                 wait_arrived(shop, callers.taken())

@@ -16,6 +16,7 @@ from crmbridge.sandbox.demo import Bridge, ini
 from tests.chaos import power
 from tests.chaos.power import Acknowledged, Disk, Operation, Recorded
 from tests.shop import QUICK, SHOP_ID, Shop
+from tests.waiting import BULK_S, until
 
 SEED = 20_270_115
 SPREAD, AFTER_ACKNOWLEDGEMENT, IN_CHECKPOINT = 40, 40, 20
@@ -181,13 +182,10 @@ def arrives_after_the_power_is_back(shop: Shop, run: Run) -> None:
     shop.bridge = Bridge(shop.bridge.folder, ini(shop.sandbox) + QUICK)
     shop.start()
     wanted = {entry.id for entry in run.acknowledged if entry.kind == "inbound"}
-    deadline = time.monotonic() + 30
-    while wanted - (came := arrived(shop)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not wanted - came
+    until(lambda: wanted - arrived(shop), lambda missing: not missing, timeout_s=BULK_S)
     wanted_texts = {f"out {number}" for number in range(len(run.acknowledged) - len(wanted))}
-    shop.meta.wait_sent(len(wanted_texts), timeout_s=30)
-    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE target = 'instagram' AND state <> 'done'", [(0,)], 30)
+    shop.meta.wait_sent(len(wanted_texts), timeout_s=BULK_S)
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE target = 'instagram' AND state <> 'done'", [(0,)])
     sent = Counter(entry.text for entry in shop.meta.sent)
     assert sent == dict.fromkeys(wanted_texts, 1), sent - Counter(wanted_texts)
 
