@@ -138,13 +138,16 @@ class Shop:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, settings: str = "", *, instagram: str = "", account: bool = True) -> Iterator[Shop]:
+def opened(
+    folder: Path, settings: str = "", *, instagram: str = "", account: bool = True, **environ: str
+) -> Iterator[Shop]:
     """Yield a running shop, with its account connected unless told otherwise.
 
-    `settings` are sections to add, `instagram` lines for the section that is there.
+    `settings` are sections to add, `instagram` lines for the section that is there, `environ` what overrides them.
     """
     with Sandbox() as sandbox:
         shop = Shop(folder, sandbox, settings, instagram)
+        shop.bridge.environ |= environ
         try:
             shop.start()
             if account:
