@@ -1,4 +1,4 @@
-"""What stands around a request: a mark before JSON, blanks around what is signed."""
+"""What stands around a request: the slash after a path, a mark before JSON, blanks around what is signed."""
 
 import codecs
 import itertools
@@ -11,7 +11,7 @@ import requests
 
 from crmbridge import signing
 from crmbridge.sandbox import wire
-from crmbridge.sandbox.meta import APP_SECRET
+from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
 from tests import shop as shops
 from tests.shop import CUSTOMER, SHOP_ID, Shop
 
@@ -32,17 +32,56 @@ def said(text: str) -> bytes:
     return json.dumps(wire.envelope(SHOP_ID, 1_800_000_000_000, item)).encode()
 
 
-def post(shop: Shop, body: bytes, *, secret: str = APP_SECRET, signed: bytes | None = None) -> Any:
+def post(shop: Shop, body: bytes, *, secret: str = APP_SECRET, signed: bytes | None = None, path: str = HOOK) -> Any:
     """Post a webhook; `signed` are the bytes that its signature is made over, if they are others."""
     signature = signing.hub_signature(secret, body if signed is None else signed)
     headers = {"X-Hub-Signature-256": signature, "Content-Type": "application/json"}
-    return requests.post(shop.url + HOOK, data=body, headers=headers, timeout=30, allow_redirects=False)
+    return requests.post(shop.url + path, data=body, headers=headers, timeout=30, allow_redirects=False)
 
 
 def arrives(shop: Shop, text: str) -> None:
     """Wait until the CRM has what a customer wrote, as a message that was understood."""
     (entry,) = shop.crm.wait(1, where=lambda entry: entry.event.get("message") == text)
     assert entry.event["event"] == "message.received"
+
+
+# --- the slash ---
+
+
+def test_the_webhook_takes_a_slash_at_the_end_of_its_path(shop: Shop) -> None:
+    assert post(shop, said("after a slash"), path=HOOK + "/").json() == {"status": "accepted"}
+    arrives(shop, "after a slash")
+    asked = {"hub.mode": "subscribe", "hub.verify_token": VERIFY_TOKEN, "hub.challenge": "1158201444"}
+    answer = requests.get(shop.url + HOOK + "/", params=asked, timeout=10, allow_redirects=False)
+    assert (answer.status_code, answer.text) == (200, "1158201444")
+    shop.wait_log(r" request method=POST path=/webhooks/instagram/ status=200")
+    assert post(shop, said("unsigned"), path=HOOK + "/", secret="another").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/api/v1/accounts/", 200),
+        ("GET", "/api/v1/accounts/?limit=1", 200),
+        ("GET", "/health/", 200),
+        ("GET", "/docs/", 200),
+        ("POST", "/api/v1/messages/send/", 400),  # the route's own answer to no body
+        ("PUT", "/api/v1/accounts/", 405),
+        ("GET", "/api/v1/accounts//", 404),
+        ("GET", "/webhooks/instagram//", 404),
+        ("GET", "/nothing/", 404),
+        ("GET", "//", 302),  # leading slashes are one, and that is the home page
+    ],
+)
+def test_one_slash_at_the_end_of_any_path_changes_nothing(shop: Shop, method: str, path: str, status: int) -> None:
+    assert shop.call(method, path, allow_redirects=False).status_code == status
+
+
+def test_a_slash_that_belongs_to_an_id_stays(shop: Shop) -> None:
+    assert shop.send("order", "order/7/").status_code == 202
+    found = shop.call("GET", "/api/v1/admin/explain/order/7/", key=shop.admin_key)
+    assert found.status_code == 200, found.text
+    assert shop.call("GET", "/api/v1/admin/explain/order/7", key=shop.admin_key).status_code == 404
 
 
 # --- the mark before JSON, and other encodings ---

@@ -206,21 +206,33 @@ class App:
             answered.append(status[:3])
             return start_response(status, [*headers, ("X-Correlation-Id", correlation)], exc_info)
 
+        path = _decoded(environ.get("PATH_INFO", ""))
+        if self._known(environ["REQUEST_METHOD"], path) != path:
+            environ["PATH_INFO"] = environ["PATH_INFO"][:-1]
         with log.correlated(correlation):
             body: Iterable[bytes] = self._bottle(environ, start)
             elapsed_s = time.monotonic() - started
             facts = {
                 "method": environ["REQUEST_METHOD"][:16],
-                "path": environ.get("PATH_INFO", "")[:200],
+                "path": path[:200],
                 "status": answered[-1] if answered else None,
                 "ms": round(elapsed_s * 1000, 1),
             }
             self.timings.note(facts["ms"])
-            is_probe = facts["path"].startswith("/health") and facts["status"] == "200"
+            is_probe = path.startswith("/health") and facts["status"] == "200"
             (log.debug if is_probe else log.info)("request", **facts, **environ.get(_REFUSAL, {}))
             if elapsed_s > SLOW_S:
                 log.warning("performance.request_slow", **facts)
         return body
+
+    def _known(self, method: str, path: str) -> str:
+        """Return the path without the slash at its end where only that leads to a route."""
+        if path.endswith("/") and path != "/":
+            try:
+                self._bottle.router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
+            except bottle.HTTPError as error:
+                return path[:-1] if error.status_code == 404 else path
+        return path
 
     def _handler(self, route: Route) -> Callable[..., Any]:
         def handle(**path: str) -> Any:
@@ -330,3 +342,8 @@ class App:
             code, message = "internal_error", "The bridge failed; the log tells more."
         bottle.response.content_type = "application/json"
         return json.dumps(self._described(code, message, []), ensure_ascii=False).encode()
+
+
+def _decoded(path: str) -> str:
+    """Return a path of WSGI, one character a byte, as the text that Bottle matches."""
+    return path.encode("latin-1").decode("utf-8", "ignore")
