@@ -29,7 +29,7 @@ from crmbridge import apikey, signing
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.meta import APP_SECRET
 from tests.needs import require
-from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop, opened
+from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop
 from tests.test_docs_page import Visit, try_a_key
 
 pytestmark = [pytest.mark.proxy, pytest.mark.slow]
@@ -389,17 +389,6 @@ def test_half_sent_requests_do_not_stop_it(front: Front) -> None:
                         slow.remove(one)
                         one.close()
             time.sleep(0.25)
-
-
-def test_without_a_proxy_half_sent_requests_do_stop_it(tmp_path: Path) -> None:
-    """What the proxy is for: they fill the connections that the bridge takes."""
-    with opened(tmp_path, QUICK) as shop, contextlib.ExitStack() as stack:
-        host, port = shop.url.removeprefix("http://").split(":")
-        for _ in range(HALF_SENT):
-            one = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
-            one.sendall(b"POST /webhooks/instagram HTTP/1.1\r\nHost: bridge\r\nContent-Length: 5000\r\n\r\n{")
-        with pytest.raises(requests.Timeout):
-            requests.get(shop.url + "/health/live", timeout=3)
 
 
 @pytest.mark.browser
