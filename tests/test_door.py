@@ -192,8 +192,8 @@ def test_a_body_that_will_be_refused_is_not_taken(shop: Shop, kind: str, chunked
             most = max(most, held_bytes(shop) - before)
             time.sleep(0.01)
         works(shop, 1)
-    assert most < 64 * MB
-    wait_until(lambda: held_bytes(shop) - before < 24 * MB, "it is kept")
+    assert most < 96 * MB  # 32 of bodies that may be legal, and what memory they cost in passing
+    wait_until(lambda: held_bytes(shop) - before < 64 * MB, "it is kept")
 
 
 def test_half_sent_bodies_for_a_route_without_a_key_have_a_budget(fresh_shop: Shop) -> None:
@@ -207,11 +207,11 @@ def test_half_sent_bodies_for_a_route_without_a_key_have_a_budget(fresh_shop: Sh
             one.sendall(head("POST", HOOK, length))
             push(one, 7 * MB, chunked=chunked)
         works(shop)
-        assert held_bytes(shop) - before < 64 * MB
+        assert held_bytes(shop) - before < 96 * MB
         body, signature = said("a large one beside them", 8 * MB)
         answer = requests.post(shop.url + HOOK, data=body, headers={"X-Hub-Signature-256": signature}, timeout=20)
         assert answer.status_code == 200
-    wait_until(lambda: held_bytes(shop) - before < 48 * MB, "it is kept")
+    wait_until(lambda: held_bytes(shop) - before < 64 * MB, "it is kept")
     shop.wait_log(r"connections\.closed .*large=\d")
 
 
@@ -332,6 +332,16 @@ def test_who_sends_a_large_body_before_reading_still_gets_the_answer(shop: Shop)
             assert requests.post(shop.url + path, data=body, headers=headers, timeout=30).status_code == status
 
 
+def test_a_refused_request_that_is_whole_costs_no_connection(shop: Shop) -> None:
+    with connect(shop.url) as one:
+        for lines in (["Content-Length: 100"], ["Transfer-Encoding: chunked"]):
+            body = b"x" * 100 if "chunked" not in lines[0] else b"64\r\n" + b"x" * 100 + b"\r\n0\r\n\r\n"
+            for path, status in ((SEND, 401), (HOOK, 401), ("/nothing", 404)):
+                one.sendall(head("POST", path, *lines))
+                one.sendall(body)
+                assert answer_to(one)[0] == status
+
+
 def test_requests_one_behind_the_other_are_answered_in_order(shop: Shop) -> None:
     fresh, other = make_keys(shop, 2)
 
@@ -349,16 +359,14 @@ def test_requests_one_behind_the_other_are_answered_in_order(shop: Shop) -> None
     many = head("GET", "/health/live")
     many += b"".join(send(key, number) for number, key in enumerate((fresh, other, fresh, shop.key)))
     many += head("GET", "/nothing") + b"\r\n" + head("GET", "/api/v1/accounts")
-    many += (
-        head("POST", SEND, "Content-Length: 5") + b"12345" + head("GET", "/health/live")
-    )  # refused: nothing after it
+    many += head("POST", SEND, "Content-Length: 5") + b"12345" + head("GET", "/health/live", "Connection: close")
     with connect(shop.url) as one:
         for at in range(0, len(many), 700):
             one.sendall(many[at : at + 700])
         data = b""
         while part := one.recv(65_536):
             data += part
-    assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", *[b"202"] * 4, b"404", b"401", b"401"]
+    assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", *[b"202"] * 4, b"404", b"401", b"401", b"200"]
 
 
 def test_a_large_legal_webhook_is_taken(shop: Shop) -> None:
@@ -480,6 +488,8 @@ def test_bytes_that_keep_coming_make_no_time(served: Served) -> None:
 def test_an_answer_that_is_not_read_keeps_no_connection(served: Served) -> None:
     with served.connect() as one:
         one.sendall(head("POST", SEND, "Content-Length: 5"))
+        for _ in range(2):
+            served.pass_s(0.6)
         wait_until(lambda: is_closed(one), "it stays")  # as far as it can be seen
         served.pass_s(6)  # the rest was listened to for five
         with pytest.raises(OSError):  # noqa: PT012

@@ -4,6 +4,7 @@ Waitress alone takes every body before the application hears of the request, and
 """
 
 import contextlib
+import io
 import json
 import socket
 import time
@@ -39,7 +40,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     is_judged = False
     refusal: BridgeError | None = None
-    is_last = False  # nothing that follows can be read: it may be the body that was not taken
+    is_last = False  # nothing that follows can be read: it may be the rest of the body
+    was_seen_refused = False
     _body_bytes = 0
     _expects_continue = False
 
@@ -80,14 +82,38 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         self.expect_continue = self._expects_continue
 
     def refuse(self, error: BridgeError) -> None:
-        """Have the request answered with an error, and its body, if it has one, not taken."""
-        self.is_judged, self.refusal, self.completed = True, error, True
+        """Have the request answered with an error, and nothing of its body kept.
+
+        What is under way is read all the same: not every client, and hardly a proxy, reads before it has sent all.
+        """
+        self.is_judged, self.refusal = True, error
         self.expect_continue = False
         if self.has_body:
             self.close()
-            self.body_rcv = None
-            self.is_last = True
-            self.headers["CONNECTION"] = "close"
+            self.body_rcv.buf = _Nothing()
+            if self._expects_continue:
+                self.cut_short()
+
+    def cut_short(self) -> None:
+        """Have it answered without the rest of its body, and the connection closed."""
+        self.completed = self.is_last = True
+        self.headers["CONNECTION"] = "close"
+
+
+class _Nothing:
+    """A buffer for what is not kept."""
+
+    def append(self, data: bytes) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 0
+
+    def getfile(self) -> io.BytesIO:
+        return io.BytesIO()
+
+    def close(self) -> None:
+        pass
 
 
 class _Task(waitress.task.WSGITask):  # type: ignore[misc]
@@ -168,6 +194,17 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return bool(time.time() - self.last_activity > _IDLE_S)
         most_s = _LINGER_S if self.lingers else _IDLE_S if self.request is None else _REQUEST_S
         return now_s - self.since_s > most_s
+
+    def look(self) -> None:
+        """Answer, at the second look, what was refused and still sends its body."""
+        request = self.request
+        if request is None or request.refusal is None or self._check is not None:
+            return
+        if request.was_seen_refused:
+            with self.requests_lock:
+                request.cut_short()
+                self._pass_on(request)
+        request.was_seen_refused = True
 
     def held_bytes(self) -> int:
         """Return how much of a request that is not whole is kept."""

@@ -21,7 +21,7 @@ _ACCEPTED_AT_ONCE = 16
 _HELD_BYTES = 32 * 2**20  # of all requests that are not whole
 _COUNTED_EVERY_BYTES = 2**20
 _HEADER_BYTES = 64 * 1024
-_LOOK_S, _TELL_S = 1.0, 60.0
+_LOOK_S, _TELL_S = 0.5, 60.0
 _PEACE_S = 0.5
 _WAITING_PER_THREAD = 16
 
@@ -39,11 +39,13 @@ class House:
         self._look_s = self._tell_s = 0.0
 
     def look(self) -> None:
-        """Close what is late, and write the log lines that are due, once a second."""
+        """Close what is late, answer what is refused, and write the log lines that are due, twice a second."""
         now_s = self.steady()
         if now_s >= self._look_s:
             self._look_s = now_s + _LOOK_S
             self._dismiss("late", [channel for channel in self._channels() if channel.is_late(now_s)])
+            for channel in self._channels():
+                channel.look()
             self._tell(now_s)
             self.app.look()
 
