@@ -3,6 +3,7 @@
 Requests are strict: no unknown field, no silent conversion. Knows no database and no channel.
 """
 
+import codecs
 import json
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -739,6 +740,7 @@ _SAID = {
 
 def read(model: type[_Request_T], body: bytes) -> _Request_T:
     """Return the request in a body. Raises Invalid that names every field at fault at once."""
+    body = _utf_8(body)
     details: list[dict[str, str]] = []
     given: set[str] | None
     try:
@@ -765,6 +767,19 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
         return made
     named = ", ".join(entry["field"] for entry in details)
     raise Invalid(f"The request has {len(details)} problem(s), in: {named}.", details=details)
+
+
+def _utf_8(body: bytes) -> bytes:
+    """Return a body without the byte order mark that some editors and languages write. Raises Invalid for no UTF-8."""
+    encoding = json.detect_encoding(body)  # by the mark, or by where the zeros of the first characters stand
+    if not encoding.startswith("utf-8"):
+        raise Invalid(f"The body is {encoding[:6].upper()}; send JSON as UTF-8.", code="malformed_json")
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is 0x{body[error.start]:02x}"
+        raise Invalid(f"The body is not UTF-8 ({where}); send JSON as UTF-8.", code="malformed_json") from None
+    return body.removeprefix(codecs.BOM_UTF8)
 
 
 def _unmet(model: type[_Request], given: Collection[str]) -> Iterator[dict[str, str]]:

@@ -311,8 +311,8 @@ def make_lookout(rooms: Rooms) -> Any:
     return lookout
 
 
-def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
-    """Return the web application; `wake` rings the worker."""
+def make_app(rooms: Rooms, wake: Callable[[], None], **clocks: Any) -> Any:
+    """Return the web application; `wake` rings the worker, and `clocks` are those that it is to go by."""
     from crmbridge.web import (
         dlq_routes,
         docs_routes,
@@ -344,4 +344,5 @@ def make_app(rooms: Rooms, wake: Callable[[], None]) -> Any:
         ],
         alarm=rooms.alerts,
         timings=timings,
+        **clocks,
     )

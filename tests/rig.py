@@ -223,8 +223,7 @@ class Rig:
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
         """Call the API on the rig's clock, in this process, as an administrator."""
         if self._app is None:
-            self._app = wiring.make_app(self.rooms, lambda: None)
-            self._app._clock = lambda: self.now_s
+            self._app = wiring.make_app(self.rooms, lambda: None, clock=lambda: self.now_s)
             self._key, key_id, secret_hash = apikey.make()
             row = {"id": key_id, "name": "rig", "secret_hash": secret_hash, "admin": 1, "accounts": []}
             keys.create(self.db, {**row, "permissions": [], "created_at": instant(self.now_s)})

@@ -159,16 +159,15 @@ class Shop:
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, settings: str = "", *, instagram: str = "", account: bool = True, port: int = 0
+    folder: Path, settings: str = "", *, instagram: str = "", account: bool = True, **environ: str
 ) -> Iterator[Shop]:
     """Yield a running shop, with its account connected unless told otherwise.
 
-    `settings` are sections to add, `instagram` lines for the section that is there; a `port` is kept over restarts.
+    `settings` are sections to add, `instagram` lines for the section that is there, `environ` what overrides them.
     """
     with Sandbox() as sandbox:
         shop = Shop(folder, sandbox, settings, instagram)
-        if port:
-            shop.bridge.environ["CRMBRIDGE_WEB_PORT"] = str(port)
+        shop.bridge.environ |= environ
         try:
             shop.start()
             if account:

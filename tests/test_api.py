@@ -267,6 +267,50 @@ def test_32_concurrent_sends_with_one_key_are_one_message(shop: Shop) -> None:
     assert error(shop.send("something else", "the-key"), 409)["error"] == "idempotency_conflict"
 
 
+def test_an_idempotency_key_is_the_accounts_own_and_as_it_is_written(fresh_shop: Shop) -> None:
+    shop = fresh_shop
+    other = shop.connect(instagram_account_id=OTHER_ID, access_token=OTHER_TOKEN).json()["account_id"]
+
+    def send(account_id: str, key: str, **changes: Any) -> Any:
+        body = {"account_id": account_id, "recipient_id": CUSTOMER, "message": "hi", "idempotency_key": key, **changes}
+        return shop.call("POST", SEND, body, key=shop.admin_key)
+
+    keys = ["Order-7", "order-7", "ORDER-7", "Order-7 ", "ordér-7", "orde\u0301r-7"]
+    accounts = [shop.account_id, other]
+    made = [send(account, key) for key in keys for account in accounts]
+    assert [answer.status_code for answer in made] == [202] * 12
+    ids = [answer.json()["message_id"] for answer in made]
+    assert len(set(ids)) == 12
+    again = [send(account, key).json()["message_id"] for key in keys for account in accounts]
+    assert again == ids
+    shop.meta.wait_sent(12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipient_id": "900000000000002"},
+        {"message": "Hi"},
+        {"message": "hi "},
+        {"metadata": {"ticket": 8}},
+        {"metadata": {"ticket": "7"}},
+        {"metadata": None},
+        {"author": {"type": "human"}},
+        {"send_before": "2099-01-01T00:00:00Z"},
+        {"quick_replies": [{"title": "Yes", "payload": "YES"}]},
+    ],
+)
+def test_the_same_idempotency_key_for_anything_else_is_409(shop: Shop, changes: dict[str, Any]) -> None:
+    first = shop.send("hi", "for-one-request", metadata={"ticket": 7})
+    assert first.status_code == 202
+    body = {"account_id": shop.account_id, "recipient_id": CUSTOMER, "message": "hi", "metadata": {"ticket": 7}}
+    other = {**body, "idempotency_key": "for-one-request", **changes}
+    assert error(shop.call("POST", SEND, other), 409)["error"] == "idempotency_conflict"
+    turned = dict(reversed(list(body.items())))  # the order of its fields is no part of a request
+    again = shop.call("POST", SEND, {"idempotency_key": "for-one-request", **turned})
+    assert (again.status_code, again.json()["message_id"]) == (202, first.json()["message_id"])
+
+
 def test_a_text_over_1000_bytes_is_refused_with_its_byte_count(shop: Shop) -> None:
     refused = error(shop.send("ü" * 600, "too-long"), 400)
     assert (refused["error"], refused["details"][0]["field"]) == ("message_too_long", "message")

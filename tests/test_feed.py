@@ -271,7 +271,7 @@ def test_a_follower_misses_nothing_and_sees_nothing_twice_while_many_write(fresh
 @pytest.fixture
 def fixed_shop(tmp_path: Path) -> Iterator[Shop]:
     """A shop whose bridge has the same address after a restart."""
-    with opened(tmp_path, QUICK, port=free_port()) as shop:
+    with opened(tmp_path, QUICK, CRMBRIDGE_WEB_PORT=str(free_port())) as shop:
         yield shop
 
 

@@ -5,17 +5,18 @@ import hashlib
 import hmac
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bcrypt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crmbridge import apikey, crm, events, log, signing, vault
-from crmbridge.errors import Misconfigured, TooMany
+from crmbridge.errors import Misconfigured
+from crmbridge.web import callers
 from tests.rig import START_S
 
 
@@ -72,31 +73,40 @@ def test_an_api_key_is_recognised_by_its_form_before_its_secret_is_checked() -> 
     parts = apikey.split(key)
     assert parts is not None
     assert parts.id == key_id
-    assert apikey.Verifier().matches(parts.secret, secret_hash)
-    assert not apikey.Verifier().matches("x" * 32, secret_hash)
+    assert bcrypt.checkpw(parts.secret.encode(), secret_hash.encode())
     assert apikey.split(key[:-1] + ("a" if key[-1] != "a" else "b")) is None
     assert apikey.split(key + "\n") is None
 
 
-def test_wrong_secrets_hold_up_neither_threads_nor_a_right_one() -> None:
-    key, _, secret_hash = apikey.make()
-    parts = apikey.split(key)
-    assert parts is not None
-    verifier, outcomes = apikey.Verifier(), Counter[str]()
+@pytest.mark.parametrize(
+    ("address", "caller"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2::", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::/64"),
+        ("unknown", "unknown"),
+        ("", ""),
+        ("x" * 1000, "x" * 64),
+    ],
+)
+def test_a_caller_is_an_address_or_the_network_of_one(address: str, caller: str) -> None:
+    assert callers.group(address) == caller
 
-    def ask(secret: str) -> None:
-        try:
-            outcomes[str(verifier.matches(secret, secret_hash))] += 1
-        except TooMany:
-            outcomes["too many"] += 1
 
-    with ThreadPoolExecutor(24) as pool:
-        list(pool.map(ask, [f"{number:032}" for number in range(24)]))
-    assert outcomes["too many"] > 0
-    assert outcomes["True"] == 0
-    with ThreadPoolExecutor(24) as pool:
-        list(pool.map(ask, [parts.secret] * 24))
-    assert outcomes["True"] == 24
+def test_what_is_remembered_of_callers_is_bounded(lines: io.StringIO) -> None:
+    failures, refusals = callers.Failures(lambda: 0.0), callers.Refusals(lambda: 0.0)
+    for number in range(20_000):
+        for _ in range(10):
+            failures.note(f"caller-{number}")
+        assert failures.wait_s(f"caller-{number}") == 6
+        assert refusals.is_first(f"caller-{number}")
+        assert not refusals.is_first(f"caller-{number}")
+    assert failures.wait_s("caller-0") == 0  # forgotten
+    refusals.tell(every=True)
+    assert len(lines.getvalue().splitlines()) == 20_000  # but what it was refused is told before
 
 
 def test_a_sealed_secret_opens_with_any_of_the_keys(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def read(body: bytes, received_at: str, *, quiet: Collection[str] = ()) -> list[
 
     Events of the `quiet` kinds are only kept.
     """
-    text = body.decode("utf-8", "replace")
+    text = body.decode("utf-8-sig", "replace")
     try:
         found = itertools.islice(wire.read(_json(text), received_at), _ITEMS_AT_MOST + 1)
         events = [replace(event, kind=NOTED) if event.kind in quiet else event for event in found]

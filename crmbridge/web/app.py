@@ -7,13 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 from urllib.parse import parse_qsl
 
 import bottle
 
-from crmbridge import apikey, contract, log
+from crmbridge import contract, log
 from crmbridge.alerts import Alarm
 from crmbridge.errors import (
     BridgeError,
@@ -28,14 +29,17 @@ from crmbridge.errors import (
     UnsupportedMedia,
 )
 from crmbridge.events import CORRELATION_ID, instant, new_id
-from crmbridge.store import accounts, keys
+from crmbridge.store import accounts
 from crmbridge.store.database import Database, Row
+from crmbridge.web.callers import Refusals
+from crmbridge.web.keyring import REFUSED, Keyring
 
 BODY_BYTES = 256 * 1024
 SLOW_S = 1.0
 _LARGE_AT_ONCE = 2
 _PAGE, _PAGE_MOST = 50, 200
-_REFUSAL = "crmbridge.refusal"
+REFUSAL = "crmbridge.refusal"  # in the environment: the error with which the server's door refused a request
+_TOLD = "crmbridge.told"
 _TIMED = 1000
 Headers = dict[str, str]
 _Request = TypeVar("_Request", bound=contract._Request)
@@ -147,6 +151,18 @@ class Route:
     query: frozenset[str] | None = frozenset()  # the parameters it takes; None: anything
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the headers of a request tell before its body is taken. `path` is text as WSGI has it."""
+
+    method: str
+    path: str
+    authorization: str
+    address: str
+    has_body: bool
+    body_bytes: int = 0  # 0, too, where that is not known before
+
+
 class Timings:
     """How long this process took for its last requests."""
 
@@ -171,7 +187,10 @@ class Timings:
 
 
 class App:
-    """Callable as WSGI. `busy` tells when requests wait faster than they are answered."""
+    """Callable as WSGI, and asked by the server's door about each request before its body is taken.
+
+    `busy` tells when requests wait faster than they are answered.
+    """
 
     def __init__(
         self,
@@ -180,6 +199,7 @@ class App:
         *,
         alarm: Alarm,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
         busy: Callable[[], bool] = lambda: False,
         timings: "Timings | None" = None,
     ) -> None:
@@ -189,12 +209,53 @@ class App:
         self._db = db
         self._alarm = alarm
         self._clock = clock
-        self._verifier = apikey.Verifier()
+        self._keys = Keyring(db, clock, steady)
+        self._refusals = Refusals(steady)
         self._large_bodies = threading.Semaphore(_LARGE_AT_ONCE)  # memory for no more than these
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unrouted
+        self._served: dict[Callable[..., Any], Route] = {}
         for route in routes:
-            self._bottle.route(route.path, route.method, self._handler(route))
+            handler = self._handler(route)
+            self._served[handler] = route
+            self._bottle.route(route.path, route.method, handler)
+
+    def admit(self, asked: Asked) -> int | Future[bool]:
+        """Return how many bytes of body a request may have, or what it has to wait for; then ask again.
+
+        Raises the error to answer with instead of taking the body. Does not block.
+        """
+        try:
+            route = self._route(asked.method, asked.path)
+        except bottle.HTTPError:  # no such path, or not by this method; the answer is the router's
+            if asked.has_body:
+                raise NotFound("There is nothing at this path.") from None
+            return 0
+        if route.permission and (asked.has_body or self._keys.is_new(asked.authorization)):
+            found = self._keys.find(asked.authorization, asked.address)
+            if isinstance(found, Future):
+                return found
+            _allow(route, found)
+        _fit(route, asked.body_bytes)
+        return route.body_bytes
+
+    def look(self, *, last: bool = False) -> None:
+        """Write the log lines that are due by now, or left at the `last` look; to be called every few seconds."""
+        self._refusals.tell(every=last)
+
+    def _route(self, method: str, path: str) -> Route:
+        known = self._known(method, _decoded(path))
+        target, _ = self._bottle.router.match({"REQUEST_METHOD": method, "PATH_INFO": known})
+        return self._served[target.callback]
+
+    def _known(self, method: str, path: str) -> str:
+        """Return the path without the slash at its end where only that leads to a route."""
+        if path.endswith("/") and path != "/":
+            try:
+                self._bottle.router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
+            except bottle.HTTPError as error:
+                return path[:-1] if error.status_code == 404 else path
+        return path
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         given = environ.get("HTTP_X_REQUEST_ID", "")
@@ -206,18 +267,23 @@ class App:
             answered.append(status[:3])
             return start_response(status, [*headers, ("X-Correlation-Id", correlation)], exc_info)
 
+        path = _decoded(environ.get("PATH_INFO", ""))
+        if self._known(environ["REQUEST_METHOD"], path) != path:
+            environ["PATH_INFO"] = environ["PATH_INFO"][:-1]
         with log.correlated(correlation):
             body: Iterable[bytes] = self._bottle(environ, start)
             elapsed_s = time.monotonic() - started
             facts = {
                 "method": environ["REQUEST_METHOD"][:16],
-                "path": environ.get("PATH_INFO", "")[:200],
+                "path": path[:200],
                 "status": answered[-1] if answered else None,
                 "ms": round(elapsed_s * 1000, 1),
             }
             self.timings.note(facts["ms"])
-            is_probe = facts["path"].startswith("/health") and facts["status"] == "200"
-            (log.debug if is_probe else log.info)("request", **facts, **environ.get(_REFUSAL, {}))
+            told = environ.get(_TOLD, {})
+            is_probe = path.startswith("/health") and facts["status"] == "200"
+            is_repeated = told.get("code") in REFUSED and not self._refusals.is_first(told["remote"])
+            (log.debug if is_probe or is_repeated else log.info)("request", **facts, **told)
             if elapsed_s > SLOW_S:
                 log.warning("performance.request_slow", **facts)
         return body
@@ -225,6 +291,8 @@ class App:
     def _handler(self, route: Route) -> Callable[..., Any]:
         def handle(**path: str) -> Any:
             try:
+                if (refusal := bottle.request.environ.get(REFUSAL)) is not None:
+                    raise refusal
                 large = bottle.request.content_length > BODY_BYTES
                 with self._large_bodies if large else contextlib.nullcontext():
                     return self._render(route.handler(self._call(route, path)))
@@ -240,7 +308,10 @@ class App:
     def _call(self, route: Route, path: Mapping[str, str]) -> Call:
         request = bottle.request
         headers = _Headers(request.environ)
-        key = self._authorize(route, headers.get("Authorization", "")) if route.permission else None
+        remote = request.environ.get("REMOTE_ADDR", "")
+        key = self._keys.require(headers.get("Authorization", ""), remote) if route.permission else None
+        if key is not None:
+            _allow(route, key)
         # A signed request of Meta is never turned away, and health must be told; neither carries a key.
         if key is not None and self.busy():
             raise Unavailable("More requests are waiting than are being answered.", code="overloaded")
@@ -251,8 +322,7 @@ class App:
                 {"field": name[:64], "problem": "is not a parameter of this request"} for name in sorted(unknown)
             ]
             raise Invalid("The request has unknown query parameters.", details=details)
-        if request.content_length > route.body_bytes:
-            raise TooLarge(f"The body has {request.content_length} bytes; this route takes {route.body_bytes}.")
+        _fit(route, request.content_length)
         return Call(
             db=self._db,
             key=key,
@@ -260,28 +330,10 @@ class App:
             query=query,
             headers=headers,
             body=request.environ["wsgi.input"].read(request.content_length) if request.content_length > 0 else b"",
-            remote=request.environ.get("REMOTE_ADDR", ""),
+            remote=remote,
             correlation_id=log.correlation_id(),
             now_s=self._clock(),
         )
-
-    def _authorize(self, route: Route, header: str) -> Row:
-        """Return the key that a request carries. Raises Unauthorized, or Forbidden when it may not do this."""
-        scheme, _, given = header.partition(" ")
-        parts = apikey.split(given.strip()) if scheme.lower() == "bearer" else None
-        row = keys.find(self._db, parts.id) if parts else None
-        now = instant(self._clock())
-        if (
-            parts is None
-            or row is None
-            or row["revoked_at"] is not None
-            or (row["expires_at"] is not None and row["expires_at"] <= now)
-            or not self._verifier.matches(parts.secret, row["secret_hash"])
-        ):
-            raise Unauthorized("A valid API key is required: Authorization: Bearer crmb_…")
-        if not row["admin"] and route.permission not in row["permissions"]:
-            raise Forbidden(f"This key lacks the permission {route.permission}.", code="permission_missing")
-        return row
 
     def _render(self, reply: Reply) -> Any:
         if isinstance(reply.content, bottle.HTTPResponse):
@@ -305,8 +357,8 @@ class App:
             log.error("request.failed", status=status, code=error.code, error=error.message)
         else:  # told in the request's own line
             fields = ",".join(entry["field"] for entry in error.details[:10])
-            remote = bottle.request.environ.get("REMOTE_ADDR") if status == 401 else None
-            bottle.request.environ[_REFUSAL] = {"code": error.code, "fields": fields or None, "remote": remote}
+            remote = bottle.request.environ.get("REMOTE_ADDR", "") if status in (401, 429) else None
+            bottle.request.environ[_TOLD] = {"code": error.code, "fields": fields or None, "remote": remote}
         return self._render(Reply(self._described(error.code, error.message, error.details), status, headers))
 
     def _described(self, code: str, message: str, details: list[dict[str, str]]) -> dict[str, Any]:
@@ -330,3 +382,18 @@ class App:
             code, message = "internal_error", "The bridge failed; the log tells more."
         bottle.response.content_type = "application/json"
         return json.dumps(self._described(code, message, []), ensure_ascii=False).encode()
+
+
+def _decoded(path: str) -> str:
+    """Return a path of WSGI, one character a byte, as the text that Bottle matches."""
+    return path.encode("latin-1").decode("utf-8", "ignore")
+
+
+def _allow(route: Route, key: Row) -> None:
+    if not key["admin"] and route.permission not in key["permissions"]:
+        raise Forbidden(f"This key lacks the permission {route.permission}.", code="permission_missing")
+
+
+def _fit(route: Route, body_bytes: int) -> None:
+    if body_bytes > route.body_bytes:
+        raise TooLarge(f"The body has {body_bytes} bytes; this route takes {route.body_bytes}.")

@@ -1,53 +1,138 @@
-"""Waitress as this server wants it: bounded, quiet, and answering in JSON even where no application runs."""
+"""Waitress as this server wants it: bounded, quiet, and open to the next connection whatever the others do."""
 
-import json
+import contextlib
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import waitress.channel
+import waitress.adjustments
 import waitress.server
 import waitress.task
+import waitress.wasyncore
 
+from crmbridge import log
 from crmbridge.config import Web
-from crmbridge.events import instant, new_id
 from crmbridge.web.app import App
+from crmbridge.web.door import Channel
 
-_BODY_BYTES = 12 * 1024 * 1024
-_CONNECTIONS = 500
+_CONNECTIONS = 400  # each may hold two files, and a process often has no more than 1024
+_ACCEPTED_AT_ONCE = 16
+_HELD_BYTES = 32 * 2**20  # of all requests that are not whole
+_COUNTED_EVERY_BYTES = 2**20
+_HEADER_BYTES = 64 * 1024
+_LOOK_S, _TELL_S = 0.5, 60.0
+_PEACE_S = 0.5
 _WAITING_PER_THREAD = 16
-_SLUGS = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}
 
 
-class _JsonError(waitress.task.ErrorTask):  # type: ignore[misc]
-    """What Waitress itself refuses: requests it cannot parse, or that are far too large."""
+class House:
+    """What all connections share: the application, the clock, and how many there may be."""
 
-    def execute(self) -> None:
-        error = self.request.error
-        correlation = new_id("req")
-        body = json.dumps(
-            {
-                "error": _SLUGS.get(error.code, "invalid_request"),
-                "message": f"{error.reason}: the request cannot be read.",
-                "details": [],
-                "correlation_id": correlation,
-                "timestamp": instant(time.time()),
-            }
-        ).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"), ("X-Correlation-Id", correlation)]
-        self.content_length = len(body)
-        self.set_close_on_finish()
-        self.write(body)
+    def __init__(self, app: App, steady: Callable[[], float]) -> None:
+        self.app = app
+        self.steady = steady
+        self.sockets: dict[int, Any] = {}  # what the loop waits for, by file descriptor
+        self.rest_s = _LOOK_S  # and how long at most
+        self._uncounted = 0
+        self._closed: Counter[str] = Counter()
+        self._look_s = self._tell_s = 0.0
+
+    def look(self) -> None:
+        """Close what is late, answer what is refused, and write the log lines that are due, twice a second."""
+        now_s = self.steady()
+        if now_s >= self._look_s:
+            self._look_s = now_s + _LOOK_S
+            self._dismiss("late", [channel for channel in self._channels() if channel.is_late(now_s)])
+            for channel in self._channels():
+                channel.look()
+            self._tell(now_s)
+            self.app.look()
+
+    def make_room(self) -> bool:
+        """Close what is missed least where it is full; tell whether another connection may be accepted."""
+        if len(self.sockets) + _ACCEPTED_AT_ONCE > _CONNECTIONS:
+            excess = self._staying() + _ACCEPTED_AT_ONCE - _CONNECTIONS
+            self._dismiss("crowded", self._least_missed(lambda channel: 1)[: max(excess, 0)])
+        has_room = self._staying() < _CONNECTIONS
+        self.rest_s = _LOOK_S if has_room else _PEACE_S / 5
+        return has_room
+
+    def _staying(self) -> int:
+        return len(self.sockets) - sum(channel.will_close for channel in self._channels())
+
+    def count(self, read_bytes: int) -> None:
+        """Note what was read; when that is a lot, see that all that is held stays within bounds."""
+        self._uncounted += read_bytes
+        if self._uncounted < _COUNTED_EVERY_BYTES:
+            return
+        self._uncounted = 0
+        excess = sum(channel.held_bytes() for channel in self._channels()) - _HELD_BYTES
+        for channel in self._least_missed(Channel.held_bytes) if excess > 0 else ():
+            if excess <= 0:
+                break
+            excess -= channel.held_bytes()
+            self._dismiss("large", [channel])
+
+    def close(self) -> None:
+        """Write what is left to tell."""
+        self._tell(float("inf"))
+        self.app.look(last=True)
+
+    def _channels(self) -> list[Channel]:
+        return [entry for entry in self.sockets.values() if isinstance(entry, Channel)]
+
+    def _least_missed(self, weight: Callable[[Channel], int]) -> list[Channel]:
+        """Return what can be closed: what was answered first, then the oldest of the caller that has most.
+
+        Who came just now is left in peace: where all others are at work, the next ones wait to be accepted.
+        """
+        before_s = self.steady() - _PEACE_S
+        free = [one for one in self._channels() if one.is_free() and one.since_s <= before_s and weight(one)]
+        of_caller: Counter[str] = Counter()
+        for channel in free:
+            of_caller[channel.caller] += weight(channel)
+        return sorted(free, key=lambda one: (not one.lingers, -of_caller[one.caller], one.since_s))
+
+    def _dismiss(self, why: str, channels: Iterable[Channel]) -> None:
+        for channel in channels:
+            if channel.is_unfinished():
+                self._closed[why] += 1
+            channel.dismiss()
+
+    def _tell(self, now_s: float) -> None:
+        if self._closed and now_s >= self._tell_s:
+            log.warning("connections.closed", **self._closed)
+            self._closed.clear()
+            self._tell_s = now_s + _TELL_S
 
 
-class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    error_task_class = _JsonError
+class Listener(waitress.server.TcpWSGIServer):  # type: ignore[misc]
+    """A listening socket."""
+
+    channel_class = Channel
+
+    def __init__(self, house: House, application: Any, **options: Any) -> None:
+        self.house = house
+        super().__init__(application, house.sockets, **options)
+
+    def readable(self) -> bool:
+        # Before the events of a round, so that none of them is for a connection that is closed here.
+        self.house.look()
+        return bool(self.accepting and self.house.make_room())
+
+    def handle_accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            before = len(self.house.sockets)
+            super().handle_accept()
+            if len(self.house.sockets) == before:
+                return
 
 
 class Server:
-    """The listening server. `run` serves until `stop` is called, from a signal handler for instance."""
+    """The listening server. `run` serves until SystemExit is raised in it, from a signal handler for instance."""
 
-    def __init__(self, app: App, settings: Web) -> None:
+    def __init__(self, app: App, settings: Web, *, steady: Callable[[], float] = time.monotonic) -> None:
         proxy: dict[str, Any] = {}
         if settings.trusted_proxy:
             proxy = {
@@ -55,38 +140,42 @@ class Server:
                 "trusted_proxy_count": 1,
                 "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"},
             }
-        self._server = waitress.server.create_server(
-            app,
+        adjustments = waitress.adjustments.Adjustments(
             host=settings.host,
             port=settings.port,
-            threads=settings.threads,
-            connection_limit=_CONNECTIONS,
-            max_request_body_size=_BODY_BYTES,
-            asyncore_use_poll=True,
-            channel_timeout=60,
+            max_request_header_size=_HEADER_BYTES,
+            max_request_body_size=2**62,  # each route has its own limit
             clear_untrusted_proxy_headers=True,
             ident="crmbridge",
             **proxy,
         )
-        listeners = [self._server, *getattr(self._server, "map", {}).values()]
-        for listener in listeners:
-            if isinstance(listener, waitress.server.BaseWSGIServer):
-                listener.channel_class = _Channel
+        self._dispatcher = waitress.task.ThreadedTaskDispatcher()
+        self._dispatcher.set_thread_count(settings.threads)
+        self._house = House(app, steady)
+        self._listeners = [
+            Listener(self._house, app, dispatcher=self._dispatcher, adj=adjustments, sockinfo=listened)
+            for listened in adjustments.listen
+        ]
         most = settings.threads * _WAITING_PER_THREAD
-        app.busy = lambda: len(self._server.task_dispatcher.queue) > most
+        app.busy = lambda: len(self._dispatcher.queue) > most
         self._host = settings.host
 
     @property
     def url(self) -> str:
         """The address that is listened on."""
-        port = getattr(self._server, "effective_port", None) or self._server.effective_listen[0][1]
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{port}"
+        return f"http://{host}:{self._listeners[0].effective_port}"
 
     def run(self) -> None:
         """Serve in this thread until SystemExit or KeyboardInterrupt is raised in it; requests in work are finished."""
-        self._server.run()
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            while True:
+                waitress.wasyncore.poll2(self._house.rest_s, self._house.sockets)
+        self._dispatcher.shutdown()
 
     def close(self) -> None:
-        """Close the listening socket."""
-        self._server.close()
+        """Stop listening, and write what is left to tell."""
+        for listener in self._listeners:
+            # But not the pipe that wakes the loop: a thread that still works would write into what has its number next.
+            waitress.wasyncore.dispatcher.close(listener)
+        self._house.close()
