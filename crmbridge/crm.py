@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-from crmbridge import __version__, net, signing
+from crmbridge import __version__, config, net, signing
 from crmbridge.errors import Refused, Retry
 
 _USER_AGENT = f"crmbridge/{__version__}"
@@ -14,6 +14,22 @@ class Posted:
     """A CRM's acceptance."""
 
     http_status: int
+
+
+def reach(given: config.Crm) -> net.Reach:
+    """Return where CRM URLs may lead."""
+    return net.Reach(networks=given.allow_networks, http=given.allow_http)
+
+
+def open_session(given: config.Crm, *, connections: int) -> net.Session:
+    """Return a session for calls to CRMs."""
+    return net.Session(
+        reach(given),
+        connect_timeout_s=given.connect_timeout_s,
+        timeout_s=given.timeout_s,
+        connections=connections,
+        status_decides=True,
+    )
 
 
 def post(

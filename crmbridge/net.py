@@ -4,31 +4,31 @@ Knows neither CRMs nor Instagram; they pass in what is allowed.
 """
 
 import contextlib
-import heapq
+import http.client
 import ipaddress
-import itertools
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
+import certifi
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.poolmanager import PoolManager
 
+from crmbridge import answers
 from crmbridge.errors import Invalid
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_IDLE_S = 15.0
 READ_BYTES = 16_384
+_IDLE_S = 15.0
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
+_FAILED = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 # Ranges that an "is global" test lets through on some Python: addresses that carry an IPv4 address inside
 # (6to4, NAT64, Teredo, IPv4-compatible and -translated), site-local ones, relays, documentation and segment routing.
 _NOT_PUBLIC = [
@@ -111,83 +111,35 @@ class Answer:
     ms: int
 
 
-class _Watchdog:
-    """Cuts the connection of a call that outlives its deadline, however slowly its bytes trickle."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, _Call]] = []
-        self._changed = threading.Condition()
-        self._numbers = itertools.count()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, call: "_Call") -> None:
-        with self._changed:
-            heapq.heappush(self._heap, (call.deadline, next(self._numbers), call))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._heap:
-                    self._changed.wait()
-                deadline, _, call = self._heap[0]
-                left = deadline - time.monotonic()
-                if left > 0 and not call.over:
-                    self._changed.wait(left)
-                    continue
-                heapq.heappop(self._heap)
-            call.cut()
-
-
+@dataclass
 class _Call:
-    """One call in progress: its deadline and the connection it uses."""
+    """One call in progress: what it may do, and how far it came."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.connection: HTTPConnection | None = None
-        self.sent = False
-        self.over = False
-        self.was_cut = False
-        self._lock = threading.Lock()
+    reach: Reach
+    connect_timeout_s: float
+    deadline: answers.Deadline
+    status_decides: bool
+    sent: bool = False
+    answer: answers.Response | None = None
 
-    def cut(self) -> None:
-        with self._lock:
-            if self.over:
-                return
-            self.was_cut = True
-            sock = self.connection.sock if self.connection is not None else None
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def finish(self) -> None:
-        with self._lock:
-            self.over = True
+    def connect_s(self) -> float:
+        """Return how long connecting may take. Raises TimeoutError."""
+        return min(self.deadline.left_s(), self.connect_timeout_s)
 
 
-_watchdog = _Watchdog()
 _current = threading.local()
 
 
-def _connect(connection: HTTPConnection, reach: Reach) -> socket.socket:
+def _connect(host: str, port: int, call: _Call) -> socket.socket:
     """Resolve, check every address, and connect to one that was checked: a second look-up cannot change it."""
-    call: _Call = _current.call
-    host = connection._dns_host
-    try:
-        found = socket.getaddrinfo(host, connection.port, 0, socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        raise urllib3.exceptions.NameResolutionError(host, connection, socket.gaierror(str(error))) from None
-    allowed = [entry for entry in found if reach.allows(str(entry[4][0]))]
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    allowed = [entry for entry in found if call.reach.allows(str(entry[4][0]))]
     if not allowed:
         raise AddressRefused(f"{host} leads to an address that is not permitted")
     last: OSError = OSError("no address")
     for family, kind, protocol, _, address in allowed:
         sock = socket.socket(family, kind, protocol)
-        left = max(call.deadline - time.monotonic(), 0.001)
-        sock.settimeout(min(left, _current.connect_timeout_s))
+        sock.settimeout(call.connect_s())
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.connect(address)
@@ -195,66 +147,85 @@ def _connect(connection: HTTPConnection, reach: Reach) -> socket.socket:
         except OSError as error:
             sock.close()
             last = error
-    raise urllib3.exceptions.NewConnectionError(connection, f"cannot connect: {last}") from last
+    raise last
 
 
-def _pools(reach: Reach) -> dict[str, Any]:
-    class Guarded:
-        """What both kinds of connection share; mixed in before urllib3's own class."""
+class _Guarded:
+    """What both kinds of connection share; mixed in before urllib3's own class."""
 
-        last_used = 0.0
+    call: _Call
+    sock: Any
+    _last_used = 0.0
 
-        def _new_conn(self) -> socket.socket:
-            return _connect(self, reach)  # type: ignore[arg-type]
+    def _new_conn(self) -> socket.socket:
+        connection: Any = self
+        return _connect(connection._dns_host, connection.port, self.call)
 
-        @property
-        def is_connected(self) -> bool:
-            fresh = time.monotonic() - self.last_used < _IDLE_S
-            return fresh and bool(super().is_connected)  # type: ignore[misc]
+    @property
+    def is_connected(self) -> bool:
+        is_fresh = time.monotonic() - self._last_used < _IDLE_S
+        return is_fresh and bool(super().is_connected)  # type: ignore[misc]
 
-        def connect(self) -> None:
-            _current.call.connection = self
-            super().connect()  # type: ignore[misc]
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the last answer was read whole, so that what comes next can only be the next call's."""
+        return self.call.answer is not None and self.call.answer.is_whole
 
-        def request(self, *args: Any, **kwargs: Any) -> None:
-            _current.call.connection = self
-            super().request(*args, **kwargs)  # type: ignore[misc]
-            self.last_used = time.monotonic()
+    def connect(self) -> None:
+        self.call = _current.call
+        super().connect()  # type: ignore[misc]
 
-        def send(self, data: Any) -> None:
-            super().send(data)  # type: ignore[misc]
-            _current.call.sent = True
-            if _QUICK_ACK is not None and self.sock is not None:  # type: ignore[attr-defined]
-                # A server that writes head and body apart would else wait 40 ms for our delayed acknowledgement.
-                self.sock.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)  # type: ignore[attr-defined]
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self.call = _current.call
+        super().request(*args, **kwargs)  # type: ignore[misc]
+        self._last_used = time.monotonic()
 
-    class Plain(Guarded, HTTPConnection):
-        pass
+    def send(self, data: bytes) -> None:
+        if self.sock is not None:
+            self.sock.settimeout(self.call.deadline.left_s())
+        super().send(data)  # type: ignore[misc]
+        self.call.sent = True
+        if _QUICK_ACK is not None and self.sock is not None:
+            # A server that writes head and body apart would else wait 40 ms for our delayed acknowledgement.
+            self.sock.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
 
-    class Tls(Guarded, HTTPSConnection):
-        pass
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}
+    def response_class(self, *args: Any, **kwargs: Any) -> answers.Response:
+        ends, decides = self.call.deadline, self.call.status_decides
+        self.call.answer = answers.Response(*args, **kwargs, deadline=ends, status_decides=decides)
+        return self.call.answer
 
 
-class _Adapter(HTTPAdapter):
-    def __init__(self, reach: Reach, connections: int) -> None:
-        self._reach = reach
-        super().__init__(pool_connections=16, pool_maxsize=connections, max_retries=0)
+class _Plain(_Guarded, HTTPConnection):  # type: ignore[misc]
+    pass
 
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **kwargs: Any) -> None:
-        self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._reach)
+
+class _Tls(_Guarded, HTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _Pool:
+    """Takes a connection back only when nothing of its last answer can be left on it."""
+
+    def _put_conn(self, connection: Any) -> None:
+        if connection is not None and not connection.is_reusable:
+            connection.close()
+        super()._put_conn(connection)  # type: ignore[misc]
+
+
+class _PlainPool(_Pool, HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _Tls
 
 
 class Session:
-    """Makes bounded calls; safe for threads. Never follows a redirect, never reads the environment's proxies."""
+    """Makes bounded calls; safe for threads. Never follows a redirect, knows no proxy, keeps no cookie.
+
+    Where `status_decides`, a status line is an answer, whatever follows it; else an answer must come whole, or up to
+    `read_bytes` of its body.
+    """
 
     def __init__(
         self,
@@ -264,17 +235,15 @@ class Session:
         timeout_s: float,
         connections: int = 8,
         read_bytes: int = READ_BYTES,
+        status_decides: bool = False,
     ) -> None:
-        self._read_bytes = read_bytes
+        self._reach = reach
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
-        self._session = requests.Session()
-        self._session.trust_env = False
-        self._session.headers.clear()
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        adapter = _Adapter(reach, connections)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._status_decides = status_decides
+        self._read_bytes = read_bytes
+        self._pools = PoolManager(num_pools=16, maxsize=connections, ca_certs=certifi.where())
+        self._pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
 
     def call(
         self,
@@ -287,30 +256,34 @@ class Session:
     ) -> Answer:
         """Make one call and return its answer, whatever its status. Raises CallFailed when there is none."""
         started = time.monotonic()
-        call = _Call(started + self._timeout_s)
+        ends = answers.Deadline(self._timeout_s)
+        call = _Call(self._reach, self._connect_timeout_s, ends, self._status_decides)
         _current.call = call
-        _current.connect_timeout_s = self._connect_timeout_s
-        _watchdog.watch(call)
         try:
-            with self._session.request(
+            request = requests.Request(method, url, headers=dict(headers), params=list(query), data=body).prepare()
+            response = self._pools.connection_from_url(request.url or "").urlopen(
                 method,
-                url,
-                params=list(query) or None,
-                data=body,
-                headers=dict(headers),
-                timeout=(self._connect_timeout_s, self._timeout_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                text = response.raw.read(self._read_bytes, decode_content=False)
-                answer = Answer(response.status_code, response.headers, text, _ms_since(started))
-            if call.was_cut:
-                raise CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=True)
-            return answer
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                request.path_url,
+                body=request.body,
+                headers=request.headers,
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                timeout=self._timeout_s,
+                preload_content=False,
+                decode_content=False,
+            )
+            try:
+                text = response.read(self._read_bytes, decode_content=False)
+            finally:
+                response.close()
+                response.release_conn()
+            return Answer(response.status, response.headers, text, _ms_since(started))
+        except _FAILED as error:
+            if self._status_decides and call.answer is not None and call.answer.has_status:
+                read = urllib3.HTTPHeaderDict(call.answer.headers.items())
+                return Answer(call.answer.status, read, b"", _ms_since(started))
             raise self._failure(error, call) from None
-        finally:
-            call.finish()
 
     def _failure(self, error: Exception, call: _Call) -> CallFailed:
         chain = list(_causes(error))
@@ -320,15 +293,15 @@ class Session:
 
         if has(AddressRefused):
             return CallFailed("address_refused", "the host leads to an address that is not permitted", sent=False)
-        if call.was_cut or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError, requests.Timeout)):
+        if call.deadline.is_over or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError)):
             return CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=call.sent)
-        if has(urllib3.exceptions.NameResolutionError):
+        if has(socket.gaierror, UnicodeError):
             return CallFailed("dns_failed", "the host name does not resolve", sent=False)
-        if has(urllib3.exceptions.SSLError, requests.exceptions.SSLError):
+        if has(urllib3.exceptions.SSLError):
             return CallFailed("tls_failed", f"TLS failed: {_shortened(chain[-1])}", sent=call.sent)
         if not call.sent:
             return CallFailed("connect_failed", f"no connection: {_shortened(chain[-1])}", sent=False)
-        if has(urllib3.exceptions.ProtocolError, requests.ConnectionError, OSError):
+        if has(urllib3.exceptions.ProtocolError, OSError):
             return CallFailed("connection_lost", "the connection broke before the answer", sent=True)
         return CallFailed("bad_answer", f"not an HTTP answer ({type(chain[-1]).__name__})", sent=True)
 

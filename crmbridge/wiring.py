@@ -39,7 +39,6 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
     for account in accounts.everyone(db)[:_PROBED]:
         if account["access_token_sealed"]:
             keys_of_secrets.open(account["access_token_sealed"])
-    reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
     graph = net.Session(
         net.Reach(any_address=True, http=True),  # named in the configuration itself
         connect_timeout_s=settings.instagram.connect_timeout_s,
@@ -52,7 +51,7 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
         db=db,
         vault=keys_of_secrets,
         client=Client(graph, settings.instagram.graph_url, _more_fields(settings.instagram)),
-        reach=reach,
+        reach=crm.reach(settings.crm),
         alerts=Alerts(
             db,
             command=settings.alerts.command,
@@ -76,13 +75,7 @@ def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
 def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
     """Return the functions that make one call each, by target and kind."""
 
-    settings = rooms.settings
-    session = net.Session(
-        rooms.reach,
-        connect_timeout_s=settings.crm.connect_timeout_s,
-        timeout_s=settings.crm.timeout_s,
-        connections=settings.delivery.slots_per_endpoint,
-    )
+    session = crm.open_session(rooms.settings.crm, connections=rooms.settings.delivery.slots_per_endpoint)
 
     def to_crm(claimed: Claimed) -> Outcome:
         sealed = claimed.account["webhook_secret_sealed"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from crmbridge import __version__, config, contract, crm, log, net
+from crmbridge import __version__, answers, config, contract, crm, log, net
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant, new_id
@@ -308,8 +308,6 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
     assert given is not None  # noqa: S101
     graph = _Dated(net.Reach(any_address=True, http=True), connect_timeout_s=5, timeout_s=_CALL_S, connections=_AT_ONCE,
                    read_bytes=512 * 1024)  # fmt: skip
-    reach = net.Reach(networks=given.crm.allow_networks, http=given.crm.allow_http)
-    to_crm = net.Session(reach, connect_timeout_s=given.crm.connect_timeout_s, timeout_s=given.crm.timeout_s)
     client = Client(graph, given.instagram.graph_url)
     jobs: dict[str, Callable[[], Iterable[Finding]]] = {}
     asked = threading.Event()  # the bridge at its public address: it notes when it is asked, so that has to come first
@@ -326,8 +324,8 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
             report.hidden += [token, secret or ""]
             if token and row["status"] != "inactive":
                 jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
-            jobs[f"CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
-    answers: queue.SimpleQueue[tuple[str, list[Finding]]] = queue.SimpleQueue()
+            jobs[f"CRM of {row['id']}"] = _with(_crm, given, row, secret, held)
+    told: queue.SimpleQueue[tuple[str, list[Finding]]] = queue.SimpleQueue()
     waiting: queue.SimpleQueue[tuple[str, Callable[[], Iterable[Finding]]]] = queue.SimpleQueue()
     for entry in jobs.items():
         waiting.put(entry)
@@ -338,14 +336,14 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
                 name, probe = waiting.get_nowait()
                 part = Report()
                 part.add(name, probe)
-                answers.put((name, part.found))
+                told.put((name, part.found))
 
     for _ in range(min(_AT_ONCE, len(jobs))):  # daemons: a name that does not resolve holds nobody up
         threading.Thread(target=work, daemon=True).start()
     ends_s = time.monotonic() + _ALL_CALLS_S
     while jobs:
         try:
-            name, found = answers.get(timeout=max(ends_s - time.monotonic(), 0))
+            name, found = told.get(timeout=max(ends_s - time.monotonic(), 0))
         except queue.Empty:
             break
         del jobs[name]
@@ -382,10 +380,8 @@ def _get(base: str, path: str, context: ssl.SSLContext | None = None) -> tuple[i
         made = http.client.HTTPSConnection(url.hostname or "", url.port, timeout=_CALL_S, context=context)
     else:
         made = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_CALL_S)
-    with contextlib.closing(made):
-        made.request("GET", url.path.rstrip("/") + path, headers={"User-Agent": f"crmbridge/{__version__}"})
-        answer = made.getresponse()
-        return answer.status, answer.read(65_536)
+    headers = {"User-Agent": f"crmbridge/{__version__}"}
+    return answers.get(made, url.path.rstrip("/") + path, timeout_s=_CALL_S, headers=headers)
 
 
 def _is_alive(status: int, body: bytes) -> bool:
@@ -609,9 +605,7 @@ def _origin(url: str) -> str:
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
 
 
-def _crm(
-    given: config.Settings, session: net.Session, row: Row, secret: str | None, held: Row | None
-) -> Iterator[Finding]:
+def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None) -> Iterator[Finding]:
     """Send the account's CRM a signed test, unless deliveries are held."""
     one, about, url = row["id"], f"{row['id']} ({row['username'] or '-'})", row["crm_webhook_url"]
     if not url:
@@ -624,6 +618,7 @@ def _crm(
     body = contract.WebhookTest(event="webhook.test", event_id=event_id, account_id=one, timestamp=instant(now_s))
     place, crm_url = _origin(url), _put(given, row, _NEW_URL)
     tls = place.partition("//")[2] + ("" if urlsplit(url).port else ":443")
+    session = crm.open_session(given.crm, connections=1)
     try:
         crm.post(session, url=url, secret=secret, event_id=event_id, body=body.model_dump_json().encode(),
                  correlation_id=new_id("req"), now_s=now_s)  # fmt: skip
