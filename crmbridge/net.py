@@ -21,7 +21,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.poolmanager import PoolManager
 
-from crmbridge import answers
+from crmbridge import answers, dial
 from crmbridge.errors import Invalid
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -29,19 +29,19 @@ READ_BYTES = 16_384
 _IDLE_S = 15.0
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
 _FAILED = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
-# Ranges that an "is global" test lets through on some Python: addresses that carry an IPv4 address inside
-# (6to4, NAT64, Teredo, IPv4-compatible and -translated), site-local ones, relays, documentation and segment routing.
-_NOT_PUBLIC = [
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out as global unicast
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: leads to the IPv4 address in its last four bytes
+# What IANA's registries of special addresses take out of the public ones, named here because an "is global" test tells
+# something else on each Python. The ranges for the Internet's own protocols go whole: nobody's CRM is there.
+_SPECIAL = [
     ipaddress.ip_network(net)
     for net in (
-        "2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "::/96", "::ffff:0:0:0/96", "fec0::/10",
-        "3fff::/20", "5f00::/16", "192.88.99.0/24", "192.0.0.0/24",
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+        "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+        "224.0.0.0/4", "240.0.0.0/4",
+        "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
     )
 ]  # fmt: skip
-
-
-class AddressRefused(OSError):
-    """The host's address is not one that this call may reach."""
 
 
 class CallFailed(Exception):
@@ -67,12 +67,17 @@ class Reach:
 
     def allows(self, address: str) -> bool:
         """Tell whether an IP address may be connected to."""
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
-        if self.any_address or any(ip in network for network in self.networks):
+        ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+        judged = [ip]
+        if isinstance(ip, ipaddress.IPv6Address):
+            if ip.ipv4_mapped:
+                judged = [ip.ipv4_mapped]
+            elif ip in _NAT64:
+                judged.append(ipaddress.IPv4Address(int(ip) % 2**32))
+        if self.any_address or any(one in network for network in self.networks for one in judged):
             return True
-        return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
+        is_unicast = judged[-1].version == 4 or judged[-1] in _UNICAST
+        return is_unicast and not any(judged[-1] in network for network in _SPECIAL)
 
     def check_url(self, url: str, field: str) -> None:
         """Raise Invalid when the URL can be seen to lead nowhere that is allowed, before any name is resolved."""
@@ -115,7 +120,7 @@ class Answer:
 class _Call:
     """One call in progress: what it may do, and how far it came."""
 
-    reach: Reach
+    dialer: dial.Dialer
     connect_timeout_s: float
     deadline: answers.Deadline
     status_decides: bool
@@ -130,26 +135,6 @@ class _Call:
 _current = threading.local()
 
 
-def _connect(host: str, port: int, call: _Call) -> socket.socket:
-    """Resolve, check every address, and connect to one that was checked: a second look-up cannot change it."""
-    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    allowed = [entry for entry in found if call.reach.allows(str(entry[4][0]))]
-    if not allowed:
-        raise AddressRefused(f"{host} leads to an address that is not permitted")
-    last: OSError = OSError("no address")
-    for family, kind, protocol, _, address in allowed:
-        sock = socket.socket(family, kind, protocol)
-        sock.settimeout(call.connect_s())
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            last = error
-    raise last
-
-
 class _Guarded:
     """What both kinds of connection share; mixed in before urllib3's own class."""
 
@@ -159,7 +144,9 @@ class _Guarded:
 
     def _new_conn(self) -> socket.socket:
         connection: Any = self
-        return _connect(connection._dns_host, connection.port, self.call)
+        sock = self.call.dialer.dial(connection._dns_host, connection.port, self.call.connect_s())
+        sock.settimeout(self.call.connect_s())  # for TLS to be agreed on
+        return sock
 
     @property
     def is_connected(self) -> bool:
@@ -237,7 +224,7 @@ class Session:
         read_bytes: int = READ_BYTES,
         status_decides: bool = False,
     ) -> None:
-        self._reach = reach
+        self._dialer = dial.Dialer(reach.allows)
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._status_decides = status_decides
@@ -257,7 +244,7 @@ class Session:
         """Make one call and return its answer, whatever its status. Raises CallFailed when there is none."""
         started = time.monotonic()
         ends = answers.Deadline(self._timeout_s)
-        call = _Call(self._reach, self._connect_timeout_s, ends, self._status_decides)
+        call = _Call(self._dialer, self._connect_timeout_s, ends, self._status_decides)
         _current.call = call
         try:
             request = requests.Request(method, url, headers=dict(headers), params=list(query), data=body).prepare()
@@ -291,8 +278,9 @@ class Session:
         def has(*kinds: type[BaseException]) -> bool:
             return any(isinstance(cause, kinds) for cause in chain)
 
-        if has(AddressRefused):
-            return CallFailed("address_refused", "the host leads to an address that is not permitted", sent=False)
+        if has(dial.AddressRefused):
+            refused = next(cause for cause in chain if isinstance(cause, dial.AddressRefused))
+            return CallFailed("address_refused", str(refused), sent=False)
         if call.deadline.is_over or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError)):
             return CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=call.sent)
         if has(socket.gaierror, UnicodeError):
