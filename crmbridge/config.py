@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from crmbridge import urls
 from crmbridge.errors import Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -95,9 +95,7 @@ def _networks(value: str) -> tuple[Network, ...]:
 
 
 def _url(value: str) -> str:
-    url = urlsplit(value)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("must be an http:// or https:// URL")
+    urls.read(value)
     return value.rstrip("/")
 
 

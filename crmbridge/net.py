@@ -3,7 +3,6 @@
 Knows neither CRMs nor Instagram; they pass in what is allowed.
 """
 
-import contextlib
 import http.client
 import ipaddress
 import socket
@@ -12,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import certifi
 import requests
@@ -21,7 +19,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.poolmanager import PoolManager
 
-from crmbridge import answers, dial
+from crmbridge import answers, dial, urls
 from crmbridge.errors import Invalid
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -67,7 +65,7 @@ class Reach:
 
     def allows(self, address: str) -> bool:
         """Tell whether an IP address may be connected to."""
-        ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+        ip: urls.Address = ipaddress.ip_address(address.partition("%")[0])
         judged = [ip]
         if isinstance(ip, ipaddress.IPv6Address):
             if ip.ipv4_mapped:
@@ -86,24 +84,21 @@ class Reach:
             return Invalid(f"{field} {problem}.", code="url_refused", details=[{"field": field, "problem": problem}])
 
         try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "", parts.port
-        except ValueError:
-            raise refuse("is not a URL") from None
-        if parts.scheme not in ("http", "https") or not host or port == 0:
-            raise refuse("is not an http or https URL with a host")
-        if parts.scheme == "http" and not self.http:
+            given = urls.read(url)
+            place = urls.read(requests.Request("POST", url).prepare().url or "")
+        except requests.RequestException:
+            raise refuse("has a host that cannot be encoded for a look-up (IDNA)") from None
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        if place.parts.scheme == "http" and not self.http:
             raise refuse("must be https ([crm] allow_http permits http)")
-        if parts.username is not None or parts.password is not None:
+        if given.parts.username is not None or given.parts.password is not None:
             raise refuse("must not carry a user name or password")
-        if parts.fragment:
+        if given.parts.fragment:
             raise refuse("must not carry a fragment")
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(host)
-            if not self.allows(host):
-                raise refuse("leads to an address that [crm] allow_networks does not permit")
-        if host == "localhost" and not (self.allows("127.0.0.1") or self.allows("::1")):
-            raise refuse("leads to an address that [crm] allow_networks does not permit")
+        here = ["127.0.0.1", "::1"] if urls.is_localhost(place.host) else [str(place.address)] if place.address else []
+        if here and not any(self.allows(address) for address in here):
+            raise refuse(f"leads to {' or '.join(here)}, which [crm] allow_networks does not permit")
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,27 @@ def test_secrets_are_masked_in_what_is_shown_and_in_errors(ini: Path) -> None:
     assert "hush" not in failure.value.message
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.hush.example:99999/hush", "https://hooks.hush.example:0/hush", "https://hush.example:hush/",
+        "https://hush.example\N{FULLWIDTH SOLIDUS}hush/x", "https://hush\N{FULLWIDTH COMMERCIAL AT}hush.example/",
+        "https://[hush]/hush", "https://hush.127.1/hush", "https://hu%00sh/hush", "https://hush..example/", "ftp://hush/",
+        "https:///hush", "hush",
+    ],
+)  # fmt: skip
+def test_an_alert_url_that_can_never_work_is_named_by_its_place_alone(ini: Path, url: str) -> None:
+    with pytest.raises(Misconfigured) as failure:
+        config.load(written(ini, f"[alerts]\nurl = {url}\n"), {})
+    assert failure.value.message.startswith(f"{ini} [alerts] url: bad value: ")
+    assert "hush" not in failure.value.message
+
+
+@pytest.mark.parametrize("url", ["https://hooks.example:8443/a?b=c", "http://localhost:1/", "https://[::1]:65535/x"])
+def test_an_alert_url_that_may_work_is_taken(ini: Path, url: str) -> None:
+    assert config.load(written(ini, f"[alerts]\nurl = {url}\n"), {}).alerts.url == url.rstrip("/")
+
+
 def test_what_is_shown_names_every_key(ini: Path) -> None:
     shown = config.shown(config.load(written(ini, ""), {}))
     assert set(shown) == {f"{name}.{entry.name}" for name, cls in config._SECTIONS.items() for entry in fields(cls)}
