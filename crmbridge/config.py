@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,10 @@ def _url_or_nothing(value: str) -> str:
     return _url(value) if value else ""
 
 
+def _path_or_nothing(value: str) -> Path | None:
+    return Path(value) if value else None
+
+
 def _address_or_nothing(value: str) -> str:
     return str(ipaddress.ip_address(value)) if value else ""
 
@@ -154,6 +158,7 @@ class Crm:
     timeout_s: float = _key(15.0, _seconds(0.5, 300))
     allow_networks: tuple[Network, ...] = _key((), _networks)
     allow_http: bool = _key(False, _flag)
+    ca_file: Path | None = _key(None, _path_or_nothing)
 
 
 @dataclass(frozen=True)
@@ -349,6 +354,7 @@ def _rooted(settings: Settings, folder: Path) -> Settings:
             **{section: getattr(settings, section) for section in _SECTIONS},
             "store": Store(path=folder / settings.store.path, queue_path=folder / settings.store.queue_path),
             "vault": Vault(key_file=folder / settings.vault.key_file),
+            "crm": replace(settings.crm, ca_file=settings.crm.ca_file and folder / settings.crm.ca_file),
         }
     )
 
@@ -365,6 +371,6 @@ def shown(settings: Settings) -> dict[str, str]:
             elif isinstance(value, tuple):
                 text = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
             else:
-                text = f"{value:g}" if isinstance(value, float) else str(value)
+                text = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
             lines[f"{section}.{entry.name}"] = text
     return lines

@@ -22,13 +22,14 @@ def reach(given: config.Crm) -> net.Reach:
 
 
 def open_session(given: config.Crm, *, connections: int) -> net.Session:
-    """Return a session for calls to CRMs."""
+    """Return a session for calls to CRMs. Raises Misconfigured when `ca_file` cannot be used."""
     return net.Session(
         reach(given),
         connect_timeout_s=given.connect_timeout_s,
         timeout_s=given.timeout_s,
         connections=connections,
         status_decides=True,
+        tls=net.trust(given.ca_file) if given.ca_file else None,
     )
 
 

@@ -3,13 +3,16 @@
 Knows neither CRMs nor Instagram; they pass in what is allowed.
 """
 
+import functools
 import http.client
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import certifi
@@ -18,9 +21,10 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.poolmanager import PoolManager
+from urllib3.util.ssl_ import create_urllib3_context
 
 from crmbridge import answers, dial, urls
-from crmbridge.errors import Invalid
+from crmbridge.errors import Invalid, Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 READ_BYTES = 16_384
@@ -111,11 +115,48 @@ class Answer:
     ms: int
 
 
+@functools.cache
+def _public_trust() -> ssl.SSLContext:
+    # One for all: to read the public CAs takes 20 ms and half a megabyte.
+    return trust(None)
+
+
+def trust(ca_file: Path | None) -> ssl.SSLContext:
+    """Return what TLS trusts: the public CAs and, if a PEM file is named, its certificates. Raises Misconfigured."""
+    context = create_urllib3_context()
+    context.load_verify_locations(certifi.where())
+    if ca_file is not None:
+        certificates(ca_file)
+        context.load_verify_locations(ca_file)
+        # An intermediate CA or the CRM's own certificate may be what the file names, and a shop's own CA seldom has
+        # every field of RFC 5280.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def certificates(ca_file: Path) -> int:
+    """Return how many certificates a PEM file holds. Raises Misconfigured when there is none to be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        ca_file.read_bytes()
+        context.load_verify_locations(ca_file)
+        held = context.cert_store_stats()["x509"]
+    except ssl.SSLError:
+        held = 0
+    except OSError as error:
+        raise Misconfigured(f"[crm] ca_file: {ca_file} cannot be read: {error.strerror}") from None
+    if not held:
+        raise Misconfigured(f"[crm] ca_file: {ca_file} holds no certificate in PEM form")
+    return held
+
+
 @dataclass
 class _Call:
     """One call in progress: what it may do, and how far it came."""
 
     dialer: dial.Dialer
+    tls: ssl.SSLContext | None
     connect_timeout_s: float
     deadline: answers.Deadline
     status_decides: bool
@@ -182,7 +223,9 @@ class _Plain(_Guarded, HTTPConnection):  # type: ignore[misc]
 
 
 class _Tls(_Guarded, HTTPSConnection):  # type: ignore[misc]
-    pass
+    def connect(self) -> None:
+        self.ssl_context = _current.call.tls or _public_trust()
+        super().connect()
 
 
 class _Pool:
@@ -206,7 +249,7 @@ class Session:
     """Makes bounded calls; safe for threads. Never follows a redirect, knows no proxy, keeps no cookie.
 
     Where `status_decides`, a status line is an answer, whatever follows it; else an answer must come whole, or up to
-    `read_bytes` of its body.
+    `read_bytes` of its body. `tls` is what TLS trusts, by itself the public CAs.
     """
 
     def __init__(
@@ -218,13 +261,15 @@ class Session:
         connections: int = 8,
         read_bytes: int = READ_BYTES,
         status_decides: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._dialer = dial.Dialer(reach.allows)
+        self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._status_decides = status_decides
         self._read_bytes = read_bytes
-        self._pools = PoolManager(num_pools=16, maxsize=connections, ca_certs=certifi.where())
+        self._pools = PoolManager(num_pools=16, maxsize=connections)
         self._pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
 
     def call(
@@ -239,7 +284,7 @@ class Session:
         """Make one call and return its answer, whatever its status. Raises CallFailed when there is none."""
         started = time.monotonic()
         ends = answers.Deadline(self._timeout_s)
-        call = _Call(self._dialer, self._connect_timeout_s, ends, self._status_decides)
+        call = _Call(self._dialer, self._tls, self._connect_timeout_s, ends, self._status_decides)
         _current.call = call
         try:
             request = requests.Request(method, url, headers=dict(headers), params=list(query), data=body).prepare()

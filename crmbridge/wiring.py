@@ -73,7 +73,7 @@ def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
 
 
 def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
-    """Return the functions that make one call each, by target and kind."""
+    """Return the functions that make one call each, by target and kind. Raises Misconfigured."""
 
     session = crm.open_session(rooms.settings.crm, connections=rooms.settings.delivery.slots_per_endpoint)
 

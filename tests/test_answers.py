@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from crmbridge import config, crm, net
 from crmbridge.events import epoch_s
 from crmbridge.sandbox import wire
 from tests import rig as rigs
@@ -16,6 +20,7 @@ from tests import shop as shops
 from tests.far import ERROR, OK, Far, Step
 from tests.rig import Rig
 from tests.shop import SHOP_ID, Shop
+from tests.tls import Authority
 
 HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -370,3 +375,65 @@ def test_instagram_gets_the_full_time_for_a_body_and_one_that_cannot_be_read_is_
             assert rig.status(message_id)["status"] == wanted
         doubts = rig.db.rows("SELECT in_doubt FROM deliveries WHERE target = 'instagram' ORDER BY position")
         assert [row["in_doubt"] for row in doubts] == [0, 1, 1]
+
+
+# --- over TLS ---
+
+
+def test_over_tls_what_is_left_of_an_answer_is_seen_too(tmp_path: Path) -> None:
+    """The rest of a record that was decrypted is on no socket any more, and in no buffer of ours."""
+    authority = Authority(tmp_path)
+    head = HEAD + b"Content-Length: %d\r\n\r\n"
+    first = head % (8192 - len(head) - 2)
+    answers = iter([[first.ljust(8192, b"x") + OTHER_ANSWER], [ERROR], [ERROR]])
+    with Far(lambda _: next(answers), tls=authority.server("127.0.0.1")) as far:
+        session = crm.open_session(replace(LOOPBACK, ca_file=authority.ca_file), connections=1)
+        told = [session.call("POST", far.url, headers={}, body=b"{}").status for _ in range(3)]
+        assert len(first) + int(first.split()[-1]) == 8192
+        assert told == [200, 500, 500]
+        assert [one.connection for one in far.requests] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    ["nothing", "the end", "a body cut short", "a body reset", "a body without an end, slowly", "a broken chunk"],
+)
+def test_over_tls_the_status_line_decides_too(tmp_path: Path, tail: str) -> None:
+    authority = Authority(tmp_path)
+    with Far(lambda _: after(HEAD, TAILS[tail]()), tls=authority.server("127.0.0.1")) as far:
+        session = crm.open_session(replace(LOOPBACK, ca_file=authority.ca_file), connections=1)
+        assert session.call("POST", far.url, headers={}, body=b"{}").status == 200
+
+
+LOOPBACK = replace(config.Crm(), allow_networks=config._networks("127.0.0.0/8 ::1/128"), allow_http=True)
+
+
+@pytest.mark.parametrize("over_tls", [True, False])
+def test_a_deadline_holds_while_a_large_body_is_sent(tmp_path: Path, over_tls: bool) -> None:
+    """Somebody who reads a little now and then holds no call beyond its time, over TLS neither."""
+    authority = Authority(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        done = threading.Event()
+
+        def sip() -> None:
+            taken, _ = listening.accept()
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            if over_tls:
+                taken = authority.server("127.0.0.1").wrap_socket(taken, server_side=True)
+            with taken:
+                while not done.wait(0.05):
+                    taken.recv(4000)
+
+        thread = threading.Thread(target=sip, daemon=True)
+        thread.start()
+        kind = "https" if over_tls else "http"
+        given = replace(LOOPBACK, ca_file=authority.ca_file, timeout_s=1.0)
+        began = time.monotonic()
+        with pytest.raises(net.CallFailed) as caught:
+            crm.open_session(given, connections=1).call(
+                "POST", f"{kind}://127.0.0.1:{listening.getsockname()[1]}/", headers={}, body=b"x" * 30_000_000
+            )
+        assert caught.value.code == "timeout"
+        assert time.monotonic() - began < 30
+        done.set()
+        thread.join(5)

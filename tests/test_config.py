@@ -146,12 +146,13 @@ def test_what_is_shown_names_every_key(ini: Path) -> None:
 def test_relative_paths_begin_at_the_files_folder(
     ini: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    written(ini, "[store]\npath = data/b.db\n[vault]\nkey_file = /etc/key\n")
+    written(ini, "[store]\npath = data/b.db\n[vault]\nkey_file = /etc/key\n[crm]\nca_file = own-ca.pem\n")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     found = config.load(ini, {})
     assert found.store.path == ini.parent / "data/b.db"
     assert found.store.queue_path == ini.parent / "var/queue.db"
     assert found.vault.key_file == Path("/etc/key")
+    assert found.crm.ca_file == ini.parent / "own-ca.pem"
 
 
 def test_a_relative_file_name_roots_at_its_folder_too(ini: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ _WHY = {
     "account_held": "what is held waits, in its order, and does not age",
     "alerts_unheard": "at night nobody looks into the log",
     "app_secrets_empty": "nothing that customers write gets in, and after an hour of it Meta ends the subscription",
+    "ca_file": "the service does not start",
     "cannot_shrink": "the disk space that old rows took is used again, but never given back",
     "database": "the service does not start",
     "dead_letters": "they are tried no more; with their texts they are kept for [retention] text_days",
@@ -636,7 +637,7 @@ def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None)
             + crm_url,
             "crm_dns_failed": f"getent ahosts {urlsplit(url).hostname}; or {crm_url}",
             "crm_tls_failed": f"openssl s_client -connect {tls} "
-            f"-servername {urlsplit(url).hostname}; mend the CRM's certificate",
+            f"-servername {urlsplit(url).hostname}; mend the CRM's certificate, or name its CA in [crm] ca_file",
             "crm_timeout": f"the CRM must answer within {given.crm.timeout_s:g} s, before it works: {look}",
             "crm_rate_limited": "let the CRM take more calls, or wait",
         }.get(slug, look)
