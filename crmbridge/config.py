@@ -10,12 +10,12 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from crmbridge import log
+from crmbridge import log, urls
 from crmbridge.errors import Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -24,7 +24,6 @@ SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
 _PREFIX = "CRMBRIDGE_"
 LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
-_HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.?", re.IGNORECASE)
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
 SECRET_LEAST, _SECRET_FAIR = 8, 16  # characters of a secret: fewer can be guessed at once, or with patience
 
@@ -118,37 +117,16 @@ def _networks(value: str) -> tuple[Network, ...]:
 
 def _url(value: str) -> str:
     """Return a URL that can be called. What is wrong is said without a word of it: it may hold a secret."""
-    if not value.isprintable() or " " in value or "\\" in value:
-        raise ValueError("must be a URL, without blanks and control characters")
-    try:
-        parts = urlsplit(value)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise ValueError("must be a URL: its host or its port makes no sense") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise ValueError("must be an http:// or https:// URL with a host")
-    is_bracketed = parts.netloc.rpartition("@")[2].startswith("[")
-    if port == 0 or not (_is_ipv6(host) if is_bracketed else _is_host(host)):
-        raise ValueError("must be a URL: its host or its port makes no sense")
+    urls.read(value)
     return value.rstrip("/")
-
-
-def _is_ipv6(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.IPv6Address(host))
-    return False
-
-
-def _is_host(host: str) -> bool:
-    """Tell whether this can be a host's name or IPv4 address, by its form alone."""
-    try:
-        return _HOST.fullmatch(host.encode("idna").decode()) is not None
-    except UnicodeError:  # a label that is empty, too long or of no letters
-        return False
 
 
 def _url_or_nothing(value: str) -> str:
     return _url(value) if value else ""
+
+
+def _path_or_nothing(value: str) -> Path | None:
+    return _path(value) if value else None
 
 
 def _address_or_nothing(value: str) -> str:
@@ -202,6 +180,7 @@ class Crm:
     timeout_s: float = _key(15.0, _seconds(0.5, 300))
     allow_networks: tuple[Network, ...] = _key((), _networks)
     allow_http: bool = _key(False, _flag)
+    ca_file: Path | None = _key(None, _path_or_nothing)
 
 
 @dataclass(frozen=True)
@@ -430,6 +409,7 @@ def _rooted(settings: Settings, folder: Path) -> Settings:
             **{section: getattr(settings, section) for section in _SECTIONS},
             "store": Store(path=folder / settings.store.path, queue_path=folder / settings.store.queue_path),
             "vault": Vault(key_file=folder / settings.vault.key_file),
+            "crm": replace(settings.crm, ca_file=settings.crm.ca_file and folder / settings.crm.ca_file),
         }
     )
 
@@ -452,6 +432,6 @@ def shown(settings: Settings) -> dict[str, str]:
             elif isinstance(value, tuple):
                 text = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
             else:
-                text = f"{value:g}" if isinstance(value, float) else str(value)
+                text = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
             lines[f"{section}.{entry.name}"] = text
     return lines

@@ -23,6 +23,7 @@ Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00
 Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
 SigningSecret = Annotated[str, Field(min_length=8, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Url = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
+CrmUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[^\x00-\x20\x7f]+$")]
 
 MessageStatusName = Literal["pending", "sent", "delivered", "read", "failed"]
 AccountStatusName = Literal["active", "inactive", "error"]
@@ -134,13 +135,13 @@ class AccountCreate(_Request):
     instagram_account_id: ExternalId
     username: Printable | None = None
     access_token: Secret
-    crm_webhook_url: Url | None = None
+    crm_webhook_url: CrmUrl | None = None
     webhook_secret: SigningSecret | None = None
 
 
 class AccountUpdate(_Request):
     access_token: Secret = _LEFT_OUT
-    crm_webhook_url: Url | None = None
+    crm_webhook_url: CrmUrl | None = None
     webhook_secret: SigningSecret | None = None
     status: Literal["active", "inactive"] = _LEFT_OUT
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-from crmbridge import __version__, net, signing
+from crmbridge import __version__, config, net, signing
 from crmbridge.errors import Refused, Retry
 from crmbridge.events import instant, new_id
 
@@ -17,6 +17,23 @@ class Posted:
     """A CRM's acceptance."""
 
     http_status: int
+
+
+def reach(given: config.Crm) -> net.Reach:
+    """Return where CRM URLs may lead."""
+    return net.Reach(networks=given.allow_networks, http=given.allow_http)
+
+
+def open_session(given: config.Crm, *, connections: int) -> net.Session:
+    """Return a session for calls to CRMs. Raises Misconfigured when `ca_file` cannot be used."""
+    return net.Session(
+        reach(given),
+        connect_timeout_s=given.connect_timeout_s,
+        timeout_s=given.timeout_s,
+        connections=connections,
+        status_decides=True,
+        tls=net.trust(given.ca_file) if given.ca_file else None,
+    )
 
 
 def post(

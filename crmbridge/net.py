@@ -3,45 +3,47 @@
 Knows neither CRMs nor Instagram; they pass in what is allowed.
 """
 
-import contextlib
-import heapq
+import functools
+import http.client
 import ipaddress
-import itertools
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import certifi
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.poolmanager import PoolManager
+from urllib3.util.ssl_ import create_urllib3_context
 
-from crmbridge.errors import Invalid
+from crmbridge import answers, dial, urls
+from crmbridge.errors import Invalid, Misconfigured
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_IDLE_S = 15.0
 READ_BYTES = 16_384
+_IDLE_S = 15.0
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
-# Ranges that an "is global" test lets through on some Python: addresses that carry an IPv4 address inside
-# (6to4, NAT64, Teredo, IPv4-compatible and -translated), site-local ones, relays, documentation and segment routing.
-_NOT_PUBLIC = [
+_FAILED = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out as global unicast
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: leads to the IPv4 address in its last four bytes
+# What IANA's registries of special addresses take out of the public ones, named here because an "is global" test tells
+# something else on each Python. The ranges for the Internet's own protocols go whole: nobody's CRM is there.
+_SPECIAL = [
     ipaddress.ip_network(net)
     for net in (
-        "2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "::/96", "::ffff:0:0:0/96", "fec0::/10",
-        "3fff::/20", "5f00::/16", "192.88.99.0/24", "192.0.0.0/24",
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+        "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+        "224.0.0.0/4", "240.0.0.0/4",
+        "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
     )
 ]  # fmt: skip
-
-
-class AddressRefused(OSError):
-    """The host's address is not one that this call may reach."""
 
 
 class CallFailed(Exception):
@@ -67,12 +69,17 @@ class Reach:
 
     def allows(self, address: str) -> bool:
         """Tell whether an IP address may be connected to."""
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
-        if self.any_address or any(ip in network for network in self.networks):
+        ip: urls.Address = ipaddress.ip_address(address.partition("%")[0])
+        judged = [ip]
+        if isinstance(ip, ipaddress.IPv6Address):
+            if ip.ipv4_mapped:
+                judged = [ip.ipv4_mapped]
+            elif ip in _NAT64:
+                judged.append(ipaddress.IPv4Address(int(ip) % 2**32))
+        if self.any_address or any(one in network for network in self.networks for one in judged):
             return True
-        return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
+        is_unicast = judged[-1].version == 4 or judged[-1] in _UNICAST
+        return is_unicast and not any(judged[-1] in network for network in _SPECIAL)
 
     def check_url(self, url: str, field: str) -> None:
         """Raise Invalid when the URL can be seen to lead nowhere that is allowed, before any name is resolved."""
@@ -81,24 +88,21 @@ class Reach:
             return Invalid(f"{field} {problem}.", code="url_refused", details=[{"field": field, "problem": problem}])
 
         try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "", parts.port
-        except ValueError:
-            raise refuse("is not a URL") from None
-        if parts.scheme not in ("http", "https") or not host or port == 0:
-            raise refuse("is not an http or https URL with a host")
-        if parts.scheme == "http" and not self.http:
+            given = urls.read(url)
+            place = urls.read(requests.Request("POST", url).prepare().url or "")
+        except requests.RequestException:
+            raise refuse("has a host that cannot be encoded for a look-up (IDNA)") from None
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        if place.parts.scheme == "http" and not self.http:
             raise refuse("must be https ([crm] allow_http permits http)")
-        if parts.username is not None or parts.password is not None:
+        if given.parts.username is not None or given.parts.password is not None:
             raise refuse("must not carry a user name or password")
-        if parts.fragment:
+        if given.parts.fragment:
             raise refuse("must not carry a fragment")
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(host)
-            if not self.allows(host):
-                raise refuse("leads to an address that [crm] allow_networks does not permit")
-        if host == "localhost" and not (self.allows("127.0.0.1") or self.allows("::1")):
-            raise refuse("leads to an address that [crm] allow_networks does not permit")
+        here = ["127.0.0.1", "::1"] if urls.is_localhost(place.host) else [str(place.address)] if place.address else []
+        if here and not any(self.allows(address) for address in here):
+            raise refuse(f"leads to {' or '.join(here)}, which [crm] allow_networks does not permit")
 
 
 @dataclass(frozen=True)
@@ -111,150 +115,142 @@ class Answer:
     ms: int
 
 
-class _Watchdog:
-    """Cuts the connection of a call that outlives its deadline, however slowly its bytes trickle."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, _Call]] = []
-        self._changed = threading.Condition()
-        self._numbers = itertools.count()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, call: "_Call") -> None:
-        with self._changed:
-            heapq.heappush(self._heap, (call.deadline, next(self._numbers), call))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._heap:
-                    self._changed.wait()
-                deadline, _, call = self._heap[0]
-                left = deadline - time.monotonic()
-                if left > 0 and not call.over:
-                    self._changed.wait(left)
-                    continue
-                heapq.heappop(self._heap)
-            call.cut()
+@functools.cache
+def _public_trust() -> ssl.SSLContext:
+    # One for all: to read the public CAs takes 20 ms and half a megabyte.
+    return trust(None)
 
 
+def trust(ca_file: Path | None) -> ssl.SSLContext:
+    """Return what TLS trusts: the public CAs and, if a PEM file is named, its certificates. Raises Misconfigured."""
+    context = create_urllib3_context()
+    context.load_verify_locations(certifi.where())
+    if ca_file is not None:
+        certificates(ca_file)
+        context.load_verify_locations(ca_file)
+        # An intermediate CA or the CRM's own certificate may be what the file names, and a shop's own CA seldom has
+        # every field of RFC 5280.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def certificates(ca_file: Path) -> int:
+    """Return how many certificates a PEM file holds. Raises Misconfigured when there is none to be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        ca_file.read_bytes()
+        context.load_verify_locations(ca_file)
+        held = context.cert_store_stats()["x509"]
+    except ssl.SSLError:
+        held = 0
+    except OSError as error:
+        raise Misconfigured(f"[crm] ca_file: {ca_file} cannot be read: {error.strerror}") from None
+    if not held:
+        raise Misconfigured(f"[crm] ca_file: {ca_file} holds no certificate in PEM form")
+    return held
+
+
+@dataclass
 class _Call:
-    """One call in progress: its deadline and the connection it uses."""
+    """One call in progress: what it may do, and how far it came."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.connection: HTTPConnection | None = None
-        self.sent = False
-        self.over = False
-        self.was_cut = False
-        self._lock = threading.Lock()
+    dialer: dial.Dialer
+    tls: ssl.SSLContext | None
+    connect_timeout_s: float
+    deadline: answers.Deadline
+    status_decides: bool
+    sent: bool = False
+    answer: answers.Response | None = None
 
-    def cut(self) -> None:
-        with self._lock:
-            if self.over:
-                return
-            self.was_cut = True
-            sock = self.connection.sock if self.connection is not None else None
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def finish(self) -> None:
-        with self._lock:
-            self.over = True
+    def connect_s(self) -> float:
+        """Return how long connecting may take. Raises TimeoutError."""
+        return min(self.deadline.left_s(), self.connect_timeout_s)
 
 
-_watchdog = _Watchdog()
 _current = threading.local()
 
 
-def _connect(connection: HTTPConnection, reach: Reach) -> socket.socket:
-    """Resolve, check every address, and connect to one that was checked: a second look-up cannot change it."""
-    call: _Call = _current.call
-    host = connection._dns_host
-    try:
-        found = socket.getaddrinfo(host, connection.port, 0, socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        raise urllib3.exceptions.NameResolutionError(host, connection, socket.gaierror(str(error))) from None
-    allowed = [entry for entry in found if reach.allows(str(entry[4][0]))]
-    if not allowed:
-        raise AddressRefused(f"{host} leads to an address that is not permitted")
-    last: OSError = OSError("no address")
-    for family, kind, protocol, _, address in allowed:
-        sock = socket.socket(family, kind, protocol)
-        left = max(call.deadline - time.monotonic(), 0.001)
-        sock.settimeout(min(left, _current.connect_timeout_s))
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            last = error
-    raise urllib3.exceptions.NewConnectionError(connection, f"cannot connect: {last}") from last
+class _Guarded:
+    """What both kinds of connection share; mixed in before urllib3's own class."""
+
+    call: _Call
+    sock: Any
+    _last_used = 0.0
+
+    def _new_conn(self) -> socket.socket:
+        connection: Any = self
+        sock = self.call.dialer.dial(connection._dns_host, connection.port, self.call.connect_s())
+        sock.settimeout(self.call.connect_s())  # for TLS to be agreed on
+        return sock
+
+    @property
+    def is_connected(self) -> bool:
+        is_fresh = time.monotonic() - self._last_used < _IDLE_S
+        return is_fresh and bool(super().is_connected)  # type: ignore[misc]
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the last answer was read whole, so that what comes next can only be the next call's."""
+        return self.call.answer is not None and self.call.answer.is_whole
+
+    def connect(self) -> None:
+        self.call = _current.call
+        super().connect()  # type: ignore[misc]
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self.call = _current.call
+        super().request(*args, **kwargs)  # type: ignore[misc]
+        self._last_used = time.monotonic()
+
+    def send(self, data: bytes) -> None:
+        if self.sock is not None:
+            self.sock.settimeout(self.call.deadline.left_s())
+        super().send(data)  # type: ignore[misc]
+        self.call.sent = True
+        if _QUICK_ACK is not None and self.sock is not None:
+            # A server that writes head and body apart would else wait 40 ms for our delayed acknowledgement.
+            self.sock.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
+
+    def response_class(self, *args: Any, **kwargs: Any) -> answers.Response:
+        ends, decides = self.call.deadline, self.call.status_decides
+        self.call.answer = answers.Response(*args, **kwargs, deadline=ends, status_decides=decides)
+        return self.call.answer
 
 
-def _pools(reach: Reach) -> dict[str, Any]:
-    class Guarded:
-        """What both kinds of connection share; mixed in before urllib3's own class."""
-
-        last_used = 0.0
-
-        def _new_conn(self) -> socket.socket:
-            return _connect(self, reach)  # type: ignore[arg-type]
-
-        @property
-        def is_connected(self) -> bool:
-            fresh = time.monotonic() - self.last_used < _IDLE_S
-            return fresh and bool(super().is_connected)  # type: ignore[misc]
-
-        def connect(self) -> None:
-            _current.call.connection = self
-            super().connect()  # type: ignore[misc]
-
-        def request(self, *args: Any, **kwargs: Any) -> None:
-            _current.call.connection = self
-            super().request(*args, **kwargs)  # type: ignore[misc]
-            self.last_used = time.monotonic()
-
-        def send(self, data: Any) -> None:
-            super().send(data)  # type: ignore[misc]
-            _current.call.sent = True
-            if _QUICK_ACK is not None and self.sock is not None:  # type: ignore[attr-defined]
-                # A server that writes head and body apart would else wait 40 ms for our delayed acknowledgement.
-                self.sock.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)  # type: ignore[attr-defined]
-
-    class Plain(Guarded, HTTPConnection):
-        pass
-
-    class Tls(Guarded, HTTPSConnection):
-        pass
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}
+class _Plain(_Guarded, HTTPConnection):  # type: ignore[misc]
+    pass
 
 
-class _Adapter(HTTPAdapter):
-    def __init__(self, reach: Reach, connections: int) -> None:
-        self._reach = reach
-        super().__init__(pool_connections=16, pool_maxsize=connections, max_retries=0)
+class _Tls(_Guarded, HTTPSConnection):  # type: ignore[misc]
+    def connect(self) -> None:
+        self.ssl_context = _current.call.tls or _public_trust()
+        super().connect()
 
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **kwargs: Any) -> None:
-        self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._reach)
+
+class _Pool:
+    """Takes a connection back only when nothing of its last answer can be left on it."""
+
+    def _put_conn(self, connection: Any) -> None:
+        if connection is not None and not connection.is_reusable:
+            connection.close()
+        super()._put_conn(connection)  # type: ignore[misc]
+
+
+class _PlainPool(_Pool, HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _Tls
 
 
 class Session:
-    """Makes bounded calls; safe for threads. Never follows a redirect, never reads the environment's proxies."""
+    """Makes bounded calls; safe for threads. Never follows a redirect, knows no proxy, keeps no cookie.
+
+    Where `status_decides`, a status line is an answer, whatever follows it; else an answer must come whole, or up to
+    `read_bytes` of its body. `tls` is what TLS trusts, by itself the public CAs.
+    """
 
     def __init__(
         self,
@@ -264,17 +260,17 @@ class Session:
         timeout_s: float,
         connections: int = 8,
         read_bytes: int = READ_BYTES,
+        status_decides: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._read_bytes = read_bytes
+        self._dialer = dial.Dialer(reach.allows)
+        self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
-        self._session = requests.Session()
-        self._session.trust_env = False
-        self._session.headers.clear()
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        adapter = _Adapter(reach, connections)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._status_decides = status_decides
+        self._read_bytes = read_bytes
+        self._pools = PoolManager(num_pools=16, maxsize=connections)
+        self._pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
 
     def call(
         self,
@@ -287,30 +283,34 @@ class Session:
     ) -> Answer:
         """Make one call and return its answer, whatever its status. Raises CallFailed when there is none."""
         started = time.monotonic()
-        call = _Call(started + self._timeout_s)
+        ends = answers.Deadline(self._timeout_s)
+        call = _Call(self._dialer, self._tls, self._connect_timeout_s, ends, self._status_decides)
         _current.call = call
-        _current.connect_timeout_s = self._connect_timeout_s
-        _watchdog.watch(call)
         try:
-            with self._session.request(
+            request = requests.Request(method, url, headers=dict(headers), params=list(query), data=body).prepare()
+            response = self._pools.connection_from_url(request.url or "").urlopen(
                 method,
-                url,
-                params=list(query) or None,
-                data=body,
-                headers=dict(headers),
-                timeout=(self._connect_timeout_s, self._timeout_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                text = response.raw.read(self._read_bytes, decode_content=False)
-                answer = Answer(response.status_code, response.headers, text, _ms_since(started))
-            if call.was_cut:
-                raise CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=True)
-            return answer
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                request.path_url,
+                body=request.body,
+                headers=request.headers,
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                timeout=self._timeout_s,
+                preload_content=False,
+                decode_content=False,
+            )
+            try:
+                text = response.read(self._read_bytes, decode_content=False)
+            finally:
+                response.close()
+                response.release_conn()
+            return Answer(response.status, response.headers, text, _ms_since(started))
+        except _FAILED as error:
+            if self._status_decides and call.answer is not None and call.answer.has_status:
+                read = urllib3.HTTPHeaderDict(call.answer.headers.items())
+                return Answer(call.answer.status, read, b"", _ms_since(started))
             raise self._failure(error, call) from None
-        finally:
-            call.finish()
 
     def _failure(self, error: Exception, call: _Call) -> CallFailed:
         chain = list(_causes(error))
@@ -318,17 +318,18 @@ class Session:
         def has(*kinds: type[BaseException]) -> bool:
             return any(isinstance(cause, kinds) for cause in chain)
 
-        if has(AddressRefused):
-            return CallFailed("address_refused", "the host leads to an address that is not permitted", sent=False)
-        if call.was_cut or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError, requests.Timeout)):
+        if has(dial.AddressRefused):
+            refused = next(cause for cause in chain if isinstance(cause, dial.AddressRefused))
+            return CallFailed("address_refused", str(refused), sent=False)
+        if call.deadline.is_over or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError)):
             return CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=call.sent)
-        if has(urllib3.exceptions.NameResolutionError):
+        if has(socket.gaierror, UnicodeError):
             return CallFailed("dns_failed", "the host name does not resolve", sent=False)
-        if has(urllib3.exceptions.SSLError, requests.exceptions.SSLError):
+        if has(urllib3.exceptions.SSLError):
             return CallFailed("tls_failed", f"TLS failed: {_shortened(chain[-1])}", sent=call.sent)
         if not call.sent:
             return CallFailed("connect_failed", f"no connection: {_shortened(chain[-1])}", sent=False)
-        if has(urllib3.exceptions.ProtocolError, requests.ConnectionError, OSError):
+        if has(urllib3.exceptions.ProtocolError, OSError):
             return CallFailed("connection_lost", "the connection broke before the answer", sent=True)
         return CallFailed("bad_answer", f"not an HTTP answer ({type(chain[-1]).__name__})", sent=True)
 

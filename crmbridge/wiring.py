@@ -42,7 +42,6 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
     for account in accounts.everyone(db)[:_PROBED]:
         if account["access_token_sealed"]:
             keys_of_secrets.open(account["access_token_sealed"])
-    reach = net.Reach(networks=settings.crm.allow_networks, http=settings.crm.allow_http)
     graph = net.Session(
         net.Reach(any_address=True, http=True),  # named in the configuration itself
         connect_timeout_s=settings.instagram.connect_timeout_s,
@@ -55,13 +54,8 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
         db=db,
         vault=keys_of_secrets,
         client=Client(graph, settings.instagram.graph_url, _more_fields(settings.instagram)),
-        crm=net.Session(
-            reach,
-            connect_timeout_s=settings.crm.connect_timeout_s,
-            timeout_s=settings.crm.timeout_s,
-            connections=settings.delivery.slots_per_endpoint,
-        ),
-        reach=reach,
+        crm=crm.open_session(settings.crm, connections=settings.delivery.slots_per_endpoint),
+        reach=crm.reach(settings.crm),
         alerts=Alerts(
             db,
             command=settings.alerts.command,
@@ -83,7 +77,7 @@ def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
 
 
 def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
-    """Return the functions that make one call each, by target and kind."""
+    """Return the functions that make one call each, by target and kind. Raises Misconfigured."""
 
     def to_crm(claimed: Claimed) -> Outcome:
         now_s = time.time()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.far import Far
 from tests.shop import QUICK, Shop, opened
 from tests.waiting import PATIENCE_S
 
@@ -217,6 +218,13 @@ def test_health_takes_no_other_program_for_the_bridge(tmp_path: Path, body: byte
         server.shutdown()
     wrong = run(tmp_path, "health", "--at", "localhost")
     assert (wrong.returncode, wrong.stderr) == (1, "crmbridge: --at localhost: not HOST:PORT\n")
+
+
+def test_health_waits_for_the_final_answer(tmp_path: Path) -> None:
+    healthy = b'HTTP/1.1 200 OK\r\nContent-Length: 21\r\n\r\n{"status": "healthy"}'
+    with Far(lambda _: [b"HTTP/1.1 102 Processing\r\n\r\n", 0.2, b"HTTP/1.1 103 Hints\r\n\r\n", healthy]) as far:
+        asked = run(tmp_path, "health", "--at", f"127.0.0.1:{far.port}")
+        assert (asked.returncode, asked.stdout) == (0, "healthy\n")
 
 
 def test_health_tells_the_reasons(tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_secrets_are_masked_in_what_is_shown_and_in_errors(ini: Path) -> None:
     assert "hush" not in failure.value.message
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.hush.example:99999/hush", "https://hooks.hush.example:0/hush", "https://hush.example:hush/",
+        "https://hush.example\N{FULLWIDTH SOLIDUS}hush/x", "https://hush\N{FULLWIDTH COMMERCIAL AT}hush.example/",
+        "https://[hush]/hush", "https://hush.127.1/hush", "https://hu%00sh/hush", "https://hush..example/", "ftp://hush/",
+        "https:///hush", "hush",
+    ],
+)  # fmt: skip
+def test_an_alert_url_that_can_never_work_is_named_by_its_place_alone(ini: Path, url: str) -> None:
+    with pytest.raises(Misconfigured) as failure:
+        config.load(written(ini, f"[alerts]\nurl = {url}\n"), {})
+    assert failure.value.message.startswith(f"{ini} [alerts] url: bad value: ")
+    assert "hush" not in failure.value.message
+
+
+@pytest.mark.parametrize("url", ["https://hooks.example:8443/a?b=c", "http://localhost:1/", "https://[::1]:65535/x"])
+def test_an_alert_url_that_may_work_is_taken(ini: Path, url: str) -> None:
+    assert config.load(written(ini, f"[alerts]\nurl = {url}\n"), {}).alerts.url == url.rstrip("/")
+
+
 def test_what_is_shown_names_every_key(ini: Path) -> None:
     shown = config.shown(config.load(written(ini, ""), {}))
     assert set(shown) == {f"{name}.{entry.name}" for name, cls in config._SECTIONS.items() for entry in fields(cls)}
@@ -131,12 +152,13 @@ def test_what_is_shown_names_every_key(ini: Path) -> None:
 def test_relative_paths_begin_at_the_files_folder(
     ini: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    written(ini, "[store]\npath = data/b.db\n[vault]\nkey_file = /etc/key\n")
+    written(ini, "[store]\npath = data/b.db\n[vault]\nkey_file = /etc/key\n[crm]\nca_file = own-ca.pem\n")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     found = config.load(ini, {})
     assert found.store.path == ini.parent / "data/b.db"
     assert found.store.queue_path == ini.parent / "var/queue.db"
     assert found.vault.key_file == Path("/etc/key")
+    assert found.crm.ca_file == ini.parent / "own-ca.pem"
 
 
 def test_a_relative_file_name_roots_at_its_folder_too(ini: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, certificate: Path, target: str) -> None:
         self.target = target
         self.canned: dict[str, bytes] = {}
+        self.interim = b""
         self.use(certificate)
         super().__init__(("127.0.0.1", 0), _Forward)
         self.port = self.server_address[1]
@@ -129,6 +130,7 @@ class _Forward(BaseHTTPRequestHandler):
                 status, body = answer.status_code, answer.content
             except requests.RequestException:
                 status, body = 502, b"bad gateway"
+        self.wfile.write(self.server.interim)
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -265,6 +267,13 @@ def test_a_healthy_installation_has_nothing_to_be_told(stage: Stage) -> None:
     assert test.event["account_id"] == stage.account_id
     assert shown["figures"]["processes"][0]["mb"] > 10
     assert shown["figures"]["wal_bytes"] >= 0
+
+
+def test_interim_answers_of_a_proxy_are_no_answers(stage: Stage, undo: contextlib.ExitStack) -> None:
+    undo.callback(setattr, stage.proxy, "interim", b"")
+    stage.proxy.interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2
+    slugs = {one["slug"] for one in stage.look()["findings"] if one["level"] == "ok"}
+    assert {"public", "handshake"} <= slugs
 
 
 # What is planted, what must be told of it, its level, and words of what to type.

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "crmbridge"
 # Each room may import the rooms of the floors below its own (design: direction).
 FLOORS = (
-    {"errors", "events", "clock", "terminal", "__init__"},
+    {"errors", "events", "clock", "terminal", "answers", "urls", "dial", "__init__"},
     {"log"},
     {"config", "vault", "signing", "contract", "net", "apikey", "matching"},
     {"endpoints"},

@@ -149,7 +149,8 @@ def run_command(command: str, news: News) -> str | None:
 
 def open_session() -> net.Session:
     """Return a session for the URL: it is the administrator's own, and may lead anywhere."""
-    return net.Session(net.Reach(any_address=True, http=True), connect_timeout_s=5, timeout_s=15, connections=1)
+    reach = net.Reach(any_address=True, http=True)
+    return net.Session(reach, connect_timeout_s=5, timeout_s=15, connections=1, status_decides=True)
 
 
 def post(session: net.Session, url: str, news: News) -> str | None:

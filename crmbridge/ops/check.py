@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from crmbridge import config, terminal, vault
+from crmbridge import config, net, terminal, vault
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.events import epoch_s
@@ -117,6 +117,12 @@ def look(settings: config.Settings) -> Look:
         found.append(Finding("ok", "key_file", f"key file {settings.vault.key_file}"))
     except Misconfigured as error:
         found.append(Finding("error", "key_file", error.message))
+    if settings.crm.ca_file is not None:
+        try:
+            number = net.certificates(settings.crm.ca_file)
+            found.append(Finding("ok", "ca_file", f"[crm] ca_file {settings.crm.ca_file}: {number} certificate(s)"))
+        except Misconfigured as error:
+            found.append(Finding("error", "ca_file", error.message))
     try:
         for path in {settings.store.path.parent, settings.store.queue_path.parent}:
             if path.exists() and not os.access(path, os.W_OK):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from crmbridge import __version__, config, crm, log, net, terminal
+from crmbridge import __version__, answers, config, crm, log, net, terminal
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant
@@ -51,6 +51,7 @@ _WHY = {
     "alerts_unheard": "at night nobody looks into the log",
     "app_secret_short": "a forged webhook goes to the CRM, signed by the bridge; a forged request deletes an account",
     "app_secrets_empty": "nothing that customers write gets in, and after an hour of it Meta ends the subscription",
+    "ca_file": "the service does not start",
     "cannot_shrink": "the disk space that old rows took is used again, but never given back",
     "database": "the service does not start",
     "dead_letters": "they are tried no more; with their texts they are kept for [retention] text_days",
@@ -311,8 +312,6 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
     assert given is not None  # noqa: S101
     graph = _Dated(net.Reach(any_address=True, http=True), connect_timeout_s=5, timeout_s=_CALL_S, connections=_AT_ONCE,
                    read_bytes=512 * 1024)  # fmt: skip
-    reach = net.Reach(networks=given.crm.allow_networks, http=given.crm.allow_http)
-    to_crm = net.Session(reach, connect_timeout_s=given.crm.connect_timeout_s, timeout_s=given.crm.timeout_s)
     client = Client(graph, given.instagram.graph_url)
     jobs: dict[str, Callable[[], Iterable[Finding]]] = {}
     asked = threading.Event()  # the bridge at its public address: it notes when it is asked, so that has to come first
@@ -328,8 +327,8 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
             secret = keys.open(row["webhook_secret_sealed"]) if row["webhook_secret_sealed"] else None
             if token and row["status"] != "inactive":
                 jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
-            jobs[f"CRM of {row['id']}"] = _with(_crm, given, to_crm, row, secret, held)
-    answers: queue.SimpleQueue[tuple[str, list[Finding]]] = queue.SimpleQueue()
+            jobs[f"CRM of {row['id']}"] = _with(_crm, given, row, secret, held)
+    told: queue.SimpleQueue[tuple[str, list[Finding]]] = queue.SimpleQueue()
     waiting: queue.SimpleQueue[tuple[str, Callable[[], Iterable[Finding]]]] = queue.SimpleQueue()
     for entry in jobs.items():
         waiting.put(entry)
@@ -340,14 +339,14 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
                 name, probe = waiting.get_nowait()
                 part = Report()
                 part.add(name, probe)
-                answers.put((name, part.found))
+                told.put((name, part.found))
 
     for _ in range(min(_AT_ONCE, len(jobs))):  # daemons: a name that does not resolve holds nobody up
         threading.Thread(target=work, daemon=True).start()
     ends_s = time.monotonic() + _ALL_CALLS_S
     while jobs:
         try:
-            name, found = answers.get(timeout=max(ends_s - time.monotonic(), 0))
+            name, found = told.get(timeout=max(ends_s - time.monotonic(), 0))
         except queue.Empty:
             break
         del jobs[name]
@@ -384,10 +383,8 @@ def _get(base: str, path: str, context: ssl.SSLContext | None = None) -> tuple[i
         made = http.client.HTTPSConnection(url.hostname or "", url.port, timeout=_CALL_S, context=context)
     else:
         made = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_CALL_S)
-    with contextlib.closing(made):
-        made.request("GET", url.path.rstrip("/") + path, headers={"User-Agent": f"crmbridge/{__version__}"})
-        answer = made.getresponse()
-        return answer.status, answer.read(65_536)
+    headers = {"User-Agent": f"crmbridge/{__version__}"}
+    return answers.get(made, url.path.rstrip("/") + path, timeout_s=_CALL_S, headers=headers)
 
 
 def _is_alive(status: int, body: bytes) -> bool:
@@ -600,9 +597,7 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
                       f"{_put(given, row, _NEW_TOKEN)}", one)  # fmt: skip
 
 
-def _crm(
-    given: config.Settings, session: net.Session, row: Row, secret: str | None, held: Row | None
-) -> Iterator[Finding]:
+def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None) -> Iterator[Finding]:
     """Send the account's CRM a signed test, unless deliveries are held."""
     one, about, url = row["id"], check.named(row), row["crm_webhook_url"]
     if not url:
@@ -615,6 +610,7 @@ def _crm(
     # What is to be typed holds what somebody set by the API.
     host, address = shlex.quote(urlsplit(url).hostname or ""), place.partition("//")[2]
     tls = shlex.quote(address if re.search(r":\d+\Z", address) else f"{address}:443")
+    session = crm.open_session(given.crm, connections=1)
     try:
         crm.test(session, url=url, secrets=[secret] if secret else [], account_id=one, now_s=time.time())
     except (Refused, Retry) as error:
@@ -630,7 +626,8 @@ def _crm(
             "crm_address_refused": "name the CRM's network in [crm] allow_networks, if it is yours, and restart; else "
             + crm_url,
             "crm_dns_failed": f"getent ahosts {host}; or {crm_url}",
-            "crm_tls_failed": f"openssl s_client -connect {tls} -servername {host}; mend the CRM's certificate",
+            "crm_tls_failed": f"openssl s_client -connect {tls} -servername {host}; mend the CRM's certificate, or "
+            "name its CA in [crm] ca_file",
             "crm_timeout": f"the CRM must answer within {given.crm.timeout_s:g} s, before it works: {look}",
             "crm_rate_limited": "let the CRM take more calls, or wait",
         }.get(slug, look)

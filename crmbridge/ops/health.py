@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from crmbridge import config, terminal
+from crmbridge import answers, config, terminal
 from crmbridge.errors import Misconfigured
 
 NO_ANSWER = 3
@@ -37,23 +37,19 @@ def run(web: config.Web, *, live: bool, wait_s: float) -> int:
 def _ask(host: str, port: int, path: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
     try:
-        connection.request("GET", path, headers={"Connection": "close"})
-        answer = connection.getresponse()
-        body = answer.read(100_000)
+        status, body = answers.get(connection, path, timeout_s=_TRY_S, headers={"Connection": "close"})
     except (OSError, http.client.HTTPException) as error:
         return NO_ANSWER, f"no answer from {host}:{port}: {str(error) or type(error).__name__}"
-    finally:
-        connection.close()
     try:
         said = json.loads(body)
     except ValueError:
         said = None
     # Another program may have the port, and may say 200 to everything.
     if not isinstance(said, dict) or not (said.get("status") in _STATUSES or "correlation_id" in said):
-        return NO_ANSWER, f"what answers at {host}:{port} is not crmbridge: HTTP {answer.status}"
-    well = answer.status == 200 or path == "/health/live"
-    status = str(said.get("status") or f"HTTP {answer.status}")
-    return int(not well), ": ".join([status, *filter(None, ["; ".join(said.get("reasons", []))])])
+        return NO_ANSWER, f"what answers at {host}:{port} is not crmbridge: HTTP {status}"
+    well = status == 200 or path == "/health/live"
+    said_status = str(said.get("status") or f"HTTP {status}")
+    return int(not well), ": ".join([said_status, *filter(None, ["; ".join(said.get("reasons", []))])])
 
 
 def worker(queue_path: Path, *, wait_s: float) -> int:
