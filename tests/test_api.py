@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+import yaml
 
-from crmbridge import apikey
+from crmbridge import apikey, config
 from crmbridge.sandbox import wire
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
 from tests.waiting import BULK_S, PATIENCE_S, until
@@ -88,6 +89,25 @@ def test_a_key_does_what_it_may_on_its_accounts_alone(shop: Shop) -> None:
             error(shop.call("GET", f"{ACCOUNTS}/{account_id}", key=shop.admin_key), 404)["error"] == "account_not_found"
         )
         assert error(shop.send("x", "k", account_id=account_id), 403)["error"] == "wrong_account"
+
+
+def test_no_operation_touches_an_account_that_the_key_is_not_bound_to(shop: Shop) -> None:
+    paths = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())["paths"]
+    named = [
+        (method.upper(), path) for path, methods in paths.items() for method in methods if "{account_id}" in path
+        and method in ("get", "put", "post", "patch", "delete")
+    ]  # fmt: skip
+    assert ("POST", "/api/v1/accounts/{account_id}/pause") in named
+    other = shop.connect(instagram_account_id=OTHER_ID, access_token=OTHER_TOKEN).json()["account_id"]
+    before = shop.call("GET", f"{ACCOUNTS}/{other}", key=shop.admin_key).json()
+    body = {"what": ["sends"], "status": "inactive"}
+    for method, path in named:
+        answer = shop.call(method, path.format(account_id=other), body if method in ("PUT", "POST") else None)
+        assert error(answer, 403)["error"] in ("wrong_account", "permission_missing"), path
+        if method != "DELETE":  # for admins alone
+            assert answer.json()["error"] == "wrong_account", path
+    assert shop.call("GET", f"{ACCOUNTS}/{other}", key=shop.admin_key).json() == before
+    shop.call("DELETE", f"{ACCOUNTS}/{other}", key=shop.admin_key)
 
 
 def test_a_message_of_another_account_looks_like_none(shop: Shop) -> None:

@@ -13,7 +13,7 @@ from crmbridge.sandbox import wire
 from crmbridge.store import accounts, dead, deliveries, pauses, turn
 from crmbridge.store.deliveries import Outcome, Patience
 from tests.rig import LIMITS, SCHEDULE, Rig
-from tests.shop import CUSTOMER, SHOP_ID, TOKEN
+from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN
 
 DAY_S = 86_400
 OTHER_CUSTOMER = "900000000000002"
@@ -120,6 +120,27 @@ def test_sends_of_one_account_are_paced(rig: Rig) -> None:
     for _ in range(6):
         rig.pass_s(0.5)
     assert 4 <= len(rig.meta.sent) <= 6
+
+
+def test_audio_and_video_of_an_account_begin_at_most_ten_times_a_second_and_hold_up_no_text(rig: Rig) -> None:
+    account = rig.account()
+    rig.meta.add_account(OTHER_ID, token=OTHER_TOKEN, app_scoped_id=OTHER_SCOPED_ID, username="other_shop")
+    other = rig.account(OTHER_ID, access_token_sealed=rig.rooms.vault.seal(OTHER_TOKEN))
+    waits_s: list[float] = []
+    rig.rooms.client.pause = waits_s.append
+    for number in range(24):
+        kind = "audio" if number % 2 else "video"
+        body = {
+            "account_id": other["id"] if number == 23 else account["id"],
+            "recipient_id": f"80{number}",
+            "idempotency_key": f"media-{number}",
+            "attachments": [{"type": kind, "url": f"https://media.example.com/{number}"}],
+        }
+        assert rig.call("POST", "/api/v1/messages/send", body)[0] == 202
+        rig.send(account, f"{number}", contact=f"90{number}")
+    rig.drain()
+    assert len(rig.meta.sent) == 48
+    assert sorted(round(wait_s, 3) for wait_s in waits_s) == [0.0, *(number / 10 for number in range(23))]
 
 
 def test_instagram_unavailable_for_longer_than_a_day_ends_as_failed(rig: Rig) -> None:
