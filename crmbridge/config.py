@@ -37,6 +37,12 @@ def _text(value: str) -> str:
     return value
 
 
+def _host(value: str) -> str:
+    if not value:  # else it would listen on every address
+        raise ValueError("must be an address or a name; 0.0.0.0 is every IPv4 address")
+    return value
+
+
 def _words(value: str) -> tuple[str, ...]:
     """Split a list; what is empty between two separators, or at an end, is no word."""
     return tuple(word for word in re.split(r"[\s,]+", value) if word)
@@ -144,7 +150,7 @@ def _one_of(*names: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Web:
-    host: str = _key("127.0.0.1", _text)
+    host: str = _key("127.0.0.1", _host)
     port: int = _key(8080, _whole(0, 65_535))
     threads: int = _key(8, _whole(1, 64))
     public_url: str = _key("", _url_or_nothing, url=True)

@@ -207,6 +207,7 @@ def test_every_other_list_is_split_in_the_same_way(made: Path, variable: str, va
         ("VAULT_KEY_FILE", "", "must name a file"),
         ("STORE_PATH", " ", "must name a file"),
         ("STORE_QUEUE_PATH", "", "must name a file"),
+        ("WEB_HOST", "", "must be an address or a name"),
     ],
 )
 def test_an_empty_value_is_none(made: Path, variable: str, value: str, said: str) -> None:
