@@ -152,6 +152,26 @@ def test_clients_that_come_back_and_drip_do_not_stop_it(shop: Shop) -> None:
     wait_until(lambda: connections(shop) < 20, "they stay")
 
 
+@pytest.mark.parametrize("kind", ["body_begun", "many_bytes"])
+def test_who_keeps_many_is_closed_before_who_keeps_one_however_old(shop: Shop, kind: str) -> None:
+    body, signature = said("the oldest of all", 4 * MB)
+    headers = head("POST", HOOK, f"Content-Length: {len(body)}", f"X-Hub-Signature-256: {signature}")
+    with ExitStack() as stack:
+        honest = socket.create_connection(address_of(shop.url), timeout=30, source_address=(ELSEWHERE, 0))
+        stack.enter_context(honest).sendall(headers + body[: 3 * MB])
+        for _ in range(HALF_SENT if kind == "body_begun" else 12):
+            one = stack.enter_context(connect(shop.url))
+            if kind == "body_begun":
+                with contextlib.suppress(ConnectionError):  # it may be closed before it said a word
+                    one.sendall(KINDS[kind])
+            else:
+                one.sendall(head("POST", HOOK, f"Content-Length: {8 * MB}"))
+                push(one, 7 * MB)
+        works(shop, 1)
+        honest.sendall(body[3 * MB :])
+        assert answer_to(honest)[0] == 200
+
+
 LARGE: dict[str, Callable[[Shop], tuple[str, str, list[str]]]] = {
     "without_a_key": lambda shop: ("POST", SEND, []),
     "no_key_at_all": lambda shop: ("PUT", "/api/v1/accounts/acc_1", ["Authorization: Bearer hello"]),

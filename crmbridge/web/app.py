@@ -232,10 +232,15 @@ class App:
                 raise NotFound("There is nothing at this path.") from None
             return 0
         if route.permission and (asked.has_body or self._keys.is_new(asked.authorization)):
-            found = self._keys.find(asked.authorization, asked.address)
-            if isinstance(found, Future):
-                return found
-            _allow(route, found)
+            try:
+                found = self._keys.find(asked.authorization, asked.address)
+                if isinstance(found, Future):
+                    return found
+                _allow(route, found)
+            except BridgeError:
+                raise
+            except Exception:
+                return route.body_bytes  # the handler meets it again, and tells of it
         _fit(route, asked.body_bytes)
         return route.body_bytes
 

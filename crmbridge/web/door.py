@@ -198,7 +198,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def look(self) -> None:
         """Answer, at the second look, what was refused and still sends its body."""
         request = self.request
-        if request is None or request.refusal is None or self._check is not None:
+        if request is None or request.refusal is None or self.will_close:
             return
         if request.was_seen_refused:
             with self.requests_lock:

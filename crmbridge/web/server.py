@@ -51,9 +51,12 @@ class House:
 
     def make_room(self) -> bool:
         """Close what is missed least where it is full; tell whether another connection may be accepted."""
+        now_s = self.steady()
         if len(self.sockets) + _ACCEPTED_AT_ONCE > _CONNECTIONS:
             excess = self._staying() + _ACCEPTED_AT_ONCE - _CONNECTIONS
-            self._dismiss("crowded", self._least_missed(lambda channel: 1)[: max(excess, 0)])
+            # Who came just now is left in peace: meanwhile the next ones wait to be accepted.
+            old = [channel for channel in self._least_missed(lambda channel: 1) if channel.since_s <= now_s - _PEACE_S]
+            self._dismiss("crowded", old[: max(excess, 0)])
         has_room = self._staying() < _CONNECTIONS
         self.rest_s = _LOOK_S if has_room else _PEACE_S / 5
         return has_room
@@ -68,11 +71,9 @@ class House:
             return
         self._uncounted = 0
         excess = sum(channel.held_bytes() for channel in self._channels()) - _HELD_BYTES
-        for channel in self._least_missed(Channel.held_bytes) if excess > 0 else ():
-            if excess <= 0:
-                break
-            excess -= channel.held_bytes()
-            self._dismiss("large", [channel])
+        while excess > 0 and (found := self._least_missed(Channel.held_bytes)):
+            excess -= found[0].held_bytes()
+            self._dismiss("large", found[:1])
 
     def close(self) -> None:
         """Write what is left to tell."""
@@ -83,16 +84,14 @@ class House:
         return [entry for entry in self.sockets.values() if isinstance(entry, Channel)]
 
     def _least_missed(self, weight: Callable[[Channel], int]) -> list[Channel]:
-        """Return what can be closed: what was answered first, then the oldest of the caller that has most.
-
-        Who came just now is left in peace: where all others are at work, the next ones wait to be accepted.
-        """
-        before_s = self.steady() - _PEACE_S
-        free = [one for one in self._channels() if one.is_free() and one.since_s <= before_s and weight(one)]
+        """Return what can be closed: first what is answered, then, the oldest first, what the caller with most has."""
+        free = [channel for channel in self._channels() if channel.is_free() and weight(channel)]
         of_caller: Counter[str] = Counter()
         for channel in free:
             of_caller[channel.caller] += weight(channel)
-        return sorted(free, key=lambda one: (not one.lingers, -of_caller[one.caller], one.since_s))
+        most = max(of_caller.values(), default=0)
+        found = [channel for channel in free if channel.lingers or of_caller[channel.caller] == most]
+        return sorted(found, key=lambda channel: (not channel.lingers, channel.since_s))
 
     def _dismiss(self, why: str, channels: Iterable[Channel]) -> None:
         for channel in channels:
