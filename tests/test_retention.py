@@ -12,6 +12,7 @@ import pytest
 from crmbridge.config import Retention
 from crmbridge.events import instant
 from crmbridge.ops import check
+from crmbridge.sandbox import wire
 from crmbridge.store import dead as dlq
 from crmbridge.store import deliveries, feed, inbound, messages, retention, story, turn
 from crmbridge.store.accounts import everyone
@@ -74,7 +75,7 @@ def test_texts_go_first_then_rows_and_never_what_is_owed(rig: Rig) -> None:
 def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tried_again(rig: Rig) -> None:
     account = rig.account()
     rig.crm.answer_always(500)
-    rig.meta.fault("messages", times=1000, status=503, body="")
+    rig.meta.fault("messages", times=1000, status=400, body=wire.error_body(613, "Calls exceeded"))
     rig.say("dead after a day", "mid-1")
     message_id = rig.send(account, "dead, too")
     rig.live_through(1.1 * DAY_S)

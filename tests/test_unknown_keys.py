@@ -324,10 +324,11 @@ def recovered(rig: Rig, *messages: dict[str, Any]) -> list[dict[str, Any]]:
     rig.meta.fault(f"aWdfZAG06{CUSTOMER}", status=200, body=page)
     questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
     rooms = rig.rooms
-    Backfill(
-        rig.db, rooms.client, rooms.vault, rig.patience, lambda: None,
-        clock=lambda: rig.now_s, pause=lambda seconds: None,
-    ).fill()  # fmt: skip
+
+    def pause(seconds: float) -> None:
+        rig.now_s += seconds
+
+    Backfill(rig.db, rooms.client, rooms.vault, rig.patience, lambda: None, clock=lambda: rig.now_s, pause=pause).fill()
     rig.drain()
     return [entry.event for entry in rig.taken()]
 

@@ -458,7 +458,8 @@ class Meta:
             result, late = self._result(request.method, bare, fault)
         except graph.GraphError as problem:
             result, fault = server.answer(problem.body, problem.status), None
-        result.set_header("Date", formatdate(self.clock(), usegmt=True))
+        if "Date" not in result.headers:  # a fault may tell another time
+            result.set_header("Date", formatdate(self.clock(), usegmt=True))
         dropped = fault is not None and fault.drop
         with self._changed:
             self.calls.append(Call(request.method, path, 0 if dropped else result.status_code, self.clock()))
