@@ -93,7 +93,7 @@ def _parser() -> _Parser:
     command(commands, "worker", _worker, "run the worker alone, beside 'crmbridge serve --no-worker'")
     command(commands, "migrate", _migrate, "bring the database's schema up to this version")
     check = command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
-    check.add_argument("--rehearse", metavar="FILE", help="instead, migrate and serve a copy of this backup for a moment")
+    check.add_argument("--rehearse", metavar="FILE", help="instead, try to migrate and serve a copy of this backup")
 
     health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer",
                      as_owner=False)  # fmt: skip
@@ -256,24 +256,24 @@ def _init(options: argparse.Namespace) -> None:
         shutil.copyfile(config.SHIPPED_INI, path)
         path.chmod(0o640)
     terminal.say(("made     " if is_new else "kept     ") + str(path))
-    settings, absent = config.load(path), config.absent(path)
+    settings, absent, ini = config.load(path), config.absent(path), path
     whose = owner.of(settings.store.path)
     if is_new and whose:
         os.chown(path, -1, whose.gid)
-    with owner.acting(whose):
-        settings.store.path.parent.mkdir(parents=True, exist_ok=True)
-        if settings.store.path.exists() and not settings.vault.key_file.exists():
+    path, key_file = settings.store.path, settings.vault.key_file
+    with owner.acting(whose):  # the database first, so that a key file without one tells of a disk that is not mounted
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        if not is_new and not key_file.exists():
             _refuse_new_key(settings)
-    is_made = vault.create(settings.vault.key_file, owner.ids(whose))
-    terminal.say(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
-    owner.become(whose, settings.store.path.parent)
-    is_new = not settings.store.path.exists()
-    db = database.create(settings.store.path)
-    steps = db.migrate()
-    db.close()
-    terminal.say(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+        may_be_made = is_new and not key_file.exists()
+        with contextlib.closing(database.create(path) if may_be_made else database.open_existing(path, key_file)) as db:
+            steps = db.migrate()
+    is_made = vault.create(key_file, owner.ids(whose))
+    terminal.say(("made     " if is_made else "kept     ") + str(key_file))
+    terminal.say(("made     " if is_new else "migrated " if steps else "kept     ") + str(path))
     if absent:
-        terminal.say(f"new      keys that {path} does not have; so long their defaults apply:")
+        terminal.say(f"new      keys that {ini} does not have; so long their defaults apply:")
         terminal.say(*(f"  {line}" for line in absent))
     if is_new:
         terminal.say("next: crmbridge key create --name admin --admin, then crmbridge serve")
@@ -328,8 +328,16 @@ def _check(options: argparse.Namespace) -> int:
         from crmbridge.ops import rehearsal
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        return rehearsal.run(_settings(options), Path(options.rehearse))
+        return rehearsal.run(_settings(options), Path(options.rehearse), _open_server)
     return check.run(_settings(options), config.find(options.config, os.environ))
+
+
+def _open_server(settings: config.Settings) -> tuple[Any, database.Database]:
+    from crmbridge import wiring
+    from crmbridge.web.server import Server
+
+    rooms = wiring.open_rooms(settings)
+    return Server(wiring.make_app(rooms, lambda: None), settings.web), rooms.db
 
 
 def _health(options: argparse.Namespace) -> int:

@@ -11,19 +11,22 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from crmbridge import config, terminal, wiring
+from crmbridge import config, terminal
 from crmbridge.ops import health
 from crmbridge.store import database, vitals
 
 _DRAFT = ".rehearsal-"
 _MEMORY_MB, _SPARE_MB = 100, 50
 _MB = 10**6
+Opener = Callable[[config.Settings], tuple[Any, database.Database]]  # returns a server
 
 
-def run(settings: config.Settings, file: Path) -> int:
+def run(settings: config.Settings, file: Path, open_server: Opener) -> int:
     """Migrate and serve a copy of a backup, ask it once how it is, and delete it; return 0 when it was well.
 
     Where disk or memory do not allow that, it is said and skipped.
@@ -41,7 +44,7 @@ def run(settings: config.Settings, file: Path) -> int:
         with contextlib.closing(database.open_existing(copy)) as db:
             steps = db.migrate()
             vitals.beat(db, "worker", time.time())  # there is none
-        status, said = _serve(settings, copy)
+        status, said = _serve(settings, copy, open_server)
     migrated = f"; migrated: {', '.join(steps)}" if steps else ""
     took_s = time.monotonic() - began_s
     terminal.say(f"rehearsed on a copy of the database: {said}{migrated}; {took_s:.1f} s")
@@ -58,17 +61,14 @@ def _lack(file: Path) -> str | None:
     return f"{free_mb:.0f} MB of memory are free, and it takes {_MEMORY_MB} MB" if free_mb < _MEMORY_MB else None
 
 
-def _serve(settings: config.Settings, copy: Path) -> tuple[int, str]:
-    from crmbridge.web.server import Server
-
+def _serve(settings: config.Settings, copy: Path, open_server: Opener) -> tuple[int, str]:
     tried = replace(
         settings,
         store=config.Store(copy, copy.with_name("queue.db")),
         web=replace(settings.web, host="127.0.0.1", port=0),
         alerts=config.Alerts(),
     )
-    rooms = wiring.open_rooms(tried)
-    server = Server(wiring.make_app(rooms, lambda: None), tried.web)
+    server, db = open_server(tried)
     answers: list[tuple[int, str]] = []
 
     def ask() -> None:
@@ -82,5 +82,5 @@ def _serve(settings: config.Settings, copy: Path) -> tuple[int, str]:
     server.run()
     asking.join()
     server.close()
-    rooms.db.close()
+    db.close()
     return answers[0]
