@@ -147,6 +147,7 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     seen = machine.processes(place)
     service = [one for one in seen if one.serves]
     listener = machine.holder(given.web.port) if given.web.port else None
+    report.add("supervisor", lambda: machine.supervised(service))
     report.add("memory", lambda: machine.memory(service))  # as root: others' memory is shown to nobody else
     with contextlib.suppress(OSError):
         owner.become(owner.of(place), place.parent)
