@@ -148,7 +148,7 @@ def test_with_the_port_taken(bare: Box) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "listens\n"
-        refuses(bare, "another program uses 127.0.0.1:8080", "ss -ltnp 'sport = :8080'")
+        refuses(bare, "another program uses port 8080", "ss -ltnp 'sport = :8080'")
         bare.run("python3", "-c", "import socket; socket.create_connection(('127.0.0.1', 8080))")
 
 
