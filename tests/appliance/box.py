@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from tests.waiting import BULK_S, until
 
@@ -53,6 +53,9 @@ done
 mkdir "$1/dev/shm"
 mount -t tmpfs tmpfs "$1/dev/shm"
 ln -s /proc/self/fd "$1/dev/fd"
+mkdir "$1/dev/pts"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$1/dev/pts"
+ln -s pts/ptmx "$1/dev/ptmx"
 if [ "$5" = own ]; then ip link set lo up; else cp /etc/resolv.conf "$1/etc/resolv.conf"; fi
 shift 5
 for folder; do
@@ -124,6 +127,13 @@ def _mirror() -> str:
     return found[1] if found else "http://deb.debian.org/debian"
 
 
+class Layer(NamedTuple):
+    """What a box had changed in the base system of a suite."""
+
+    path: Path
+    suite: str
+
+
 class Box:
     """One system; it lives until `close`. What runs in it dies with it.
 
@@ -133,7 +143,7 @@ class Box:
         network: "own" has loopback alone; "host" shares the machine's, for installations from a package index.
         binds: folders of the machine that are seen, read-only, under the same path inside.
         layer: what an earlier box, ended by `keep`, had changed in the base system; it is not changed itself.
-        suite: which Debian it is.
+        suite: which Debian it is, where no layer tells.
     """
 
     def __init__(
@@ -143,10 +153,11 @@ class Box:
         memory_mb: int | None = None,
         network: str = "own",
         binds: Sequence[Path] = (),
-        layer: Path | None = None,
+        layer: Layer | None = None,
         suite: str = SUITES[0],
     ) -> None:
-        self._folder, self._network, self._binds, self._layer, self.suite = folder, network, binds, layer, suite
+        self._folder, self._network, self._binds = folder, network, binds
+        self._lower = f"{layer.path}:{base(layer.suite)}" if layer else str(base(suite))
         for name in ("root", "upper", "work"):
             (folder / name).mkdir(parents=True)
         self._cgroup = _bounded(memory_mb) if memory_mb else None
@@ -172,8 +183,7 @@ class Box:
             *["--net"] * (self._network == "own"),
         ]
         words = ["sh", "-c", f"root={root}\n{_BIRTH}", "box", root, str(self._folder / "upper")]
-        lower = ":".join([*([str(self._layer)] if self._layer else []), str(base(self.suite))])
-        words += [str(self._folder / "work"), lower, self._network, *map(str, self._binds)]
+        words += [str(self._folder / "work"), self._lower, self._network, *map(str, self._binds)]
         said = self._folder / "birth"
         with said.open("w") as file:
             self._process = subprocess.Popen(
