@@ -161,10 +161,11 @@ cat >/usr/sbin/adduser <<'X'
 #!/bin/sh
 [ "$*" = "-S -D -H -G crmbridge -h /var/lib/crmbridge -s /sbin/nologin -g crmbridge crmbridge" ] || exit 9
 echo "crmbridge:x:990:990:crmbridge:/var/lib/crmbridge:/usr/sbin/nologin" >>/etc/passwd
+echo "crmbridge:!::0:99999:7:::" >>/etc/shadow
 X
 cat >/usr/sbin/deluser <<'X'
 #!/bin/sh
-sed -i "/^$1:/d" /etc/passwd /etc/group
+sed -i "/^$1:/d" /etc/passwd /etc/group /etc/shadow
 X
 chmod 755 /usr/sbin/addgroup /usr/sbin/adduser /usr/sbin/deluser
 """
