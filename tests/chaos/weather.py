@@ -147,6 +147,10 @@ class UnreliableMeta(Meta):
             self._history.owe(item.mid for item in items if item.kind == "message")
         return posted
 
+    def owes(self) -> list[str]:
+        """Say how many echoes and receipts still wait to be posted, if any do."""
+        return [f"{self._owed} webhooks of Instagram"] if self._owed else []
+
     def is_behind(self) -> bool:
         """Tell whether many echoes and receipts still wait to be posted."""
         return self._owed > _OWED
