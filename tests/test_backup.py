@@ -118,7 +118,7 @@ def put_back(rig: Rig, file: Path) -> None:
     """Restore while nothing runs, and start again."""
     rig.engine.stop(0)
     rig.db.close()
-    assert restore.run(rig.settings, file, rig.patience, passphrase_file=None, now_s=rig.now_s) == 0
+    assert restore.run(rig.settings, file, now_s=rig.now_s) == 0
     rig.open()
     rig.engine.recover()
 
