@@ -43,17 +43,22 @@ def change(path: Path, *statements: str) -> None:
             connection.execute(sql)
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """An installation with an account whose secrets are sealed, a key and a passphrase file."""
-    assert run(tmp_path, "init").returncode == 0
-    token = vault.load(tmp_path / "var" / "crmbridge.key").seal("IGAA")
+def install(folder: Path) -> None:
+    """Make an installation with an account whose secrets are sealed, a key and a passphrase file."""
+    assert run(folder, "init").returncode == 0
+    token = vault.load(folder / "var" / "crmbridge.key").seal("IGAA")
     names = "id, instagram_account_id, status, status_since, created_at, updated_at, access_token_sealed"
     change(
-        tmp_path / "var" / "bridge.db",
+        folder / "var" / "bridge.db",
         f"INSERT INTO accounts ({names}) VALUES ('acc_1', '1', 'active', '', '', '', '{token}')",
     )
-    (tmp_path / "passphrase").write_text(PASSPHRASE + "\nnot this line\n")
+    (folder / "passphrase").write_text(PASSPHRASE + "\nnot this line\n")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """An installation of a test's own."""
+    install(tmp_path)
     return tmp_path
 
 

@@ -6,6 +6,7 @@ a rest after each: VACUUM INTO, or one large step, doubles the slowest commits o
 """
 
 import contextlib
+import datetime
 import os
 import sqlite3
 import time
@@ -191,6 +192,11 @@ def remember(db: Database, row: Row) -> None:
 def last(db: Database, *, good: bool = True) -> Row | None:
     """Return the last backup that was made and verified, or the last try of all."""
     return db.row(f"SELECT * FROM backups {'WHERE error IS NULL' if good else ''} ORDER BY position DESC LIMIT 1")
+
+
+def made_s(db: Database) -> float:
+    """Return when the database was made, in seconds since the epoch."""
+    return datetime.datetime.fromisoformat(db.value("SELECT MIN(applied) FROM schema_migration")).timestamp()
 
 
 # --- to take the database's place ---
