@@ -208,11 +208,7 @@ def _configuration(
     if is_unused:  # as a new installation leaves it: it takes nothing in
         return theirs, text, f"made {ini}: the configuration from the backup, as the one there had no app secret"
     names = ", ".join(differing)
-    return (
-        settings,
-        None,
-        f"kept {ini}: the one in the backup differs in {names}; to have that, move this one away first",
-    )
+    return settings, None, f"kept {ini}: the backup's differs in {names}; to have that one, move this one away first"
 
 
 def _write(ini: Path, text: str, whose: owner.Owner | None, now_s: float) -> None:
