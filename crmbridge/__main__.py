@@ -307,7 +307,7 @@ def _backup(options: argparse.Namespace) -> int:
     return backup.run(
         _settings(options),
         options.target,
-        ini=config.find(options.config, os.environ),
+        ini=config.find(options.config, os.environ).absolute(),
         with_key=options.with_key,
         passphrase_file=options.passphrase_file,
         keep=options.keep,

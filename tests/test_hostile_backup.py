@@ -220,27 +220,6 @@ def test_the_file_that_was_checked_is_the_one_that_is_put_in_place(backup: Path)
     assert not query(folder / "var" / "bridge.db", "SELECT 1 FROM sqlite_master WHERE name = 'bomb'")
 
 
-def test_a_log_that_grows_while_it_is_read_comes_to_an_end(backup: Path) -> None:
-    log, is_over = backup.with_name("it.db-wal"), threading.Event()
-    log.write_bytes(bytes(2**20))
-
-    def grow() -> None:
-        with log.open("ab") as file:
-            while not is_over.is_set():
-                file.write(bytes(2**16))
-                file.flush()
-                if file.tell() > 2**28:
-                    file.truncate(2**20)
-
-    thread = threading.Thread(target=grow)
-    thread.start()
-    try:
-        assert run(backup.parent, "restore", "it.db").returncode in (0, 1)
-    finally:
-        is_over.set()
-        thread.join()
-
-
 def test_names_that_others_left_beside_the_database_and_the_backups_stay(backup: Path) -> None:
     folder = backup.parent
     var, backups = folder / "var", folder / "backups"
