@@ -290,7 +290,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     Raises Misconfigured that names the file, section and key at fault.
     """
     try:
-        return read(path.read_text(encoding="utf-8"), path, environ)
+        return read(path.read_text(encoding="utf-8-sig"), path, environ)
     except FileNotFoundError:
         raise Misconfigured(f"no configuration at {path}: run 'crmbridge init', or name one with --config") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -378,7 +378,7 @@ class Doubt(NamedTuple):
 def absent(path: Path) -> list[str]:
     """Return the shipped file's lines of the keys that this file does not have, with their comments."""
     parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.read_string(path.read_text(encoding="utf-8"))
+    parser.read_string(path.read_text(encoding="utf-8-sig"))
     lines: list[str] = []
     comment: list[str] = []
     section, is_told = "", False
@@ -410,6 +410,9 @@ def doubts(settings: Settings) -> list[Doubt]:
             "forge what customers write"
         )
         found.append(Doubt("app_secret_short", problem))
+    if any(re.search(r"[;|'\"]|[^!-~]", word) for word in settings.instagram.app_secrets):
+        problem = "[instagram] app_secrets holds quotes or unseen characters; a comma separates several"
+        found.append(Doubt("app_secret_odd", problem))
     if not settings.instagram.verify_token:
         problem = "[instagram] verify_token is empty: Meta cannot verify the webhook address"
         found.append(Doubt("verify_token_empty", problem))

@@ -11,7 +11,7 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
-from crmbridge.instagram import reading
+from crmbridge.instagram import codes, reading
 from crmbridge.store import accounts, copies, holds, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
@@ -124,12 +124,20 @@ class Watch:
         return False
 
     def _weigh_trouble(self) -> None:
-        """End what was taken for trouble at Meta when at most one account is left: that one has its own."""
-        stopped = [one for one in accounts.everyone(self._db) if one["status"] == "error"]
+        """End what was taken for trouble at Meta when at most one account is left of it: that one has its own."""
+        since = self._alarm.opened("meta_trouble").get("")
+        if since is None:
+            return
+        began = instant(epoch_s(since) - holds.TOGETHER_S)
+        stopped = [
+            one for one in accounts.everyone(self._db) if one["status"] == "error" and one["status_since"] >= began
+        ]
         if len(stopped) <= 1:
             self._alarm.clear("meta_trouble")
             for one in stopped:
-                self._alarm.alert("account_error", one["status_reason"] or "", account=one["id"])
+                hold = holds.find(self._db, one["id"], "instagram")
+                kind = "token_dead" if hold and hold["code"] in codes.TOKEN_SLUGS else "account_error"
+                self._alarm.alert(kind, one["status_reason"] or "", account=one["id"])
 
     def listen(self) -> None:
         """Tell of accounts that have fallen silent and of tokens that end."""

@@ -275,8 +275,14 @@ class Worker:
             self.wake()
 
 
+_SQLITE = b"SQLite format 3\0"
+
+
 def _require_queue(path: Path) -> None:
-    """Raise Misconfigured unless the file is a queue of Huey's, or not there yet: it is about to be emptied."""
+    """Raise Misconfigured unless the file is a queue of Huey's, or not there yet: it is about to be emptied.
+
+    One that a power loss has torn is removed: nothing in it counts.
+    """
     if not path.exists() or not path.stat().st_size:
         return
     try:
@@ -284,7 +290,14 @@ def _require_queue(path: Path) -> None:
         with contextlib.closing(sqlite.open_file(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
             tables = {name for (name,) in queue.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.Error:
-        tables = {"?"}
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE))
+        if head.strip(b"\0") and head != _SQLITE:
+            tables = {"?"}
+        else:
+            log.warning("queue.damaged", path=str(path))
+            path.unlink()
+            return
     if not tables <= {"kv", "schedule", "task", "counter"}:
         raise Misconfigured(f"[store] queue_path: {path} is something else than the queue, and is left alone")
 

@@ -11,7 +11,9 @@ import threading
 import time
 from pathlib import Path
 
+import peewee
 import pytest
+from playhouse.migrations import Runner
 
 from crmbridge.ops import restore
 from crmbridge.store import database, schema
@@ -82,7 +84,8 @@ def test_what_no_migration_makes_is_refused_and_named(backup: Path, planted: str
 
 def test_in_an_older_schema_too(backup: Path) -> None:
     folder = backup.parent
-    assert run(folder, "migrate", "--to", "0004_channel").returncode == 0
+    (folder / "var" / "bridge.db").unlink()
+    Runner(peewee.SqliteDatabase(str(folder / "var" / "bridge.db")), str(schema.MIGRATIONS)).up("0004_channel")
     assert run(folder, "backup", "old.db").returncode == 0
     change(folder / "old.db", f"CREATE VIEW bomb AS {ENDLESS}")
     refused(folder / "old.db", "view bomb")
@@ -91,7 +94,7 @@ def test_in_an_older_schema_too(backup: Path) -> None:
 
 
 def test_what_others_leave_in_a_copy_by_right_is_no_hindrance(backup: Path) -> None:
-    """ANALYZE, Litestream, a way back and forth again, and blanks that another SQLite left."""
+    """ANALYZE, Litestream, and comments that a dropped column left."""
     change(
         backup,
         "ANALYZE",
@@ -111,6 +114,15 @@ def test_a_backup_of_a_database_with_something_more_says_that_it_will_be_refused
     refused(folder / "more.db", "DROP VIEW name")
     change(folder / "more.db", "DROP VIEW mine")
     assert run(folder, "restore", "more.db").returncode == 0
+
+
+def test_an_older_version_backs_up_what_a_newer_one_left_and_says_so(backup: Path) -> None:
+    folder = backup.parent
+    later = "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2030-01-01')"
+    change(folder / "var" / "bridge.db", later, "CREATE TABLE later (x)")
+    done = run(folder, "backup", "later.db")
+    assert (done.returncode, "restore will refuse it: it was made by a newer" in done.stderr) == (0, True), done.stderr
+    refused(folder / "later.db", r"made by a newer version \(it has 9999_later\)")
 
 
 def test_every_connection_trusts_no_schema(rig: Rig, tmp_path: Path) -> None:

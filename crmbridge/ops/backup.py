@@ -92,7 +92,7 @@ def run(
     if unsealed:
         terminal.complain(f"the configuration is not in the backup: {unsealed}")
     if made.strange:
-        terminal.complain(f"restore will refuse it, as crmbridge does not make: {', '.join(made.strange)}")
+        terminal.complain(f"restore will refuse it: {', '.join(made.strange)}")
     if with_key:
         terminal.say("  the key is in it, sealed: keep the passphrase elsewhere, nothing else opens it")
     else:
@@ -108,7 +108,7 @@ def _seal(note: dict[str, str | None], key_file: Path, ini: Path | None, secret:
     if ini is None:
         return None
     try:
-        note["sealed_ini"] = vault.load(key_file).seal(INI_MARK + ini.read_text(encoding="utf-8"))
+        note["sealed_ini"] = vault.load(key_file).seal(INI_MARK + ini.read_text(encoding="utf-8-sig"))
     except (Misconfigured, OSError, UnicodeDecodeError) as error:  # the rows count for more
         return str(error)
     return None

@@ -37,9 +37,9 @@ _BEGIN_S = epoch_s("2020-01-01T00:00:00.000Z")
 class Contents:
     """What a copy tells of itself: when and by which version it was made, and its rows.
 
-    `made_at` is no later than the moment of which it is a copy. `strange` names what no migration makes, `secrets` are
-    what the accounts keep sealed, `admins` the id, name and making of keys that may do everything (the first of them),
-    `keys` the number of all keys that open anything.
+    `made_at` is no later than the moment of which it is a copy. `strange` tells what restore will refuse it for,
+    `secrets` are what the accounts keep sealed, `admins` the id, name and making of the first keys that may do
+    everything, `keys` the number of all that open anything.
     """
 
     made_at: str
@@ -110,8 +110,10 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
         if not tables.issuperset((*_TABLES, "schema_migration")):
             raise Misconfigured(f"{path} is a database, but none of crmbridge")
         applied = [row[0] for row in copy.execute("SELECT name FROM schema_migration ORDER BY name")]
-        schema.require_known(path, applied)
-        strange = schema.strange(copy, applied)
+        problem = schema.problem(applied)
+        if problem and from_elsewhere:
+            raise Misconfigured(problem)
+        strange = [problem] if problem else schema.strange(copy, applied)
         if strange and from_elsewhere:
             raise Misconfigured(
                 f"it is not as crmbridge makes it: {', '.join(strange)}. What stands in it beside may run when it is "

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from playhouse.migrations import Runner
 
-from crmbridge.errors import Misconfigured
 from crmbridge.store import sqlite
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -39,14 +38,15 @@ def migrations() -> list[str]:
     return sorted(path.stem for path in MIGRATIONS.glob("[0-9]*.py"))
 
 
-def require_known(path: Path, applied: Sequence[str]) -> None:
-    """Raise Misconfigured unless these are the migrations of this version, or the first of them."""
+def problem(applied: Sequence[str]) -> str | None:
+    """Say why these are neither the migrations of this version nor the first of them, or return None."""
     known = migrations()
     later = [name for name in applied if name > known[-1]]
     if later:
-        raise Misconfigured(f"{path} was made by a newer version (it has {later[-1]}): install that version first")
+        return f"it was made by a newer version (it has {later[-1]}): install that version first"
     if not applied or list(applied) != known[: len(applied)]:
-        raise Misconfigured(f"{path} has been changed: no version of crmbridge has these migrations")
+        return "it has been changed: no version of crmbridge has these migrations"
+    return None
 
 
 def strange(copy: sqlite3.Connection, applied: Sequence[str]) -> list[str]:
