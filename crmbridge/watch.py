@@ -12,7 +12,7 @@ from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.instagram import codes, reading
-from crmbridge.store import accounts, holds, pauses, vitals
+from crmbridge.store import accounts, copies, holds, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
 
@@ -21,6 +21,7 @@ _MB = 1_000_000
 _USUAL_DAYS, _TALKING_DAYS, _TIMES_LONGEST = 14, 7, 3
 _TOKEN_DAYS = (1, 7, 14)
 _LONG_HOLD_DAYS = 7
+_BACKUP_DAYS = 2
 _UNPROVEN = "nothing waits any more; it was not seen to recover"
 _ENDS = {"crm_down": _UNPROVEN, "instagram_down": _UNPROVEN}
 
@@ -59,6 +60,18 @@ class Watch:
             self._alarm.alert("disk_nearly_full", problem)
         elif free_mb >= self._limits.disk_free_mb * 1.25:
             self._alarm.clear("disk_nearly_full", message=f"{free_mb:.0f} MB are free")
+
+    def backups(self) -> None:
+        """Tell of a backup that failed, and of a database that has been without one for two days."""
+        good, tried = copies.last(self._db), copies.last(self._db, good=False)
+        safe_s = epoch_s(good["began_at"]) if good else copies.made_s(self._db)
+        had = f"the last good backup is of {good['began_at'][:16]}Z" if good else "there is no good backup"
+        if tried is not None and tried["error"] is not None:
+            self._alarm.alert("backup_old", f"the backup of {tried['began_at'][:16]}Z failed: {tried['error']}; {had}")
+        elif self._clock() - safe_s > _BACKUP_DAYS * _DAY_S:
+            self._alarm.alert("backup_old", had)
+        else:
+            self._alarm.clear("backup_old")
 
     def look(self) -> None:
         """Give the all-clear for alerts whose cause is gone, and see to it that whatever is dead is told of."""

@@ -26,6 +26,7 @@ from huey.storage import MemoryStorage, SqliteStorage
 from crmbridge import log
 from crmbridge.delivery import Engine
 from crmbridge.errors import Misconfigured
+from crmbridge.store import sqlite
 
 TICK_S = 5
 _HEALTH_S = 10
@@ -46,6 +47,10 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
         self._news = threading.Condition()
         self._count = 0
         super().__init__(*args, **kwargs)
+
+    def _create_connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite.guard(super()._create_connection())
+        return connection
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:
         self._own.enqueue(data, priority)
@@ -282,7 +287,7 @@ def _require_queue(path: Path) -> None:
         return
     try:
         # Immutable: a lock that another program holds says nothing of what it is.
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
+        with contextlib.closing(sqlite.open_file(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
             tables = {name for (name,) in queue.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.Error:
         with path.open("rb") as file:

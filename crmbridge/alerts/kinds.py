@@ -176,6 +176,12 @@ KINDS = {
         "it is smaller than that",
         lasting=True,
     ),
+    "backup_old": Kind(
+        "the last backup failed, or none was made within two days: what came since is lost when the disk dies",
+        "crmbridge backup /var/lib/crmbridge/backups/ --keep 14 tells what is wrong; daily by cron: README, Backups",
+        "a good backup was made",
+        lasting=True,
+    ),
     "request_fault": Kind(
         "the bridge itself failed at a request",
         "look for request.fault in the log, and report it",

@@ -13,11 +13,10 @@ from playhouse.migrations import MigrationError, Runner
 
 from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
-from crmbridge.store import sqlite
+from crmbridge.store import schema, sqlite
 
 T = TypeVar("T")
 Row = dict[str, Any]
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _COMMIT_TOGETHER = 64
 # A file that is locked, full, unreadable or no database; against statements that are wrong, which are ours to mend.
 _BROKEN = (peewee.DatabaseError,)
@@ -238,7 +237,7 @@ class Database:
 
         Each runs in one transaction: a failure leaves schema and rows as they were before it. Raises Misconfigured.
         """
-        runner = Runner(self._db, str(_MIGRATIONS))
+        runner = Runner(self._db, str(schema.MIGRATIONS))
         if not any(step.applied is None for step in self._steps(runner)):
             return []
         return self._move(runner.up)
@@ -248,7 +247,7 @@ class Database:
 
         Raises Misconfigured, with nothing changed, when there is none of that name, or one cannot be taken back.
         """
-        runner = Runner(self._db, str(_MIGRATIONS))
+        runner = Runner(self._db, str(schema.MIGRATIONS))
         applied = [step.name for step in self._steps(runner) if step.applied]
         if to not in applied:
             raise Misconfigured(f"{self.path} has no migration {to}; it has: {', '.join(applied)}")
@@ -282,7 +281,7 @@ class Database:
     def schema_problem(self) -> str | None:
         """Tell in a sentence why this version cannot run on the schema as it is, or return None."""
         try:
-            status = Runner(self._db, str(_MIGRATIONS)).status()
+            status = Runner(self._db, str(schema.MIGRATIONS)).status()
         except peewee.DatabaseError as error:
             if "locked" in str(error):  # by somebody who does not go by our locks; nothing is wrong with it
                 return f"another program keeps it locked; see which, and end it: fuser -v {self.path}"
@@ -402,7 +401,7 @@ def _presence_of(path: Path) -> Path:
 
 def newest_migration() -> str:
     """Return the name of the last migration that this version has."""
-    return max(path.stem for path in _MIGRATIONS.glob("[0-9]*.py"))
+    return schema.migrations()[-1]
 
 
 def open_existing(path: Path) -> Database:
