@@ -307,6 +307,7 @@ def _backup(options: argparse.Namespace) -> int:
     return backup.run(
         _settings(options),
         options.target,
+        ini=config.find(options.config, os.environ).absolute(),
         with_key=options.with_key,
         passphrase_file=options.passphrase_file,
         keep=options.keep,
@@ -316,9 +317,9 @@ def _backup(options: argparse.Namespace) -> int:
 def _restore(options: argparse.Namespace) -> int:
     from crmbridge.ops import restore
 
-    return restore.run(
-        _settings(options), Path(options.file), _patience(options), passphrase_file=options.passphrase_file
-    )
+    ini = config.find(options.config, os.environ).absolute()
+    settings = config.load(ini) if os.path.lexists(ini) else config.usual(ini)
+    return restore.run(settings, Path(options.file), ini=ini, passphrase_file=options.passphrase_file)
 
 
 def _check(options: argparse.Namespace) -> int:

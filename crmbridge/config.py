@@ -22,6 +22,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_INI = ROOT / "crmbridge.ini"
 SYSTEM_INI = Path("/etc/crmbridge/crmbridge.ini")
+_SYSTEM_DATA = Path("/var/lib/crmbridge")
 _PREFIX = "CRMBRIDGE_"
 LOOK_UP_S = 30  # so long Instagram may need to show a message in its conversation
 _VERSION = re.compile(r"/v\d+\.\d+\Z")
@@ -264,18 +265,43 @@ def find(named: str | None, environ: Mapping[str, str]) -> Path:
     return SYSTEM_INI
 
 
+def usual(path: Path) -> Settings:
+    """Return the defaults with the places that a configuration of that name has unless somebody changed them."""
+    settings, folder = Settings(), path.resolve().parent
+    if path == SYSTEM_INI:
+        store = Store(path=_SYSTEM_DATA / "bridge.db", queue_path=_SYSTEM_DATA / "queue.db")
+        settings = replace(settings, store=store, vault=Vault(key_file=folder / "crmbridge.key"))
+    return _rooted(settings, folder)
+
+
+def differing(one: Settings, other: Settings) -> list[str]:
+    """Name the keys that two configurations set differently."""
+    return [
+        f"[{section}] {entry.name}"
+        for section, room in _SECTIONS.items()
+        for entry in fields(room)
+        if getattr(getattr(one, section), entry.name) != getattr(getattr(other, section), entry.name)
+    ]
+
+
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the file, then what the environment overrides; relative paths start at the file's folder.
 
     Raises Misconfigured that names the file, section and key at fault.
     """
-    parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
-        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+        return read(path.read_text(encoding="utf-8-sig"), path, environ)
     except FileNotFoundError:
         raise Misconfigured(f"no configuration at {path}: run 'crmbridge init', or name one with --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Misconfigured(f"{path} cannot be read: {error}") from None
+
+
+def read(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read a configuration as if it stood in the file of that name. Raises Misconfigured."""
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        parser.read_string(text, source=str(path))
     except configparser.Error as error:
         raise Misconfigured(f"{path}: {_said(error)}") from None
 
@@ -352,7 +378,7 @@ class Doubt(NamedTuple):
 def absent(path: Path) -> list[str]:
     """Return the shipped file's lines of the keys that this file does not have, with their comments."""
     parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.read_string(path.read_text(encoding="utf-8"))
+    parser.read_string(path.read_text(encoding="utf-8-sig"))
     lines: list[str] = []
     comment: list[str] = []
     section, is_told = "", False
@@ -384,6 +410,9 @@ def doubts(settings: Settings) -> list[Doubt]:
             "forge what customers write"
         )
         found.append(Doubt("app_secret_short", problem))
+    if any(re.search(r"[;|'\"]|[^!-~]", word) for word in settings.instagram.app_secrets):
+        problem = "[instagram] app_secrets holds quotes or unseen characters; a comma separates several"
+        found.append(Doubt("app_secret_odd", problem))
     if not settings.instagram.verify_token:
         problem = "[instagram] verify_token is empty: Meta cannot verify the webhook address"
         found.append(Doubt("verify_token_empty", problem))

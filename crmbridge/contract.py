@@ -770,8 +770,11 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
     raise Invalid(f"The request has {len(details)} problem(s), in: {named}.", details=details)
 
 
+_BLANKS = b" \t\r\n"
+
+
 def _utf_8(body: bytes) -> bytes:
-    """Return a body without the byte order mark that some editors and languages write. Raises Invalid for no UTF-8."""
+    """Return a body without the byte order marks that some editors and languages write. Raises Invalid for no UTF-8."""
     encoding = json.detect_encoding(body)  # by the mark, or by where the zeros of the first characters stand
     if not encoding.startswith("utf-8"):
         raise Invalid(f"The body is {encoding[:6].upper()}; send JSON as UTF-8.", code="malformed_json")
@@ -780,7 +783,9 @@ def _utf_8(body: bytes) -> bytes:
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is 0x{body[error.start]:02x}"
         raise Invalid(f"The body is not UTF-8 ({where}); send JSON as UTF-8.", code="malformed_json") from None
-    return body.removeprefix(codecs.BOM_UTF8)
+    while (bare := body.lstrip(_BLANKS).removeprefix(codecs.BOM_UTF8)) != body:
+        body = bare
+    return body
 
 
 def _unmet(model: type[_Request], given: Collection[str]) -> Iterator[dict[str, str]]:

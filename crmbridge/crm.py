@@ -85,8 +85,9 @@ def post(
             stops="crm_gone",
         )
     code = "rate_limited" if answer.status == 429 else "crm_redirect" if 300 <= answer.status < 400 else "crm_error"
+    hint = ", and no redirect is followed: name the address it leads to" if code == "crm_redirect" else ""
     raise Retry(
-        f"the CRM answered {answer.status}",
+        f"the CRM answered {answer.status}{hint}",
         code=code,
         http_status=answer.status,
         after_s=retry_after_s(answer.headers.get("Retry-After"), now_s),

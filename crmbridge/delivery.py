@@ -42,7 +42,6 @@ _UNWANTED = "crm_error"  # what a 410 comes to when others get through
 _STOPS = {"crm": ("crm_gone", "crm_unauthorized"), "instagram": ("token_dead", "account_error")}
 _WELL = {"crm": "the CRM takes an event again", "instagram": "Instagram answers again"}
 _ROUNDED_S = 0.0005  # stored times are told in whole milliseconds
-_TOGETHER_S = 300.0  # accounts that are stopped within this time have one trouble, and it is not theirs
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class Engine:
             self._news = False
             finished, self._finished = self._finished, []
             answers, self._answers = self._answers, []
-            free = 0 if self._stopping else self._schedule.senders - len(self._in_flight)
+            free = 0 if self._stopping else self._schedule.senders - len(self._in_flight) - len(self._asking)
             in_flight = frozenset(self._in_flight)
         now_s = self._clock.now_s()
         for claimed, _ in finished:
@@ -456,6 +455,8 @@ class Engine:
         endpoint, is_asked = question.endpoint, self._endpoints.is_busy((ASK, question.account["id"]))
         if endpoint in self._asking or self._stopping or (question.hold is None and is_asked):
             return
+        if len(self._asking) >= max(self._schedule.senders // 3, 1):
+            return  # it is found again; a far side that hangs must not hold up what the others wait for
         if question.hold is None:
             self._endpoints.started(endpoint, is_retry=False)
         self._asking.add(endpoint)
@@ -510,6 +511,11 @@ class Engine:
             self._endpoints.unanswered(question.endpoint, now_s)
             self._tell_down(question.endpoint, "it does not answer a question either", now_s)
 
+    def _is_held(self, claimed: Claimed) -> bool:
+        """Tell whether another call's answer holds the endpoint back: then this one had only begun before."""
+        hold = holds.find(self._db, claimed.account_id, claimed.target)
+        return hold is not None and hold["trial_since"] is None
+
     # --- what is told ---
 
     def _report(self, entry: Finished, now_s: float, *, is_ours: bool) -> None:
@@ -547,7 +553,8 @@ class Engine:
             )
         if outcome.kind == "done":
             for kind in _STOPS[claimed.target]:
-                self._alarm.clear(kind, account=claimed.account_id, message="the far side takes it again")
+                if claimed.account_id in self._alarm.opened(kind) and not self._is_held(claimed):
+                    self._alarm.clear(kind, account=claimed.account_id, message="the far side takes it again")
         if outcome.kind == "fault" or outcome.code == "system_fault":
             problem = f"we failed at delivery {claimed.id} ourselves: {outcome.message}"
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
@@ -575,7 +582,7 @@ class Engine:
         """Raise the alert of an endpoint that is held now; of several accounts that Instagram stopped, a single one."""
         kind, account, message = str(entry.outcome.stops), entry.claimed.account_id, entry.outcome.message or ""
         if entry.claimed.target == "instagram":
-            late = [one for one in self._stops if now_s - one[0] < _TOGETHER_S and one[1] != account]
+            late = [one for one in self._stops if now_s - one[0] < holds.TOGETHER_S and one[1] != account]
             self._stops = [*late, (now_s, account)]
             if late:
                 names = sorted(name for _, name in self._stops)

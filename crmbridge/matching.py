@@ -37,13 +37,16 @@ def which(
     something else. It is absent only where the thread shows a known one: so it is the right thread, and reaches back
     far enough.
     """
-    since_s = began_s - thread.ahead_s
+    since_s = began_s - thread.ahead_s - SKEW_S
+    # A Date that runs ahead of the channel's own times would make everything old.
+    at_least_s = min(since_s, began_s - SKEW_S)
     found, is_near = [], False
     for entry in thread.shown:
-        if entry.is_ours and entry.external_id not in settled and entry.at_s >= since_s - SKEW_S:
+        if entry.is_ours and entry.external_id not in settled and entry.at_s >= at_least_s:
             like = likeness(sent, entry.text, entry.kinds, is_echo=False)
-            found += [entry.external_id] if like == "same" else []
-            is_near = is_near or like == "near"
+            is_after = entry.at_s >= since_s
+            found += [entry.external_id] if like == "same" and is_after else []
+            is_near = is_near or like == "near" or (like == "same" and not is_after)
     if len(found) > 1:
         return Match("several", "the conversation shows more than one message that it may be")
     if found:

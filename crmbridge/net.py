@@ -322,7 +322,7 @@ class Session:
             refused = next(cause for cause in chain if isinstance(cause, dial.AddressRefused))
             return CallFailed("address_refused", str(refused), sent=False)
         if call.deadline.is_over or (call.sent and has(TimeoutError, urllib3.exceptions.TimeoutError)):
-            return CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s", sent=call.sent)
+            return CallFailed("timeout", f"no answer within {self._timeout_s:g} s", sent=call.sent)
         if has(socket.gaierror, UnicodeError):
             return CallFailed("dns_failed", "the host name does not resolve", sent=False)
         if has(urllib3.exceptions.SSLError):

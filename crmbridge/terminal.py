@@ -6,8 +6,10 @@ import re
 import sys
 from typing import TextIO
 
-# What shows nothing though Python calls it printable: Unicode's Default_Ignorable_Code_Point.
-_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+# What shows nothing though Python calls it printable: Unicode's Default_Ignorable_Code_Point, and the empty braille.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 def escaped(text: str) -> str:

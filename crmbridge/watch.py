@@ -11,8 +11,8 @@ from crmbridge.alerts.kinds import KINDS
 from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
-from crmbridge.instagram import reading
-from crmbridge.store import accounts, holds, pauses, vitals
+from crmbridge.instagram import codes, reading
+from crmbridge.store import accounts, copies, holds, pauses, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
 
@@ -21,6 +21,7 @@ _MB = 1_000_000
 _USUAL_DAYS, _TALKING_DAYS, _TIMES_LONGEST = 14, 7, 3
 _TOKEN_DAYS = (1, 7, 14)
 _LONG_HOLD_DAYS = 7
+_BACKUP_DAYS = 2
 _UNPROVEN = "nothing waits any more; it was not seen to recover"
 _ENDS = {"crm_down": _UNPROVEN, "instagram_down": _UNPROVEN}
 
@@ -59,6 +60,18 @@ class Watch:
             self._alarm.alert("disk_nearly_full", problem)
         elif free_mb >= self._limits.disk_free_mb * 1.25:
             self._alarm.clear("disk_nearly_full", message=f"{free_mb:.0f} MB are free")
+
+    def backups(self) -> None:
+        """Tell of a backup that failed, and of a database that has been without one for two days."""
+        good, tried = copies.last(self._db), copies.last(self._db, good=False)
+        safe_s = epoch_s(good["began_at"]) if good else copies.made_s(self._db)
+        had = f"the last good backup is of {good['began_at'][:16]}Z" if good else "there is no good backup"
+        if tried is not None and tried["error"] is not None:
+            self._alarm.alert("backup_old", f"the backup of {tried['began_at'][:16]}Z failed: {tried['error']}; {had}")
+        elif self._clock() - safe_s > _BACKUP_DAYS * _DAY_S:
+            self._alarm.alert("backup_old", had)
+        else:
+            self._alarm.clear("backup_old")
 
     def look(self) -> None:
         """Give the all-clear for alerts whose cause is gone, and see to it that whatever is dead is told of."""
@@ -111,12 +124,20 @@ class Watch:
         return False
 
     def _weigh_trouble(self) -> None:
-        """End what was taken for trouble at Meta when at most one account is left: that one has its own."""
-        stopped = [one for one in accounts.everyone(self._db) if one["status"] == "error"]
+        """End what was taken for trouble at Meta when at most one account is left of it: that one has its own."""
+        since = self._alarm.opened("meta_trouble").get("")
+        if since is None:
+            return
+        began = instant(epoch_s(since) - holds.TOGETHER_S)
+        stopped = [
+            one for one in accounts.everyone(self._db) if one["status"] == "error" and one["status_since"] >= began
+        ]
         if len(stopped) <= 1:
             self._alarm.clear("meta_trouble")
             for one in stopped:
-                self._alarm.alert("account_error", one["status_reason"] or "", account=one["id"])
+                hold = holds.find(self._db, one["id"], "instagram")
+                kind = "token_dead" if hold and hold["code"] in codes.TOKEN_SLUGS else "account_error"
+                self._alarm.alert(kind, one["status_reason"] or "", account=one["id"])
 
     def listen(self) -> None:
         """Tell of accounts that have fallen silent and of tokens that end."""

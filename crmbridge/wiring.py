@@ -207,6 +207,10 @@ def make_worker(rooms: Rooms) -> Any:
         if clock.is_trusted():
             watch.listen()
 
+    def backups() -> None:
+        if clock.is_trusted():
+            watch.backups()
+
     def resume() -> None:
         if upkeep.resume():
             worker.wake()
@@ -220,6 +224,7 @@ def make_worker(rooms: Rooms) -> Any:
         Job("expire", 60, upkeep.expire),
         Job("look", 60, watch.look),
         Job("listen", 3600, listen),
+        Job("backups", 600, backups),
         Job("prune", 60, upkeep.prune),
         Job("checkpoint", 60, upkeep.checkpoint),
         Job("erase", 60, upkeep.erase),

@@ -26,6 +26,7 @@ from huey.storage import MemoryStorage, SqliteStorage
 from crmbridge import log
 from crmbridge.delivery import Engine
 from crmbridge.errors import Misconfigured
+from crmbridge.store import sqlite
 
 TICK_S = 5
 _HEALTH_S = 10
@@ -46,6 +47,10 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
         self._news = threading.Condition()
         self._count = 0
         super().__init__(*args, **kwargs)
+
+    def _create_connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite.guard(super()._create_connection())
+        return connection
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:
         self._own.enqueue(data, priority)
@@ -270,16 +275,29 @@ class Worker:
             self.wake()
 
 
+_SQLITE = b"SQLite format 3\0"
+
+
 def _require_queue(path: Path) -> None:
-    """Raise Misconfigured unless the file is a queue of Huey's, or not there yet: it is about to be emptied."""
+    """Raise Misconfigured unless the file is a queue of Huey's, or not there yet: it is about to be emptied.
+
+    One that a power loss has torn is removed: nothing in it counts.
+    """
     if not path.exists() or not path.stat().st_size:
         return
     try:
         # Immutable: a lock that another program holds says nothing of what it is.
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
+        with contextlib.closing(sqlite.open_file(f"file:{path}?mode=ro&immutable=1", uri=True)) as queue:
             tables = {name for (name,) in queue.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.Error:
-        tables = {"?"}
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE))
+        if head.strip(b"\0") and head != _SQLITE:
+            tables = {"?"}
+        else:
+            log.warning("queue.damaged", path=str(path))
+            path.unlink()
+            return
     if not tables <= {"kv", "schedule", "task", "counter"}:
         raise Misconfigured(f"[store] queue_path: {path} is something else than the queue, and is left alone")
 

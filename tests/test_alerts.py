@@ -1,5 +1,6 @@
 """Alerts: told once, counted while they last, ended with an all-clear; and every kind of them by its real cause."""
 
+import datetime
 import io
 import json
 import logging
@@ -17,8 +18,9 @@ from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.events import epoch_s, instant
 from crmbridge.ops import alerts as ops
+from crmbridge.ops import backup
 from crmbridge.sandbox import LoopbackServer, wire
-from crmbridge.store import accounts, database, dead, pauses, turn, vitals
+from crmbridge.store import accounts, copies, database, dead, pauses, turn, vitals
 from crmbridge.store import alerts as record
 from crmbridge.upkeep import Upkeep
 from crmbridge.web import webhook_routes
@@ -582,6 +584,41 @@ def test_a_disk_with_little_space_is_told_and_its_relief_too(rig: Rig, office: O
     rig.watch(disk_free_mb=free_mb * 0.5).disk()
     office.pass_s(10)
     assert office.posted == [("raised", "disk_nearly_full"), ("cleared", "disk_nearly_full")]
+
+
+def test_a_database_without_a_backup_for_two_days_is_told_until_there_is_one(rig: Rig, office: Office) -> None:
+    made = datetime.datetime.fromtimestamp(rig.now_s).isoformat(" ")  # noqa: DTZ006 - as it is stored
+    rig.db.write(lambda: rig.db.run("UPDATE schema_migration SET applied = ?", (made,)))
+    rig.watch().backups()
+    rig.now_s += 1.9 * DAY_S
+    rig.watch().backups()
+    assert rig.alerts == []
+    rig.now_s += 0.2 * DAY_S
+    rig.watch().backups()
+    office.pass_s(10)
+    assert "There is no good backup." in office.letters[0]
+    at = instant(rig.now_s)
+    copies.remember(rig.db, {"began_at": at, "ended_at": at, "file": "it.db", "bytes": 1, "error": None})
+    rig.watch().backups()
+    office.pass_s(10)
+    assert office.posted == [("raised", "backup_old"), ("cleared", "backup_old")]
+    rig.now_s += 2.1 * DAY_S
+    rig.watch().backups()
+    office.pass_s(10)
+    assert f"The last good backup is of {at[:16]}Z." in office.letters[2]
+
+
+def test_a_backup_that_failed_is_told_with_its_reason_at_once(rig: Rig, office: Office, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("no folder")
+    with pytest.raises(OSError, match="taken"):
+        backup.run(rig.settings, f"{tmp_path}/taken/it.db", now_s=rig.now_s)
+    rig.watch().backups()
+    office.pass_s(10)
+    assert re.search("failed: .*taken.*; there is no good backup", office.letters[0])
+    backup.run(rig.settings, f"{tmp_path}/it.db", now_s=rig.now_s)
+    rig.watch().backups()
+    office.pass_s(10)
+    assert office.posted == [("raised", "backup_old"), ("cleared", "backup_old")]
 
 
 def test_a_full_disk_is_told_and_that_there_is_space_again(

@@ -45,17 +45,22 @@ def change(path: Path, *statements: str) -> None:
             connection.execute(sql)
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """An installation with an account whose secrets are sealed, a key and a passphrase file."""
-    assert run(tmp_path, "init").returncode == 0
-    token = vault.load(tmp_path / "var" / "crmbridge.key").seal("IGAA")
+def install(folder: Path) -> None:
+    """Make an installation with an account whose secrets are sealed, a key and a passphrase file."""
+    assert run(folder, "init").returncode == 0
+    token = vault.load(folder / "var" / "crmbridge.key").seal("IGAA")
     names = "id, instagram_account_id, status, status_since, created_at, updated_at, access_token_sealed"
     change(
-        tmp_path / "var" / "bridge.db",
+        folder / "var" / "bridge.db",
         f"INSERT INTO accounts ({names}) VALUES ('acc_1', '1', 'active', '', '', '', '{token}')",
     )
-    (tmp_path / "passphrase").write_text(PASSPHRASE + "\nnot this line\n")
+    (folder / "passphrase").write_text(PASSPHRASE + "\nnot this line\n")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """An installation of a test's own."""
+    install(tmp_path)
     return tmp_path
 
 
@@ -120,7 +125,7 @@ def put_back(rig: Rig, file: Path) -> None:
     """Restore while nothing runs, and start again."""
     rig.engine.stop(0)
     rig.db.close()
-    assert restore.run(rig.settings, file, rig.patience, passphrase_file=None, now_s=rig.now_s) == 0
+    assert restore.run(rig.settings, file, now_s=rig.now_s) == 0
     rig.open()
     rig.engine.recover()
 
@@ -304,6 +309,125 @@ def test_a_backup_with_its_key_needs_nothing_else(made: Path) -> None:
     assert run(made, "check").returncode == 0
 
 
+def configured(folder: Path, **changes: str) -> str:
+    """Set keys in the configuration; return its text."""
+    text = (folder / "crmbridge.ini").read_text()
+    for name, value in changes.items():
+        text, number = re.subn(rf"^{name} =.*", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert number == 1
+    (folder / "crmbridge.ini").write_text(text)
+    return text
+
+
+def test_a_backup_with_its_key_is_all_that_another_machine_needs(made: Path, tmp_path: Path) -> None:
+    text = configured(made, app_secrets="0123456789abcdef" * 2, verify_token="to-be-told-to-meta")
+    done = run(made, "backup", "all.db", "--with-key", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
+    whole = (made / "all.db").read_bytes()
+    assert not [word for word in (b"0123456789abcdef", b"to-be-told", b"app_secrets") if word in whole]
+    other = tmp_path / "other machine"
+    other.mkdir()
+    for name in ("all.db", "passphrase"):
+        (made / name).rename(other / name)
+    (other / "wrong").write_text("another passphrase\n")
+    refused = run(other, "restore", "all.db", "--passphrase-file", "wrong")
+    assert (refused.returncode, "not the one" in refused.stderr) == (1, True), refused.stderr
+    assert not (other / "crmbridge.ini").exists()
+    done = run(other, "restore", "all.db", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
+    assert f"made {other}/crmbridge.ini: the configuration from the backup" in done.stdout
+    assert (other / "crmbridge.ini").read_text() == text
+    assert stat.S_IMODE((other / "crmbridge.ini").stat().st_mode) == 0o600
+    assert (other / "var" / "crmbridge.key").read_bytes() == (made / "var" / "crmbridge.key").read_bytes()
+    assert query(other / "var" / "bridge.db", "SELECT id FROM accounts") == [("acc_1",)]
+    assert run(other, "check").returncode == 0
+
+
+def test_without_the_key_in_it_a_backup_and_the_key_file_are(made: Path, tmp_path: Path) -> None:
+    text = configured(made, port="8099")
+    assert run(made, "backup", "bare.db").returncode == 0
+    other = tmp_path / "other"
+    (other / "var").mkdir(parents=True)
+    (made / "bare.db").rename(other / "bare.db")
+    refused = run(other, "restore", "bare.db")
+    assert (refused.returncode, "is gone, and only it opens" in refused.stderr) == (1, True), refused.stderr
+    shutil.copy(made / "var" / "crmbridge.key", other / "var")
+    assert run(other, "restore", "bare.db").returncode == 0
+    assert (other / "crmbridge.ini").read_text() == text
+
+
+def test_a_configuration_that_is_there_is_kept_and_what_is_other_is_named(made: Path) -> None:
+    configured(made, app_secrets="a" * 32, verify_token="old-and-secret")
+    assert run(made, "backup", "it.db").returncode == 0
+    done = run(made, "restore", "it.db")
+    assert (done.returncode, "crmbridge.ini" in done.stdout) == (0, False), done.stdout
+    text = configured(made, verify_token="new-and-secret", port="8099")
+    done = run(made, "restore", "it.db")
+    said = "crmbridge.ini: the backup's differs in [web] port, [instagram] verify_token; to have that one, move"
+    assert (done.returncode, said in done.stdout, "-and-secret" in done.stdout) == (0, True, False), done.stdout
+    assert (made / "crmbridge.ini").read_text() == text
+
+
+def test_the_configuration_of_a_new_installation_gives_way(made: Path) -> None:
+    fresh = (made / "crmbridge.ini").read_text()
+    text = configured(made, app_secrets="a" * 32, port="8099")
+    assert run(made, "backup", "it.db").returncode == 0
+    (made / "crmbridge.ini").write_text(fresh)
+    done = run(made, "restore", "it.db")
+    assert (done.returncode, "the one there had no app secret" in done.stdout) == (0, True), done.stdout
+    assert (made / "crmbridge.ini").read_text() == text
+    (before,) = made.glob("crmbridge.ini.before-*")
+    assert before.read_text() == fresh
+
+
+def test_a_configuration_with_places_of_its_own_leads_there(made: Path, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    text = configured(made, path=f"{place}/b.db", key_file=f"{place}/key").replace("[store]", f"[store]\n# {place}")
+    (made / "crmbridge.ini").write_text(text)
+    (made / "var").rename(place)
+    (place / "bridge.db").rename(place / "b.db")
+    (place / "crmbridge.key").rename(place / "key")
+    done = run(made, "backup", "it.db", "--with-key", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(place)
+    (made / "crmbridge.ini").unlink()
+    done = run(made, "restore", "it.db", "--passphrase-file", "passphrase")
+    assert done.returncode == 0, done.stderr
+    assert query(place / "b.db", "SELECT id FROM accounts") == [("acc_1",)]
+    assert (place / "key").exists()
+    assert not (made / "var" / "crmbridge.key").exists()
+
+
+def test_a_configuration_of_another_version_is_no_hindrance_where_one_is_there(made: Path) -> None:
+    text = (made / "crmbridge.ini").read_text()
+    (made / "crmbridge.ini").write_text(text.replace("[web]", "[web]\n# kept as it is\n"))
+    assert run(made, "backup", "it.db").returncode == 0
+    sealed = vault.load(made / "var" / "crmbridge.key").seal(
+        "crmbridge.ini\n" + text.replace("[web]", "[web]\nsoon = 1")
+    )
+    change(made / "it.db", f"UPDATE backup_note SET sealed_ini = '{sealed}'")
+    done = run(made, "restore", "it.db")
+    assert (done.returncode, "there is no such key" in done.stdout) == (0, True), done.stderr
+    (made / "crmbridge.ini").unlink()
+    refused = run(made, "restore", "it.db")
+    assert (refused.returncode, "cannot be used" in refused.stderr) == (1, True), refused.stderr
+
+
+def test_another_sealed_secret_is_not_taken_for_a_configuration(made: Path) -> None:
+    assert run(made, "backup", "it.db").returncode == 0
+    change(made / "it.db", "UPDATE backup_note SET sealed_ini = (SELECT access_token_sealed FROM accounts)")
+    (made / "crmbridge.ini").unlink()
+    refused = run(made, "restore", "it.db")
+    assert (refused.returncode, "it is something else" in refused.stderr) == (1, True), refused.stderr
+    assert not (made / "crmbridge.ini").exists()
+
+
+def test_a_backup_without_a_key_file_is_made_and_says_what_it_lacks(made: Path) -> None:
+    (made / "var" / "crmbridge.key").unlink()
+    done = run(made, "backup", "it.db")
+    assert (done.returncode, "the configuration is not in the backup: no key file" in done.stderr) == (0, True)
+
+
 def test_a_key_file_of_another_database_is_refused_or_mended(made: Path) -> None:
     key_file = made / "var" / "crmbridge.key"
     assert run(made, "backup", "bare.db").returncode == 0
@@ -456,6 +580,16 @@ def test_a_backup_that_makes_no_sense_is_refused(made: Path, words: tuple[str, .
     assert sorted(path.name for path in made.iterdir()) == before
 
 
+def test_why_a_backup_failed_is_noted_also_where_the_passphrase_is_missing(made: Path) -> None:
+    failed = run(made, "backup", "backups/", "--with-key", "--passphrase-file", "gone")
+    assert (failed.returncode, "gone: No such file" in failed.stderr) == (1, True), failed.stderr
+    ((error,),) = query(made / "var" / "bridge.db", "SELECT error FROM backups")
+    assert "No such file or directory: 'gone'" in error
+    assert run(made, "backup", "backups/").returncode == 0
+    assert run(made, "backup", "crmbridge.ini").returncode == 1  # a slip at the keyboard is no failed backup
+    assert len(query(made / "var" / "bridge.db", "SELECT error FROM backups")) == 2
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
@@ -499,7 +633,7 @@ def killed_at(folder: Path, number: int, *words: str) -> int:
     inject = f"inject={KINDS}:signal=KILL:when={number}"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        ["strace", "-qq", "-o", "/dev/null", "-e", inject, sys.executable, "-m", "crmbridge", *words],
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject, sys.executable, "-m", "crmbridge", *words],
         cwd=folder, env=env, capture_output=True, check=False,
     ).returncode  # fmt: skip
 

@@ -98,7 +98,8 @@ def put(shop: Shop, method: str, path: str, body: bytes) -> Any:
 
 
 def test_a_byte_order_mark_before_a_requests_json_is_no_part_of_it(shop: Shop) -> None:
-    first = put(shop, "POST", SEND, codecs.BOM_UTF8 + body_of(shop, "marked", "grüß dich").encode())
+    marks = b"\n" + codecs.BOM_UTF8 + b" " + codecs.BOM_UTF8
+    first = put(shop, "POST", SEND, marks + body_of(shop, "marked", "grüß dich").encode())
     assert first.status_code == 202, first.text
     again = put(shop, "POST", SEND, body_of(shop, "marked", "grüß dich").encode())
     assert (again.status_code, again.json()["message_id"]) == (202, first.json()["message_id"])
@@ -117,7 +118,7 @@ def test_what_is_wrong_after_the_mark_is_named_as_without_it(shop: Shop) -> None
     plain, marked = (put(shop, "POST", SEND, mark + b'{"message": 5}').json() for mark in (b"", codecs.BOM_UTF8))
     assert plain["details"]
     assert marked["details"] == plain["details"]
-    for body in (b"", b"{", codecs.BOM_UTF8 + b'{"message": "x"}'):
+    for body in (b"", b"{", codecs.BOM_UTF8):
         assert put(shop, "POST", SEND, codecs.BOM_UTF8 + body).json()["error"] == "malformed_json"
 
 

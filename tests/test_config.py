@@ -27,6 +27,10 @@ def test_the_shipped_file_has_every_key_and_no_other() -> None:
     assert shipped == {section: {entry.name for entry in fields(cls)} for section, cls in config._SECTIONS.items()}
 
 
+def test_a_byte_order_mark_before_the_first_section_is_none_of_it(ini: Path) -> None:
+    assert config.load(written(ini, "\ufeff[web]\nport = 81\n"), {}).web.port == 81
+
+
 def test_the_shipped_values_are_the_defaults(ini: Path) -> None:
     shipped = config.load(written(ini, config.SHIPPED_INI.read_text(encoding="utf-8")), {})
     assert shipped == config.load(written(ini, ""), {})

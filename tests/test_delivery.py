@@ -408,6 +408,36 @@ def test_three_crms_that_hang_leave_senders_for_a_fourth(tmp_path: Path) -> None
         drain.join(PATIENCE_S)
 
 
+def test_questions_to_an_instagram_that_hangs_leave_senders_for_a_crm(tmp_path: Path) -> None:
+    with rigs.opened(tmp_path) as rig:
+        refusal = wire.error_body(10, "x")
+        rig.meta.fault("messages", times=99, status=400, body=refusal)
+        for number in range(12):
+            user_id = f"1784140000000010{number:02}"
+            rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username="a")
+            sealed = rig.rooms.vault.seal(f"IGAA{user_id}")
+            rig.send(rig.account(user_id, access_token_sealed=sealed))
+        rig.drain()
+        rig.meta.fault("conversations", times=99, status=503, body="", delay_s=PATIENCE_S)
+        rig.now_s += 16 * 60  # they are asked whether they are well
+
+        def work() -> None:
+            rig.drain()
+            rig.db.close_thread()
+
+        drain = threading.Thread(target=work)
+        drain.start()
+        until(lambda: rig.engine._asking)
+        rig.account()
+        rig.say("healthy", "mid-1")
+        rig.engine.tell()
+        rig.crm.wait(1)
+        assert not [call for call in rig.meta.calls if call.status == 503]  # they still hang
+        rig.meta.close()
+        rig.engine.stop(PATIENCE_S)
+        drain.join(PATIENCE_S)
+
+
 def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -> None:
     account = rig.account()
     rig.crm.answer_always(503)

@@ -1,6 +1,7 @@
 """A send whose answer leaves open whether it was taken: looked for, sent again when it is not there, never twice."""
 
 import itertools
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from crmbridge.events import instant
 from crmbridge.sandbox import wire
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID
+
+THREAD = f"aWdfZAG06{CUSTOMER}"
 
 OPEN: dict[str, dict[str, Any]] = {
     "a reset": {"drop": True},
@@ -26,6 +29,8 @@ OPEN: dict[str, dict[str, Any]] = {
     "1200": {"status": 400, "body": wire.error_body(1200)},
     "200 that is no JSON": {"status": 200, "body": "<html>OK</html>"},
     "200 without an id": {"status": 200, "body": {"recipient_id": CUSTOMER}},
+    "200 with a code nobody knows": {"status": 200, "body": {"error": {"code": 77_777, "message": "x"}}},
+    "201 with an error without a code": {"status": 201, "body": {"error": {}}},
     "200 with code 2": {"status": 200, "body": {"error": {"code": 2, "message": "x"}}},
     "an empty 204": {"status": 204, "body": ""},
     "408 of a proxy": {"status": 408, "body": ""},
@@ -215,6 +220,64 @@ def test_a_clock_that_is_wrong_sends_nothing_twice(rig: Rig, known: dict[str, An
     message_id = rig.send(known)
     rig.meta.fault("messages", after_effect=True, status=504, body="")
     rig.live_through(600)
+    assert (rig.status(message_id)["status"], len(rig.meta.sent)) == ("sent", 1)
+
+
+@pytest.mark.parametrize("off_s", [10.0, 600.0, 86_400.0])
+def test_a_date_that_runs_ahead_of_what_is_shown_sends_nothing_twice(
+    rig: Rig, known: dict[str, Any], off_s: float
+) -> None:
+    message_id = rig.send(known)
+    rig.meta.fault("messages", after_effect=True, status=504, body="")
+    shown = {"id": "m-sent", "message": "hello", "from": {"id": SHOP_ID}, "created_time": wire.iso_time(rig.now_s)}
+    before = {
+        "id": f"met-{CUSTOMER}",
+        "message": "good day",
+        "from": {"id": CUSTOMER},
+        "created_time": wire.iso_time(rig.now_s),
+    }
+    body = {"id": "x", "messages": {"data": [shown, before]}}
+    early = {"Date": formatdate(rig.now_s + off_s, usegmt=True)}
+    rig.meta.fault(THREAD, times=99, status=200, body=body, headers=early)
+    rig.live_through(600)
+    assert rig.status(message_id)["status"] in ("sent", "failed")
+    assert len(rig.meta.sent) == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"id": "deleted"},
+        {"id": "older", "from": {"id": "17841400000000001"}},
+        {"id": "odd", "created_time": "yesterday", "message": "hello"},
+        {"created_time": "2027-01-15T08:00:00+0000", "message": "hello"},
+        "nothing at all",
+    ],
+)
+def test_an_entry_without_its_details_hides_no_other(rig: Rig, known: dict[str, Any], odd: Any) -> None:
+    message_id = rig.send(known)
+    rig.meta.fault("messages", after_effect=True, status=502, body="")
+    shown = {"id": "m-sent", "message": "hello", "from": {"id": SHOP_ID}, "created_time": wire.iso_time(rig.now_s)}
+    rig.meta.fault(THREAD, times=9, status=200, body={"id": "x", "messages": {"data": [odd, shown]}})
+    rig.live_through(600)
+    assert (rig.status(message_id)["status"], len(rig.meta.sent)) == ("sent", 1)
+
+
+@pytest.mark.parametrize("place", ["conversations", "thread"])
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, "<html>maintenance</html>"), (200, ""), (200, '{"data": [{"id": "aW'), (200, {}), (204, ""), (200, [])],
+)
+def test_a_look_up_that_cannot_be_read_settles_nothing(
+    rig: Rig, known: dict[str, Any], place: str, status: int, body: Any
+) -> None:
+    message_id = rig.send(known)
+    rig.meta.fault("messages", after_effect=True, status=502, body="")
+    rig.meta.fault(THREAD if place == "thread" else "conversations", times=99, status=status, body=body)
+    rig.live_through(600)
+    assert rig.status(message_id)["status"] == "pending"
+    rig.meta.clear_faults()
+    rig.live_through(2 * 3600)
     assert (rig.status(message_id)["status"], len(rig.meta.sent)) == ("sent", 1)
 
 

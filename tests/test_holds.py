@@ -80,6 +80,10 @@ def test_it_is_asked_by_a_signed_test_after_a_minute_and_then_every_five(rig: Ri
         assert (entry.event["test"], entry.event["account_id"]) == (True, account["id"])
         assert entry.headers["Webhook-Id"] == entry.event["event_id"]
     assert rig.db.value("SELECT COUNT(*) FROM deliveries") == 1  # a test is no row
+    rig.call("POST", f"/api/v1/accounts/{account['id']}/pause", {"what": ["deliveries"]})
+    assert rig.held(account)["deliveries"]["asked_again_at"] is None  # who is paused is not asked
+    rig.resume(account, "deliveries")
+    assert rig.held(account)["deliveries"]["asked_again_at"] is not None
     rig.live_through(8 * DAY_S)
     last_s = probes(rig)[-1].at - began_s
     assert 7 * DAY_S - 600 < last_s < 7 * DAY_S + 600
@@ -453,6 +457,21 @@ def test_an_account_that_instagram_refused_in_passing_goes_on_by_itself(
     assert (rig.held(account)["sends"], rig.cleared) == (None, ["token_dead" if code == 190 else "account_error"])
 
 
+def test_a_send_that_was_under_way_when_its_account_was_stopped_ends_no_alert(rig: Rig) -> None:
+    account = rig.account()
+    one, other = customers(2)
+    rig.send(account, "refused", contact=one)
+    rig.send(account, "taken", contact=other)
+    rig.meta.fault("messages", status=400, body=wire.error_body(190, "expired", subcode=460))
+    rig.meta.fault("messages", status=200, after_effect=True, delay_s=0.5)
+    rig.drain()
+    assert [entry.text for entry in rig.meta.sent] in (["taken"], ["refused"])
+    assert rig.held(account)["sends"]["by"] == "error"
+    assert account["id"] in rig.alarm.opened("token_dead")
+    rig.live_through(20 * MINUTE_S)
+    assert (rig.held(account)["sends"], rig.cleared) == (None, ["token_dead"])
+
+
 def test_an_app_that_is_not_authorised_for_a_moment_goes_on_by_itself(rig: Rig) -> None:
     account = rig.account()
     refuse(rig, 100, message="Unsupported request - method type: post")
@@ -576,6 +595,30 @@ def test_one_account_that_stays_stopped_gets_an_alert_of_its_own(rig: Rig) -> No
     rig.watch().look()
     assert list(rig.alarm.opened("account_error")) == [held[1]["id"]]
     assert list(rig.alarm.opened("meta_trouble")) == []
+
+
+def test_accounts_that_were_stopped_long_before_are_no_part_of_a_trouble(rig: Rig) -> None:
+    ids = [f"1784140000000010{number}" for number in range(4)]
+    held = []
+    for user_id in ids:
+        rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username=f"shop_{user_id}")
+        held.append(rig.account(user_id, access_token_sealed=rig.rooms.vault.seal(f"IGAA{user_id}")))
+    refuse(rig, 190, 463)
+    for account in held[:2]:
+        rig.send(account)
+        rig.drain()
+        rig.now_s += DAY_S
+    assert not rig.alarm.opened("meta_trouble")
+    for account in held[2:]:
+        rig.send(account)
+    rig.drain()
+    assert rig.alarm.opened("meta_trouble")
+    rig.meta.clear_faults()
+    for account in held[2:]:
+        rig.change(account, status="active")
+    rig.drain()
+    rig.watch().look()
+    assert not rig.alarm.opened("meta_trouble")
 
 
 def test_the_alert_says_that_it_is_being_asked(rig: Rig) -> None:

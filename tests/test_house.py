@@ -75,6 +75,11 @@ def test_huey_is_known_to_the_worker_alone_and_sql_to_the_store() -> None:
             assert room(path) == "store"
 
 
+def test_every_connection_comes_by_one_guard() -> None:
+    bare = [path for path in FILES if "sqlite3.connect(" in path.read_text()]
+    assert bare == [PACKAGE / "store" / "sqlite.py"]
+
+
 def test_meta_words_stay_in_their_rooms() -> None:
     words = ('"mid"', '"messaging"', '"entry"', "igsid")
     for path in FILES:
@@ -85,7 +90,7 @@ def test_meta_words_stay_in_their_rooms() -> None:
 def test_the_tree_has_no_unknown_top_level_entry() -> None:
     known = {
         "crmbridge", "tests", "static", "api-spec.yaml", "crmbridge.ini", "install.sh", "openrc", "requirements.txt",
-        "README.md", "CHANGELOG.md", "pyproject.toml", ".ci", ".gitignore", "bench",
+        "README.md", "CHANGELOG.md", "pyproject.toml", ".ci", ".gitignore", "bench", "contrib",
     }  # fmt: skip
     ignored = {".git", ".venv", "var", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "__pycache__"}
     assert {path.name for path in ROOT.iterdir()} - ignored <= known

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 
 from tests.needs import require
 from tests.test_cli import ROOT
-from tests.waiting import PATIENCE_S
+from tests.test_hostile_backup import endless
+from tests.waiting import PATIENCE_S, until
 
 UID = GID = 54_321  # nobody's
 # The Python of a checkout may be closed to others, so all that could be imported later is imported while root.
@@ -184,8 +186,8 @@ def test_backups_go_where_root_may_write_and_what_is_put_back_is_the_owners(plac
     (place / "etc" / "passphrase").write_text("correct horse battery\n")
     secret = ["--with-key", "--passphrase-file", "passphrase"]
     for words in ([f"{place}/etc/it.db", *secret], [f"{place}/data/backups/"]):
-        done = run(place, "backup", *words, "--config", str(path))
-        assert done.returncode == 0, done.stdout
+        done = run(place, "backup", *words, "--config", "crmbridge.ini")
+        assert (done.returncode, "not in the backup" in done.stdout) == (0, False), done.stdout
     assert owners(place / "etc")["it.db"] == (0, 0o600)
     assert owners(place / "data")["backups"] == (UID, 0o700)
     assert set(owners(place / "data" / "backups").values()) == {(UID, 0o600)}
@@ -201,6 +203,42 @@ def test_backups_go_where_root_may_write_and_what_is_put_back_is_the_owners(plac
     assert run(place, "check", "--config", str(path)).returncode == 0
 
 
+def test_the_configuration_that_is_put_back_is_roots_for_the_service_to_read(place: Path) -> None:
+    path = install(place)
+    (place / "etc" / "passphrase").write_text("correct horse battery\n")
+    secret = ["--with-key", "--passphrase-file", "passphrase"]
+    assert run(place, "backup", f"{place}/etc/it.db", *secret, "--config", str(path)).returncode == 0
+    text = path.read_text()
+    path.unlink()
+    (place / "etc" / "crmbridge.key").unlink()
+    shutil.rmtree(place / "data")
+    (place / "data").mkdir(mode=0o750)
+    os.chown(place / "data", UID, GID)
+    done = run(place, "restore", "it.db", "--passphrase-file", "passphrase", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    made = path.stat()
+    assert (path.read_text(), made.st_uid, made.st_gid, made.st_mode & 0o777) == (text, 0, GID, 0o640)
+    assert owners(place / "etc")["crmbridge.key"] == (UID, 0o600)
+    assert {uid for uid, _ in owners(place / "data").values()} == {UID}
+    assert run(place, "check", "--config", str(path)).returncode == 0
+
+
+def test_who_reads_a_backup_has_become_the_owner_for_good(place: Path) -> None:
+    path = install(place)
+    assert run(place, "backup", f"{place}/etc/it.db", "--config", str(path)).returncode == 0
+    endless(place / "etc" / "it.db")
+    with started(place, "restore", "it.db", "--config", str(path)) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        (child,) = until(lambda: children.read_text().split())
+        status = Path(f"/proc/{child}/status")
+        until(lambda: f"Uid:\t{UID}\t{UID}\t{UID}\t{UID}\n" in status.read_text())
+        assert f"Gid:\t{GID}\t{GID}\t{GID}\t{GID}\n" in status.read_text()
+        limits = Path(f"/proc/{child}/limits").read_text()
+        assert not re.search("Max (cpu time|address space) +unlimited", limits)
+        process.kill()
+        until(lambda: not status.exists() or "State:\tZ" in status.read_text())  # it does not outlive its parent
+
+
 def test_no_link_that_the_service_makes_leads_root_astray(place: Path) -> None:
     path, backups, theirs = install(place), place / "data" / "backups", place / "etc" / "theirs"
     done = run(place, "backup", f"{backups}/", "--config", str(path))
@@ -211,7 +249,7 @@ def test_no_link_that_the_service_makes_leads_root_astray(place: Path) -> None:
     made.with_name(made.name + "-wal").symlink_to(place / "etc" / "secret")
     for given in (made, made.with_name(made.name + "-wal")):
         done = run(place, "restore", str(given), "--config", str(path))
-        assert (done.returncode, "its user may not read it" in done.stdout) == (1, True), done.stdout
+        assert (done.returncode, "is a link" in done.stdout) == (1, True), done.stdout
     theirs.mkdir(mode=0o700)
     shutil.rmtree(backups)
     backups.symlink_to(theirs)

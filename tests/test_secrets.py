@@ -136,6 +136,16 @@ def test_without_an_app_secret_check_and_doctor_call_it_broken_and_it_starts(mad
     assert f"BROKEN  {said}" in " ".join(told.split("\n"))
 
 
+@pytest.mark.parametrize(
+    "text", [f"{FIRST};{FIRST}", f"'{FIRST}'", f"{FIRST}|{FIRST}", f"{FIRST}、{FIRST}", FIRST + "\u200b"]
+)
+def test_a_secret_that_can_be_none_of_metas_is_a_warning(made: Path, text: str) -> None:
+    checked, found, _ = looked(made, **{VARIABLE: text})
+    assert "warning: [instagram] app_secrets holds quotes or unseen characters" in checked
+    assert found["app_secret_odd"]["level"] == "warning"
+    assert FIRST not in checked + json.dumps(found, ensure_ascii=False)
+
+
 @pytest.mark.parametrize(("secret", "is_short"), [("12345678", True), ("é" * 15, True), ("0" * 16, False)])
 def test_a_secret_that_can_be_guessed_is_a_warning(made: Path, secret: str, is_short: bool) -> None:
     checked, found, _ = looked(made, **{VARIABLE: f"{FIRST},{secret}"})

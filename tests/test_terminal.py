@@ -26,7 +26,7 @@ FAKE = "ok: all is well"  # a line that no command prints
 # C0 with CR and ESC, DEL, C1, marks and isolates of direction, line and paragraph ends, and what shows nothing.
 MARKS = (
     "\r\x08\x07\x1b[2J\x1b]0;title\x07\x7f\x85\x9b31m\u061c\u200b\u200c\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
-    "\u2060\u2066\u2067\u2068\u2069\u2028\u2029\ufeff\u00ad\u034f\u180e\u3164\ufe0f\ufff9\U000e0041\ue000\u00a0"
+    "\u2060\u2066\u2067\u2068\u2069\u2028\u2029\ufeff\u00ad\u034f\u180e\u2800\u3164\ufe0f\ufff9\U000e0041\ue000\u00a0"
 )
 EVIL = f"shop{MARKS}\r\n{FAKE}\n{FAKE}\x1b[8m"
 
@@ -163,7 +163,7 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
 
 
 def test_only_what_can_do_harm_is_written_out() -> None:
-    unseen = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, 0x180B, 0x180C, 0x180D, 0x180F}
+    unseen = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, 0x180B, 0x180C, 0x180D, 0x180F}
     unseen |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}  # variation selectors
     for code in range(sys.maxunicode + 1):
         char = chr(code)

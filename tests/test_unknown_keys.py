@@ -237,6 +237,14 @@ def test_keys_of_the_same_name_in_an_object_and_around_it_are_both_told(rig: Rig
     assert told(rig)["other"] == {"hologram": "inside", "outer": {"hologram": "around"}}
 
 
+def test_a_key_that_is_called_as_the_place_for_those_is_told_as_well(rig: Rig) -> None:
+    rig.account()
+    item = rig.item({**ITEMS["message"], "hologram": "around"})
+    item["message"] = {**item["message"], "hologram": "inside", "outer": 1}
+    rig.hear(item)
+    assert told(rig)["other"] == {"hologram": "inside", "outer": 1, "outer_": {"hologram": "around"}}
+
+
 def test_a_second_object_of_an_item_is_told_with_the_first(rig: Rig) -> None:
     rig.account()
     second = {"mid": "m1", "action": "react", "emoji": "❤"}

@@ -50,7 +50,7 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
     shop.meta.customer_says(SHOP_ID, "900000000000001", "good day")
     shop.meta.customer_says(OTHER_ID, "900000000000001", "nobody is here")
     shop.send("good day to you", "key-1")
-    shop.wait_rows("SELECT status FROM outbound_messages", [("sent",)])
+    shop.wait_rows("SELECT status FROM outbound_messages", [("delivered",)])
     shop.meta.fault("messages", status=403)
     shop.send("this fails", "key-2")
     shop.wait_rows("SELECT COUNT(*) FROM outbound_messages WHERE status = 'failed'", [(1,)])

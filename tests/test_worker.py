@@ -134,6 +134,22 @@ def test_a_file_that_is_no_queue_is_left_alone(tmp_path: Path, content: bytes) -
         Worker(FakeEngine(), path, [])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("torn", ["zeros", "first page", "cut short"])
+def test_a_queue_that_a_power_loss_has_torn_is_made_anew(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "queue.db"
+    Worker(FakeEngine(), path, [])  # type: ignore[arg-type]
+    with contextlib.closing(sqlite3.connect(path)) as queue:
+        queue.execute("CREATE TABLE IF NOT EXISTS task (id INTEGER)")
+        queue.commit()
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"zeros": b"\0" * 8192, "first page": whole[:100] + b"\xff" * 3996 + whole[4096:], "cut short": whole[:1000]}[
+            torn
+        ]
+    )
+    Worker(FakeEngine(), path, [])  # type: ignore[arg-type]
+
+
 def test_a_bell_is_heard_though_the_queue_cannot_be_written(
     start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path
 ) -> None:

@@ -46,8 +46,8 @@ KINDS = {
     "crm_unauthorized": Kind(
         "the CRM answers 401: it does not accept our signature, and deliveries are held",
         "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT, or, when only the CRM was wrong, "
-        "crmbridge account resume ACCOUNT --deliveries: what the 401 ended is sent again, too; a test is sent every "
-        "five minutes, and when the CRM takes it the rest goes on by itself",
+        "crmbridge account resume ACCOUNT --deliveries: either sends again what the 401 ended, too; a test is sent "
+        "every five minutes for a week, and when the CRM takes it and an event, all others go on by themselves",
         "the CRM takes an event again; or nothing waits for it any more",
     ),
     "crm_gone": Kind(
@@ -174,6 +174,12 @@ KINDS = {
         "raise max_mb; crmbridge check shows what is owed; while the service is stopped, sqlite3 bridge.db VACUUM "
         "closes the gaps that short texts left",
         "it is smaller than that",
+        lasting=True,
+    ),
+    "backup_old": Kind(
+        "the last backup failed, or none was made within two days: what came since is lost when the disk dies",
+        "crmbridge backup /var/lib/crmbridge/backups/ --keep 14 tells what is wrong; daily by cron: README, Backups",
+        "a good backup was made",
         lasting=True,
     ),
     "request_fault": Kind(

@@ -1,5 +1,6 @@
 """Calls to Instagram's Graph API with an account's token: who am I, subscribe, send."""
 
+import contextlib
 import json
 import re
 import time
@@ -209,26 +210,26 @@ class Client:
             raise Retry(refusal.message, code="look_up_failed", counts=False, stops=stops) from None
         except (Invalid, Unavailable) as error:
             raise Retry(error.message, code="look_up_failed", counts=False) from None
-        messages = thread.get("messages")
-        listed = _list(messages.get("data") if isinstance(messages, dict) else None)
-        try:
-            shown = tuple(
-                Shown(
-                    str(entry["id"]),
-                    str(entry.get("message") or ""),
-                    epoch_s(entry["created_time"]),
-                    _from(entry) != contact,
-                    _kinds(entry),
-                )
-                for entry in listed
-            )
-        except (KeyError, TypeError, ValueError):
-            raise Retry("the conversation cannot be read", code="look_up_failed", counts=False) from None
-        return Thread(shown, self._ahead_s(answer))
+        # An edge without entries is left out of an object.
+        messages = thread.get("messages", {"data": []} if "id" in thread else None)
+        listed = messages.get("data") if isinstance(messages, dict) else None
+        if not isinstance(listed, list):
+            raise Retry("the conversation cannot be read", code="look_up_failed", counts=False)
+        shown = []
+        for entry in _list(listed):
+            # What is older than the newest 20, or was deleted, is listed without its details.
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                at_s, text = epoch_s(entry["created_time"]), str(entry.get("message") or "")
+                shown.append(Shown(str(entry["id"]), text, at_s, _from(entry) != contact, _kinds(entry)))
+        return Thread(tuple(shown), self._ahead_s(answer))
 
     def _find_thread(self, token: str, user_id: str, contact: str) -> str | None:
         query = [("platform", "instagram"), ("user_id", contact)]
         _, found = self.ask("GET", f"/{user_id}/conversations", token, query)
+        if not isinstance(found.get("data"), list):
+            raise Unavailable(
+                "Instagram's list of conversations cannot be read.", code="instagram_unavailable", after_s=30
+            )
         names: list[str] = [entry["id"] for entry in _list(found.get("data")) if isinstance(entry.get("id"), str)]
         if not names:
             return None
@@ -238,7 +239,7 @@ class Client:
         return names[0]
 
     def _ahead_s(self, answer: net.Answer) -> float:
-        """Return by how much our clock is ahead of Instagram's, in seconds: its answers carry the time."""
+        """Return by how much our clock is ahead of Instagram's, in seconds, as far as its answer's Date is right."""
         try:
             return self.clock() - parsedate_to_datetime(answer.headers.get("Date") or "").timestamp()
         except (ValueError, TypeError, OverflowError):

@@ -141,6 +141,7 @@ _TABLE = {pair: meaning for meaning in MEANINGS if not meaning.says for pair in 
 # These end with a new token.
 TOKEN_SLUGS = ("token_invalid", "token_expired", "access_removed")
 _BY_SLUG = {meaning.slug: meaning for meaning in MEANINGS}
+_UNLISTED = "instagram_refused"
 
 
 def classify(http_status: int, error: dict[str, Any], *, names_object: bool = False) -> Meaning:
@@ -160,6 +161,8 @@ def leaves_open(http_status: int, error: dict[str, Any], meaning: Meaning) -> bo
     Meta reports code 1 after deliveries, and answers 5xx with messages delivered (implementers' reports). Code 2 with
     is_transient false is a refusal (observed with 2/2018344).
     """
+    if http_status < 300 and meaning.slug == _UNLISTED:
+        return True  # it says both that the call went well and that it did not
     if meaning.kind in ("account", "final", "alert", "limit"):
         return False
     if meaning.kind == "unknown" or error.get("is_transient") is True:
@@ -179,7 +182,7 @@ def _meaning(http_status: int, error: dict[str, Any]) -> Meaning:
             return _TABLE[key]
     if error.get("is_transient") is True or http_status >= 500:
         return _BY_SLUG["instagram_fault"]
-    return _BY_SLUG["rate_limited" if http_status == 429 else "instagram_refused"]
+    return _BY_SLUG["rate_limited" if http_status == 429 else _UNLISTED]
 
 
 def _number(value: object) -> int | None:

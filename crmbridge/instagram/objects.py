@@ -81,7 +81,10 @@ def first(read: Callable[[Any], _Read | None], *places: tuple[Told, str]) -> _Re
 def together(inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of an object and of the one around it; those of the same name stand apart."""
     twice = {name: value for name, value in outer.items() if name in inner}
-    return {**outer, **inner, **({"outer": twice} if twice else {})}
+    name = "outer"
+    while name in inner or name in outer:
+        name += "_"
+    return {**outer, **inner, **({name: twice} if twice else {})}
 
 
 def shown(item: Any) -> Any:

@@ -55,11 +55,15 @@ def resume(db: Database, account_id: str, what: Sequence[str], patience: Patienc
         if was_paused:
             terminal.say(f"resumed {name} of {account_id}")
         account = accounts.found(db, account_id)
-        if (held or not was_paused) and dead.release(db, account, target, now_s, patience):
+        may_release = held or not was_paused
+        was_held, again = dead.release(db, account, target, now_s, patience) if may_release else (False, 0)
+        if again:
+            terminal.say(f"{again} event(s) of {account_id} that a 401 ended are sent again")
+        if was_held:
             terminal.say(f"released {name} of {account_id}")
         elif (left := pauses.hold(db, account, target)) is not None:
             terminal.say(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
-        elif not was_paused:
+        elif not was_paused and not again:
             terminal.say(f"{name} of {account_id} were not paused")
 
 

@@ -21,46 +21,61 @@ _DRAFT = ".part"
 _MB = 10**6
 _SPARE_BYTES = 2 * _MB
 _SHORTEST = 8
+INI_MARK = "crmbridge.ini\n"  # so that no other sealed secret is taken for one
 
 
 def run(
     settings: Settings,
     target: str,
     *,
+    ini: Path | None = None,
     with_key: bool = False,
     passphrase_file: str | None = None,
     keep: int | None = None,
     now_s: float | None = None,
 ) -> int:
-    """Make a backup at `target`, a file or a folder, tell of it, and leave the last `keep` in the folder."""
+    """Make a backup at `target`, a file or a folder, tell of it, and leave the last `keep` in the folder.
+
+    The configuration `ini` is sealed in with the key file's key, and that key, when asked, with a passphrase.
+    """
     place, is_folder = settings.store.path, target.endswith("/") or Path(target).is_dir()
     if keep is not None and (keep < 1 or not is_folder):
         raise Misconfigured("--keep says how many backups to leave in a FOLDER, one or more")
     began_s, monotonic_s = time.time() if now_s is None else now_s, time.monotonic()
     name = f"crmbridge-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began_s))}.db"
     file = (Path(target, name) if is_folder else Path(target)).absolute()
-    if file.exists():
+    if os.path.lexists(file):
         raise Misconfigured(f"{file} is there already: a backup overwrites nothing")
-    note = {"made_at": instant(began_s), "version": __version__, "sealed_key": None}
-    if with_key:
-        note["sealed_key"] = vault.seal_key(vault.read(settings.vault.key_file), _new_passphrase(passphrase_file))
+    secret: str | BridgeError | OSError | None = None
+    try:
+        secret = _new_passphrase(passphrase_file) if with_key else None
+    except (BridgeError, OSError) as error:
+        secret = error  # to be remembered where there is a place for it
     whose = owner.of(place)
     writer = owner.beside(file, whose)  # beside the service's own files it is theirs, too
+    if writer is not None:  # then nothing at all is root's to do
+        owner.become(writer, place.parent)
+        whose = writer = None
     with contextlib.ExitStack() as stack:
         with owner.acting(whose):
             db = stack.enter_context(contextlib.closing(database.open_existing(place)))
-            source = stack.enter_context(copies.reading(place))
         size, problem = None, None
         try:
+            if isinstance(secret, Exception):
+                raise secret
+            with owner.acting(whose):
+                source = stack.enter_context(copies.reading(place))
+                note: dict[str, str | None] = {"made_at": instant(began_s), "version": __version__}
+                unsealed = _seal(note, settings.vault.key_file, ini, secret)
             with owner.acting(writer):
                 made = _make(source, settings, file, note)
-            size = file.stat().st_size
+                size = file.stat().st_size
         except BaseException as error:
             problem = str(error) or type(error).__name__
             raise
         finally:
             row = {
-                "began_at": note["made_at"],
+                "began_at": instant(began_s),
                 "ended_at": instant(began_s + time.monotonic() - monotonic_s),
                 "file": str(file),
             }
@@ -73,17 +88,38 @@ def run(
     terminal.say(f"  {counted} ({made.pending} still owed)")
     if keep is not None:
         with owner.acting(writer):
-            others = sorted(
-                path for path in file.parent.iterdir() if _OURS.fullmatch(path.name) and path.is_file() and path != file
-            )
-            for old in others[: max(len(others) - keep + 1, 0)]:  # never the new one, whatever the clock says
-                old.unlink()
-                terminal.say(f"  removed {old.name}")
+            _prune(file, keep)
+    if unsealed:
+        terminal.complain(f"the configuration is not in the backup: {unsealed}")
+    if made.strange:
+        terminal.complain(f"restore will refuse it: {', '.join(made.strange)}")
     if with_key:
         terminal.say("  the key is in it, sealed: keep the passphrase elsewhere, nothing else opens it")
     else:
         terminal.say(f"  it needs the key file: keep a copy of {settings.vault.key_file}, but not beside the backups")
     return 0
+
+
+def _seal(note: dict[str, str | None], key_file: Path, ini: Path | None, secret: str | None) -> str | None:
+    """Add the key and the configuration to the note, sealed; say why there is no configuration, if so."""
+    note |= {"sealed_key": None, "sealed_ini": None}
+    if secret is not None:
+        note["sealed_key"] = vault.seal_key(vault.read(key_file), secret)
+    if ini is None:
+        return None
+    try:
+        note["sealed_ini"] = vault.load(key_file).seal(INI_MARK + ini.read_text(encoding="utf-8-sig"))
+    except (Misconfigured, OSError, UnicodeDecodeError) as error:  # the rows count for more
+        return str(error)
+    return None
+
+
+def _prune(file: Path, keep: int) -> None:
+    """Leave the last backups with a name of ours; the new one stays, whatever the clock says."""
+    others = [path for path in file.parent.iterdir() if _OURS.fullmatch(path.name) and path.is_file() and path != file]
+    for old in sorted(others)[: max(len(others) - keep + 1, 0)]:
+        old.unlink()
+        terminal.say(f"  removed {old.name}")
 
 
 def _make(source: sqlite3.Connection, settings: Settings, file: Path, note: dict[str, str | None]) -> copies.Contents:
@@ -107,7 +143,7 @@ def _make(source: sqlite3.Connection, settings: Settings, file: Path, note: dict
 
 
 def _remove_unlocked(draft: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), draft.open("rb") as file, contextlib.suppress(BlockingIOError):
+    with contextlib.suppress(BridgeError, OSError), owner.opened(draft, None) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         copies.discard(draft)
 

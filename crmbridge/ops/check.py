@@ -210,7 +210,8 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
     held = holds.find(db, account["id"], "crm")
     if held is not None and held["trial_since"] is None:
-        text = f"{about} deliveries are held since {held['since']}: {held['reason']}"
+        asked = f"is asked again at {held['ask_at']}" if held["ask_at"] else "is not asked again by itself"
+        text = f"{about} deliveries are held since {held['since']}: {held['reason']}; it {asked}"
         todo = pauses.to_type(account["id"], "crm", held["cause"])
         yield Finding("warning", "deliveries_held", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:

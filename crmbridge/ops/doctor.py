@@ -44,17 +44,19 @@ _OLD_S, _SLOW_MS, _CLOCK_OFF_S = 900, 5000, 30
 _EXPIRES_DAYS, _EXPIRES_NOW_DAYS = 14, 3
 _SHOWN = ("level", "slug", "what", "why", "todo", "account_id")
 # A warning to `check`, as the bridge may be about to be set up or started, and broken where it should run.
-_WORSE = ("disk_full", "token_missing", "worker_dead")
-_IN_INI = ("app_secret_short", "app_secrets_empty", "look_up_short", "verify_token_empty")
+_WORSE = ("deliveries_held", "disk_full", "token_missing", "worker_dead")
+_IN_INI = ("app_secret_odd", "app_secret_short", "app_secrets_empty", "look_up_short", "verify_token_empty")
 _WHY = {
     "account_held": "what is held waits, in its order, and does not age",
     "alerts_unheard": "at night nobody looks into the log",
+    "app_secret_odd": "a secret that is not Meta's matches no signature, and every webhook is refused",
     "app_secret_short": "a forged webhook goes to the CRM, signed by the bridge; a forged request deletes an account",
     "app_secrets_empty": "nothing that customers write gets in, and after an hour of it Meta ends the subscription",
     "ca_file": "the service does not start",
     "cannot_shrink": "the disk space that old rows took is used again, but never given back",
     "database": "the service does not start",
     "dead_letters": "they are tried no more; with their texts they are kept for [retention] text_days",
+    "deliveries_held": "the CRM hears nothing; what waits is kept, in its order, and does not age",
     "deliveries_paused": "the CRM hears nothing; what waits is kept, in its order, and does not age",
     "disk_full": "Meta and the CRM get 503 and repeat; after an hour of it Meta ends the subscription",
     "folder_closed": "the service cannot store anything",
@@ -634,6 +636,7 @@ def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None)
         level = "warning" if slug == "crm_rate_limited" else "error"
         yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: "  # type: ignore[arg-type]
                       f"{check.message(error)}",
-                      "events wait, and die after 24 hours; with 401 at once", todo, one)  # fmt: skip
+                      "after 401 or 410 all events are held; after anything else they wait, and die after 24 hours",
+                      todo, one)  # fmt: skip
     else:
         yield Finding("ok", "crm", f"{about}: the CRM at {place} took a signed test event", account_id=one)

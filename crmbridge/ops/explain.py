@@ -353,6 +353,9 @@ def _say_dead(found: Story, row: Row, name: str) -> None:
         return
     if doubtful:
         found.next.append("it may have arrived: look into Instagram before it is sent again")
+    if row["last_code"] == "crm_unauthorized":
+        found.advise(pauses.to_type(row["account_id"], "crm", "unauthorized"))
+        return
     found.advise(f"crmbridge dlq retry {row['id']}" + (" --force" if doubtful else ""))
 
 

@@ -144,7 +144,9 @@ to {sandbox.url}/sandbox/accounts/{_SHOP}/subscription, to lose it,
   {{"fields": []}}                 and DELETE {sandbox.url}/sandbox/accounts/{_SHOP}/tokens to end its tokens,
 POST JSON to {sandbox.url}/sandbox/accounts to make a new token, or another shop,
   {{"user_id": "{_SHOP}", "token": "IGAA-new", "username": "your_shop", "app_scoped_id": "{_SHOP_SCOPED}"}}
-POST to {sandbox.url}/sandbox/customers/{_CUSTOMER}/messages what no webhook tells, for a backfill,
+POST to {sandbox.url}/sandbox/customers/{_CUSTOMER}/messages what a customer writes (with "user_id" to another shop),
+  {{"text": "hello"}}
+what no webhook tells, for a backfill,
   {{"text": "hello", "told": "never"}}    {{"text": "hello", "told": "edit"}}      the latter only as an empty edit
   with "timestamp_ms" (milliseconds since 1970) the message is as old as you like, to rehearse the end of a window
 to …/{_CUSTOMER}/replies what the shop writes in the app,

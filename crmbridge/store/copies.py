@@ -6,17 +6,19 @@ a rest after each: VACUUM INTO, or one large step, doubles the slowest commits o
 """
 
 import contextlib
+import datetime
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import accounts, deliveries, questions, sqlite
-from crmbridge.store.database import Database, Row, newest_migration
+from crmbridge.store import accounts, deliveries, questions, schema, sqlite
+from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import SEND, Patience
 
 _STEP_PAGES = 256
@@ -25,6 +27,7 @@ _MOST_REST_S = 0.5
 _TABLES = ("accounts", "contacts", "inbound_events", "outbound_messages", "deliveries")
 _SIDE = ("-wal", "-shm", "-journal")
 _KEPT_NOTES = 100
+_ADMINS = 20
 _GAP = 1000
 _UNSURE_S = 7 * 86_400.0
 _BEGIN_S = epoch_s("2020-01-01T00:00:00.000Z")
@@ -32,17 +35,23 @@ _BEGIN_S = epoch_s("2020-01-01T00:00:00.000Z")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a copy tells of itself: when and by which version it was made, its rows, and the key sealed into it.
+    """What a copy tells of itself: when and by which version it was made, and its rows.
 
-    `made_at` is no later than the moment of which it is a copy; `schema` is its newest migration.
+    `made_at` is no later than the moment of which it is a copy. `strange` tells what restore will refuse it for,
+    `secrets` are what the accounts keep sealed, `admins` the id, name and making of the first keys that may do
+    everything, `keys` the number of all that open anything.
     """
 
     made_at: str
     version: str | None
-    schema: str
     rows: dict[str, int]
     pending: int
-    sealed_key: str | None
+    strange: list[str]
+    secrets: list[str]
+    admins: list[list[str]]
+    keys: int
+    sealed_key: str | None = None
+    sealed_ini: str | None = None
 
 
 def size(connection: sqlite3.Connection) -> int:
@@ -54,7 +63,9 @@ def size(connection: sqlite3.Connection) -> int:
 @contextlib.contextmanager
 def reading(source: Path) -> Iterator[sqlite3.Connection]:
     """Hold the database as it is now for `write`; others go on writing. Raises Misconfigured."""
-    with contextlib.closing(sqlite3.connect(source, timeout=sqlite.BUSY_TIMEOUT_S, isolation_level=None)) as connection:
+    with contextlib.closing(
+        sqlite.open_file(source, timeout=sqlite.BUSY_TIMEOUT_S, isolation_level=None)
+    ) as connection:
         with _named(source):
             connection.execute("BEGIN")
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
@@ -75,54 +86,81 @@ def write(
         pause(min(time.monotonic() - began_s, _MOST_REST_S))
         began_s = time.monotonic()
 
-    with _named(draft), contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as copy:
+    with _named(draft), contextlib.closing(sqlite.open_file(draft, isolation_level=None)) as copy:
         copy.execute("PRAGMA synchronous = OFF")
         source.backup(copy, pages=_STEP_PAGES, progress=rest)
         copy.execute("PRAGMA journal_mode = DELETE").fetchone()  # one file, with nothing beside it
         copy.execute("DROP TABLE IF EXISTS backup_note")
-        copy.execute("CREATE TABLE backup_note (made_at TEXT NOT NULL, version TEXT NOT NULL, sealed_key TEXT)")
-        copy.execute("INSERT INTO backup_note VALUES (:made_at, :version, :sealed_key)", note)
+        copy.execute(schema.NOTE)
+        copy.execute("INSERT INTO backup_note VALUES (:made_at, :version, :sealed_key, :sealed_ini)", note)
     os.fsync(handle)
 
 
-def look_through(path: Path, *, change: bool = False) -> Contents:
-    """Check a copy from end to end and count what is in it; with `change` its log may be carried over.
+def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
+    """Check a copy from end to end and count what is in it.
 
+    Of one `from_elsewhere` the log is carried over, and what no migration makes is refused before any of it is run.
     Raises Misconfigured for what is damaged, is not ours, or was made by a newer version.
     """
-    with (
-        _named(path),
-        contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode={'rw' if change else 'ro'}", uri=True)
-        ) as copy,
-    ):
-        if change:
+    name = f"{path.absolute().as_uri()}?mode={'rw' if from_elsewhere else 'ro'}"
+    with _named(path), contextlib.closing(sqlite.open_file(name, uri=True)) as copy:
+        if from_elsewhere:
             copy.execute("PRAGMA journal_mode = DELETE").fetchone()
-        found = [row[0] for row in copy.execute("PRAGMA integrity_check(3)")]
-        if found != ["ok"]:
-            raise Misconfigured(f"{path} is damaged: {'; '.join(found).replace(chr(10), ' ')}")
         tables = {row[0] for row in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables.issuperset((*_TABLES, "schema_migration")):
             raise Misconfigured(f"{path} is a database, but none of crmbridge")
-        schema = str(copy.execute("SELECT MAX(name) FROM schema_migration").fetchone()[0])
-        if schema > newest_migration():
-            raise Misconfigured(f"{path} was made by a newer version (it has {schema}): install that version first")
-        note: tuple[str, str | None, str | None] | None = None
-        if "backup_note" in tables:
-            note = copy.execute("SELECT made_at, version, sealed_key FROM backup_note").fetchone()
-        if note is None:  # made by another program: the last sign of life is no later than what it is a copy of
-            at = copy.execute("SELECT COALESCE(MAX(at), (SELECT MAX(accepted_at) FROM deliveries)) FROM heartbeats")
-            note = (at.fetchone()[0] or instant(0), None, None)
-        rows = {table: int(copy.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]) for table in _TABLES}
-        pending = int(copy.execute("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'").fetchone()[0])
-    return Contents(note[0], note[1], schema, rows, pending, note[2])
+        applied = [row[0] for row in copy.execute("SELECT name FROM schema_migration ORDER BY name")]
+        problem = schema.problem(applied)
+        if problem and from_elsewhere:
+            raise Misconfigured(problem)
+        strange = [problem] if problem else schema.strange(copy, applied)
+        if strange and from_elsewhere:
+            raise Misconfigured(
+                f"it is not as crmbridge makes it: {', '.join(strange)}. What stands in it beside may run when it is "
+                "read. If it is your own, take it out of a copy, as by: sqlite3 COPY 'DROP VIEW name'"
+            )
+        found = [row[0] for row in copy.execute("PRAGMA integrity_check(3)")]
+        if found != ["ok"]:
+            raise Misconfigured(f"{path} is damaged: {'; '.join(found).replace(chr(10), ' ')}")
+        return Contents(
+            **_note(copy, path, has_note="backup_note" in tables),
+            rows={table: int(_value(copy, f"SELECT COUNT(*) FROM {table}")) for table in _TABLES},
+            pending=int(_value(copy, "SELECT COUNT(*) FROM deliveries WHERE state = 'pending'")),
+            strange=strange,
+            secrets=[
+                str(sealed)
+                for name in ("access_token_sealed", "webhook_secret_sealed")
+                for (sealed,) in copy.execute(f"SELECT {name} FROM accounts WHERE {name} IS NOT NULL")
+            ],
+            admins=[
+                [str(value) for value in row]
+                for row in copy.execute(
+                    "SELECT id, substr(name, 1, 60), substr(created_at, 1, 19) FROM api_keys "
+                    f"WHERE revoked_at IS NULL AND admin IS NOT 0 ORDER BY created_at, id LIMIT {_ADMINS}"
+                )
+            ],
+            keys=int(_value(copy, "SELECT COUNT(*) FROM api_keys WHERE revoked_at IS NULL")),
+        )
 
 
-def sealed_secrets(path: Path) -> list[str]:
-    """Return what the accounts in a copy keep sealed."""
-    sql = "SELECT access_token_sealed FROM accounts UNION ALL SELECT webhook_secret_sealed FROM accounts"
-    with _named(path), contextlib.closing(sqlite3.connect(path)) as copy:
-        return [row[0] for row in copy.execute(sql) if row[0]]
+def _note(copy: sqlite3.Connection, path: Path, *, has_note: bool) -> dict[str, Any]:
+    note: dict[str, Any] = {"version": None}
+    if has_note:
+        rows = copy.execute("SELECT * FROM backup_note")
+        note |= dict(zip((column[0] for column in rows.description), rows.fetchone() or (), strict=False))
+    if "made_at" not in note:  # made by another program: the last sign of life is no later than what it is a copy of
+        at = _value(copy, "SELECT COALESCE(MAX(at), (SELECT MAX(accepted_at) FROM deliveries)) FROM heartbeats")
+        note["made_at"] = at or instant(0)
+    note["made_at"] = str(note["made_at"])
+    try:
+        epoch_s(note["made_at"])
+    except ValueError:
+        raise Misconfigured(f"{path} does not tell when it was made") from None
+    return note
+
+
+def _value(copy: sqlite3.Connection, sql: str) -> Any:
+    return copy.execute(sql).fetchone()[0]
 
 
 def discard(path: Path, *, but_itself: bool = False) -> None:
@@ -156,6 +194,11 @@ def remember(db: Database, row: Row) -> None:
 def last(db: Database, *, good: bool = True) -> Row | None:
     """Return the last backup that was made and verified, or the last try of all."""
     return db.row(f"SELECT * FROM backups {'WHERE error IS NULL' if good else ''} ORDER BY position DESC LIMIT 1")
+
+
+def made_s(db: Database) -> float:
+    """Return when the database was made, in seconds since the epoch."""
+    return datetime.datetime.fromisoformat(db.value("SELECT MIN(applied) FROM schema_migration")).timestamp()
 
 
 # --- to take the database's place ---
@@ -217,7 +260,7 @@ def close_down(path: Path) -> None:
     Raises Misconfigured while another program has it open; what is damaged stays as it is, its log kept beside.
     """
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
+        with contextlib.closing(sqlite.open_file(path, timeout=1)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE").fetchone()
     except sqlite3.OperationalError as error:
         if "locked" in str(error):

@@ -13,11 +13,10 @@ from playhouse.migrations import Runner
 
 from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
-from crmbridge.store import sqlite
+from crmbridge.store import schema, sqlite
 
 T = TypeVar("T")
 Row = dict[str, Any]
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _COMMIT_TOGETHER = 64
 IS_IT_MOUNTED = "is its disk mounted (df)? If it is lost: crmbridge restore FILE"
 # A file that is locked, full, unreadable or no database; against statements that are wrong, which are ours to mend.
@@ -239,7 +238,7 @@ class Database:
 
         Each runs in one transaction: a failure leaves schema and rows as they were before it. Raises Misconfigured.
         """
-        runner = Runner(self._db, str(_MIGRATIONS))
+        runner = Runner(self._db, str(schema.MIGRATIONS))
         if not any(step.applied is None for step in self._steps(runner)):
             return []
         try:
@@ -269,7 +268,7 @@ class Database:
         Migrations only add, so what a newer version has added is left alone.
         """
         try:
-            status = Runner(self._db, str(_MIGRATIONS)).status()
+            status = Runner(self._db, str(schema.MIGRATIONS)).status()
         except peewee.DatabaseError as error:
             if "locked" in str(error):  # by somebody who does not go by our locks; nothing is wrong with it
                 return f"another program keeps it locked; see which, and end it: fuser -v {self.path}"
@@ -389,7 +388,7 @@ def _presence_of(path: Path) -> Path:
 
 def newest_migration() -> str:
     """Return the name of the last migration that this version has."""
-    return max(path.stem for path in _MIGRATIONS.glob("[0-9]*.py"))
+    return schema.migrations()[-1]
 
 
 def open_existing(path: Path, key_file: Path | None = None) -> Database:

@@ -164,33 +164,38 @@ def _owe_again(
 MENDED = "mended"  # by whom a delivery was revived: a person mended what the 401 was about
 
 
-def release(db: Database, account: Row, target: Target, now_s: float, patience: Patience) -> bool:
-    """End what a far side's answer holds back, as a person says that it is mended; tell whether there was a hold.
+def release(db: Database, account: Row, target: Target, now_s: float, patience: Patience) -> tuple[bool, int]:
+    """End what a far side's answer holds back, as a person says that it is mended.
 
-    First what the CRM's 401 ended is put back, in its old order: all of it, and each event once.
+    First what the CRM's 401 ended is put back, in its old order: all of it, and each event once. Return whether there
+    was a hold, and how many were put back.
     """
-    if target == "crm":
-        _reinstate(db, account["id"], now_s, patience)
-    return holds.let_go(db, account, target, now=instant(now_s), patience=patience)
+    again = _reinstate(db, account["id"], now_s, patience) if target == "crm" else 0
+    return holds.let_go(db, account, target, now=instant(now_s), patience=patience), again
 
 
-def _reinstate(db: Database, account_id: str, now_s: float, patience: Patience) -> None:
+def _reinstate(db: Database, account_id: str, now_s: float, patience: Patience) -> int:
     sql = f"""
         SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.target = 'crm' AND dead.account_id = ?
             AND dead.last_code = 'crm_unauthorized' AND instr(COALESCE(dead.notes, ''), ' revived {MENDED}') = 0
             AND ({_BECAUSE}) IS NULL AND (dead.contact, dead.sequence) > (?, ?)
         ORDER BY dead.contact, dead.sequence LIMIT {_AT_ONCE}"""
     after: tuple[str, int] = ("", -1)
+    again = 0
     while rows := db.rows(sql, (account_id, *after)):
-        db.write(functools.partial(_reinstate_some, db, rows, now_s, patience))
+        again += db.write(functools.partial(_reinstate_some, db, rows, now_s, patience))
         after = (rows[-1]["contact"], rows[-1]["sequence"])
+    return again
 
 
-def _reinstate_some(db: Database, rows: Sequence[Row], now_s: float, patience: Patience) -> None:
+def _reinstate_some(db: Database, rows: Sequence[Row], now_s: float, patience: Patience) -> int:
+    again = 0
     for _, lane in itertools.groupby(rows, key=lambda row: str(row["contact"])):
         still = [row for row in lane if db.value("SELECT state FROM deliveries WHERE id = ?", (row["id"],)) == "dead"]
         if still:
             _owe_again(db, still, now_s, patience, asked_at=None, by=MENDED)
+        again += len(still)
+    return again
 
 
 # --- many: ask for them, then let them in bit by bit ---

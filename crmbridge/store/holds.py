@@ -18,6 +18,7 @@ CRM_ASK_S = (60.0, 300.0)  # the last one repeated
 CRM_ASK_DAYS = 7
 CRM_TRIALS = 2  # a CRM that takes tests without looking at them would burn an event after each
 INSTAGRAM_ASK_S, INSTAGRAM_ASK_AT_MOST_S = 900.0, 6 * 3600.0
+TOGETHER_S = 300.0  # accounts that are stopped within this time have one trouble, and it is not theirs
 RESTRICTED_ASK_S = 24 * 3600.0
 RESTRICTED = ("account_restricted", "account_blocked")  # asking soon is no help against a restriction by policy
 _DAY_S = 86_400

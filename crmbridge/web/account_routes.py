@@ -149,8 +149,9 @@ class AccountRoutes:
 
     def _release(self, call: Call, row: Row, target: Target) -> None:
         """End what a far side's answer holds back, as this caller says that it is mended."""
-        if dead.release(call.db, row, target, call.now_s, self._patience):
-            log.info("account.released", account=row["id"], target=target, by=call.key_id())
+        was_held, again = dead.release(call.db, row, target, call.now_s, self._patience)
+        if was_held or again:
+            log.info("account.released", account=row["id"], target=target, sent_again=again, by=call.key_id())
 
     def _rotated(self, row: Row, secret: str | None, now_s: float) -> dict[str, Any]:
         """Return the columns for a new secret; the old one signs beside it for a day, so that nothing is refused."""
@@ -267,15 +268,21 @@ def _shown(row: Row, paused: dict[tuple[str, str], Row], held: dict[tuple[str, s
         "crm_webhook_url": row["crm_webhook_url"],
         "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
         "paused": {what: shown(target) for what, target in pauses.WHAT.items()},
-        "held": {what: _held(row, target, held.get((target, row["id"]))) for what, target in pauses.WHAT.items()},
+        "held": {
+            what: _held(row, target, held.get((target, row["id"])), is_paused=(target, row["id"]) in paused)
+            for what, target in pauses.WHAT.items()
+        },
         "token_expires_at": end.at if end else None,
         **{name: row[name] for name in ("token_checked_at", "created_at", "updated_at")},
     }
 
 
-def _held(row: Row, target: Target, found: Row | None) -> dict[str, Any] | None:
-    """Return what holds an endpoint back beside a person's pause: its account's status, or what its CRM answered."""
-    asked = found["ask_at"] if found and found["trial_since"] is None else None
+def _held(row: Row, target: Target, found: Row | None, *, is_paused: bool) -> dict[str, Any] | None:
+    """Return what holds an endpoint back beside a person's pause: its account's status, or what its CRM answered.
+
+    Who is paused is not asked.
+    """
+    asked = found["ask_at"] if found and found["trial_since"] is None and not is_paused else None
     if pauses.blocks(row["status"], target):
         by_status = {"by": row["status"], "since": row["status_since"], "reason": row["status_reason"]}
         return {**by_status, "asked_again_at": asked if row["status"] == "error" else None}

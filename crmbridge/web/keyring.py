@@ -133,11 +133,11 @@ class Verifier:
             if sum(map(len, self._queues.values())) >= _CHECKS_AT_MOST:
                 crowded_out = self._longest(waiting)
             if crowded_out is not waiting:
-                self._under_way[caller, parts] = waiting
-                self._queues.setdefault(caller, deque()).append(waiting)
-                if not self._works:
+                if not self._works:  # first: what starts no thread leaves nothing that waits for one
                     threading.Thread(target=self._work, name="keys", daemon=True).start()
                     self._works = True
+                self._under_way[caller, parts] = waiting
+                self._queues.setdefault(caller, deque()).append(waiting)
         if crowded_out is not None:
             self._settle(crowded_out, _crowded())
         return waiting.matched

@@ -198,7 +198,8 @@ def _calm_down(plan: Plan, load: Load, meta: UnreliableMeta, weather: Weather, d
     except TimeoutError as error:
         owed.append(str(error))
     deadline, least = time.monotonic() + plan.quiet_s, -1
-    while (waiting := _owed(database)) and time.monotonic() < deadline:
+    # What was sent last has an echo on its way when the database owes nothing more; the echo owes the CRM an event.
+    while (waiting := _owed(database) or meta.owes() or _owed(database)) and time.monotonic() < deadline:
         if least < 0 or len(waiting) < least:
             deadline, least = time.monotonic() + plan.quiet_s, len(waiting)
         time.sleep(0.1)

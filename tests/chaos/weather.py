@@ -147,6 +147,10 @@ class UnreliableMeta(Meta):
             self._history.owe(item.mid for item in items if item.kind == "message")
         return posted
 
+    def owes(self) -> list[str]:
+        """Say how many echoes and receipts still wait to be posted, if any do."""
+        return [f"{self._owed} webhooks of Instagram"] if self._owed else []
+
     def is_behind(self) -> bool:
         """Tell whether many echoes and receipts still wait to be posted."""
         return self._owed > _OWED
@@ -182,7 +186,7 @@ def _send_fault(name: str, chance: float) -> _Fault | None:
         "reset": fault(500, drop=True),
         "lost": fault(odd, wire.error_body(1, subcode=1357046), effect=True),
         "lost_without": fault(odd, wire.error_body(1, subcode=1357046)),
-        "error_in_200": fault(200, wire.error_body(1, subcode=99), effect=chance < 0.7),
+        "error_in_200": fault(200, wire.error_body(1), effect=chance < 0.7),
         "transient": fault(500, wire.error_body(2, is_transient=True)),
         "limited": fault(429, wire.error_body(613), headers={"Retry-After": "1"}),
         "transient_after": fault(500, wire.error_body(2), effect=True),
