@@ -5,11 +5,13 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.test_cli import ROOT, run
+from tests.waiting import PATIENCE_S
 
 FOLDER = Path("crmbridge") / "store" / "migrations"
 HEAD = "from peewee import Database\n\n\n"
@@ -85,6 +87,8 @@ def test_a_rehearsal_migrates_and_serves_a_copy_and_leaves_nothing(code: Path) -
     done = at(code, "check", "--rehearse", "copy.db")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"rehearsed on a copy of the database: healthy; migrated: 0007_shoes; \d+\.\d s\n", done.stdout)
+    in_background = f"trap '' INT; PYTHONPATH={code} {sys.executable} -m crmbridge check --rehearse copy.db"
+    assert subprocess.run(["sh", "-c", in_background], cwd=code, timeout=PATIENCE_S, check=False).returncode == 0
     plant(code, "0007_shoes", GOOD.replace("upper(name)", "nonsense"))
     broken = at(code, "check", "--rehearse", "copy.db")
     assert (broken.returncode, "no such column: nonsense" in broken.stderr) == (1, True)

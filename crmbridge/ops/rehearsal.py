@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -70,6 +71,7 @@ def _serve(settings: config.Settings, copy: Path, open_server: Opener) -> tuple[
     )
     server, db = open_server(tried)
     answers: list[tuple[int, str]] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process was told to ignore it
 
     def ask() -> None:
         try:
