@@ -68,7 +68,7 @@ def test_without_root(bare: Box) -> None:
 
 def test_without_python(bare: Box) -> None:
     with hidden(bare, "/usr/bin/python3", "/usr/bin/python3.11"):
-        refuses(bare, "there is no python3 in PATH", "emerge --ask dev-lang/python")
+        refuses(bare, "there is no python3 in PATH", "emerge --ask --newuse dev-lang/python:3.13")
 
 
 def test_with_an_old_python(bare: Box) -> None:
