@@ -25,6 +25,7 @@ def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Laye
         )
         shop.wait_healthy()
         assert shop.log().count(" error service.hung ") == 2
+        until(lambda: shop.pids("crmbridge worker"))
         before = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
         for command in ("restart", "reload"):
             shop.rc(command)
