@@ -618,6 +618,7 @@ def test_a_disk_without_room_for_a_restore_keeps_what_it_has(made: Path, small_d
         "CRMBRIDGE_STORE_PATH": str(small_disk / "bridge.db"),
         "CRMBRIDGE_STORE_QUEUE_PATH": str(small_disk / "q.db"),
     }
+    shutil.copy(made / "var" / "bridge.db", small_disk)
     assert run(made, "init", **moved).returncode == 0
     before = sorted(path.name for path in small_disk.iterdir())
     failed = run(made, "restore", "it.db", **moved)
