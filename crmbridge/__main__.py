@@ -18,7 +18,7 @@ from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.store import accounts, database, vitals
 
 _M_ARENA_MAX = -8  # from malloc.h
-_FILES = ("at", "config", "file", "log", "passphrase_file", "target")  # arguments
+_FILES = ("at", "config", "file", "log", "passphrase_file", "rehearse", "target")  # arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,15 +91,16 @@ def _parser() -> _Parser:
     serve = command(commands, "serve", _serve, "run the bridge: web server and worker in one process")
     serve.add_argument("--no-worker", action="store_true", help="run the web server alone, beside 'crmbridge worker'")
     command(commands, "worker", _worker, "run the worker alone, beside 'crmbridge serve --no-worker'")
-    migrate = command(commands, "migrate", _migrate, "bring the database's schema up to this version")
-    migrate.add_argument("--to", metavar="NAME", help="go back to this migration, for an older version; keeps all rows")
-    migrate.add_argument("--show", action="store_true", help="only print the name of this version's newest migration")
-    command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
+    command(commands, "migrate", _migrate, "bring the database's schema up to this version")
+    check = command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
+    check.add_argument("--rehearse", metavar="FILE", help="instead, try to migrate and serve a copy of this backup")
 
-    health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer")
+    health = command(commands, "health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer",
+                     as_owner=False)  # fmt: skip
     health.add_argument("--live", action="store_true", help="only whether it answers")
     health.add_argument("--wait", type=float, default=0, metavar="S", help="ask for S seconds until it is well")
     health.add_argument("--at", metavar="PLACE", help="HOST:PORT (default: as the configuration says)")
+    health.add_argument("--pid", type=int, metavar="N", help="ask where this process listens, whatever else is said")
     health.add_argument("--worker", action="store_true", help="ask 'crmbridge worker' instead; PLACE is its queue_path")
 
     backup = command(commands, "backup", _backup, "copy the database while the service runs, and check the copy",
@@ -233,7 +234,8 @@ def _settings(options: argparse.Namespace) -> config.Settings:
 
 @contextlib.contextmanager
 def _database(options: argparse.Namespace) -> Any:
-    db = database.open_existing(_settings(options).store.path)
+    settings = _settings(options)
+    db = database.open_existing(settings.store.path, settings.vault.key_file)
     try:
         db.require_schema()
         yield db
@@ -254,24 +256,24 @@ def _init(options: argparse.Namespace) -> None:
         shutil.copyfile(config.SHIPPED_INI, path)
         path.chmod(0o640)
     terminal.say(("made     " if is_new else "kept     ") + str(path))
-    settings, absent = config.load(path), config.absent(path)
+    settings, absent, ini = config.load(path), config.absent(path), path
     whose = owner.of(settings.store.path)
     if is_new and whose:
         os.chown(path, -1, whose.gid)
-    with owner.acting(whose):
-        settings.store.path.parent.mkdir(parents=True, exist_ok=True)
-        if settings.store.path.exists() and not settings.vault.key_file.exists():
+    path, key_file = settings.store.path, settings.vault.key_file
+    with owner.acting(whose):  # the database first, so that a key file without one tells of a disk that is not mounted
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        if not is_new and not key_file.exists():
             _refuse_new_key(settings)
-    is_made = vault.create(settings.vault.key_file, owner.ids(whose))
-    terminal.say(("made     " if is_made else "kept     ") + str(settings.vault.key_file))
-    owner.become(whose, settings.store.path.parent)
-    is_new = not settings.store.path.exists()
-    db = database.create(settings.store.path)
-    steps = db.migrate()
-    db.close()
-    terminal.say(("made     " if is_new else "migrated " if steps else "kept     ") + str(settings.store.path))
+        may_be_made = is_new and not key_file.exists()
+        with contextlib.closing(database.create(path) if may_be_made else database.open_existing(path, key_file)) as db:
+            steps = db.migrate()
+    is_made = vault.create(key_file, owner.ids(whose))
+    terminal.say(("made     " if is_made else "kept     ") + str(key_file))
+    terminal.say(("made     " if is_new else "migrated " if steps else "kept     ") + str(path))
     if absent:
-        terminal.say(f"new      keys that {path} does not have; so long their defaults apply:")
+        terminal.say(f"new      keys that {ini} does not have; so long their defaults apply:")
         terminal.say(*(f"  {line}" for line in absent))
     if is_new:
         terminal.say("next: crmbridge key create --name admin --admin, then crmbridge serve")
@@ -291,12 +293,10 @@ def _refuse_new_key(settings: config.Settings) -> None:
 
 
 def _migrate(options: argparse.Namespace) -> None:
-    if options.show:
-        terminal.say(database.newest_migration())
-        return
-    with contextlib.closing(database.open_existing(_settings(options).store.path)) as db:
-        steps, verb = (db.migrate_back(options.to), "took back") if options.to else (db.migrate(), "applied")
-    terminal.say(*[f"{verb} {step}" for step in steps] or ["nothing to do"])
+    settings = _settings(options)
+    with contextlib.closing(database.open_existing(settings.store.path, settings.vault.key_file)) as db:
+        steps = db.migrate()
+    terminal.say(*[f"applied {step}" for step in steps] or ["nothing to do"])
 
 
 def _backup(options: argparse.Namespace) -> int:
@@ -325,13 +325,29 @@ def _restore(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from crmbridge.ops import check
 
+    if options.rehearse:
+        from crmbridge.ops import rehearsal
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        return rehearsal.run(_settings(options), Path(options.rehearse), _open_server)
     return check.run(_settings(options), config.find(options.config, os.environ))
+
+
+def _open_server(settings: config.Settings) -> tuple[Any, database.Database]:
+    from crmbridge import wiring
+    from crmbridge.web.server import Server
+
+    rooms = wiring.open_rooms(settings)
+    return Server(wiring.make_app(rooms, lambda: None), settings.web), rooms.db
 
 
 def _health(options: argparse.Namespace) -> int:
     from crmbridge.ops import health
 
+    if options.pid:
+        return health.of_process(options.pid, live=options.live, wait_s=options.wait)
     if options.worker:
+        _become_owner(options)
         queue_path = Path(options.at) if options.at else _settings(options).store.queue_path
         return health.worker(queue_path, wait_s=options.wait)
     web = health.at(options.at) if options.at else _settings(options).web

@@ -36,7 +36,7 @@ class Rooms:
 
 def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] = "all") -> Rooms:
     """Open the database and the vault for a process or a part of two. Raises Misconfigured when that cannot be."""
-    db = database.open_existing(settings.store.path)
+    db = database.open_existing(settings.store.path, settings.vault.key_file)
     db.require_schema()
     keys_of_secrets = vault.load(settings.vault.key_file)
     for account in accounts.everyone(db)[:_PROBED]:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peewee
 import pytest
+from playhouse.migrations import Runner
 
 from crmbridge import vault
 from crmbridge.events import instant
@@ -525,7 +527,10 @@ def test_a_damaged_database_fails_its_backup_and_gives_way_to_an_older_one(made:
 
 
 def test_an_older_schema_is_brought_up_to_date(made: Path) -> None:
-    assert run(made, "migrate", "--to", "0004_channel").returncode == 0
+    (made / "var" / "bridge.db").unlink()
+    Runner(peewee.SqliteDatabase(str(made / "var" / "bridge.db")), str(ROOT / "crmbridge" / "store" / "migrations")).up(
+        "0004_channel"
+    )
     assert run(made, "backup", "old.db").returncode == 0  # with no place to remember it
     done = run(made, "restore", "old.db")
     assert "migrated 0005_appliance" in done.stdout, done.stderr
@@ -613,6 +618,7 @@ def test_a_disk_without_room_for_a_restore_keeps_what_it_has(made: Path, small_d
         "CRMBRIDGE_STORE_PATH": str(small_disk / "bridge.db"),
         "CRMBRIDGE_STORE_QUEUE_PATH": str(small_disk / "q.db"),
     }
+    shutil.copy(made / "var" / "bridge.db", small_disk)
     assert run(made, "init", **moved).returncode == 0
     before = sorted(path.name for path in small_disk.iterdir())
     failed = run(made, "restore", "it.db", **moved)

@@ -405,10 +405,10 @@ def no_sqlite(stage: Stage, undo: contextlib.ExitStack) -> Path:
     return stage.with_ini(path="var/broken.db")
 
 
-@fault("database", "error", "install that version again")
-def newer(stage: Stage, undo: contextlib.ExitStack) -> None:
-    stage.execute("INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2030-01-01')")
-    undo.callback(stage.execute, "DELETE FROM schema_migration WHERE name = '9999_later'")
+@fault("database", "error", "put a backup back")
+def of_another_program(stage: Stage, undo: contextlib.ExitStack) -> None:
+    stage.execute("INSERT INTO schema_migration (name, applied) VALUES ('0004_other', '2030-01-01')")
+    undo.callback(stage.execute, "DELETE FROM schema_migration WHERE name = '0004_other'")
 
 
 @fault("data_open", "warning", "chmod -R o-rwx")

@@ -186,7 +186,7 @@ def test_the_environment_is_made_once_and_again_only_when_it_must(checkout: Chec
     assert demo(), "an installation was cut short"
     (checkout.root / "requirements.txt").write_text("# other\n")
     assert demo(), "the pins changed"
-    (checkout.venv / "crmbridge.unfinished").touch()
+    (checkout.venv / "crmbridge.stamp").rename(checkout.venv / "crmbridge.stamp.kept")
     assert demo(), "an installation of test packages was cut short"
     (checkout.venv / "bin" / "python").unlink()
     assert demo(), "its Python is gone"

@@ -1,16 +1,18 @@
-"""The schema forwards and backwards: one transaction for each step, by the real program with planted migrations."""
+"""The schema goes forward alone: one transaction for each step, by the real program with planted migrations."""
 
 import contextlib
+import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.test_cli import ROOT, run
+from tests.waiting import PATIENCE_S
 
-NEWEST = "0006_truths"
 FOLDER = Path("crmbridge") / "store" / "migrations"
 HEAD = "from peewee import Database\n\n\n"
 GOOD = (
@@ -19,11 +21,6 @@ GOOD = (
 def up(migrator, db):
     db.execute_sql("ALTER TABLE contacts ADD COLUMN shoe_size INTEGER")
     db.execute_sql("UPDATE api_keys SET name = upper(name)")
-
-
-def down(migrator, db):
-    db.execute_sql("ALTER TABLE contacts DROP COLUMN shoe_size")
-    db.execute_sql("UPDATE api_keys SET name = lower(name)")
 """
 )
 
@@ -51,32 +48,25 @@ def dump(folder: Path) -> list[str]:
         return list(connection.iterdump())
 
 
-def test_the_newest_migration_is_named_without_a_database(tmp_path: Path) -> None:
-    assert run(tmp_path, "migrate", "--show").stdout == f"{NEWEST}\n"
-
-
-def test_there_and_back_again(code: Path) -> None:
-    before = dump(code)
+def test_an_older_version_runs_on_what_a_newer_one_added(code: Path) -> None:
     plant(code, "0007_shoes", GOOD)
     assert at(code, "migrate").stdout == "applied 0007_shoes\n"
     assert "ANNA" in str(dump(code))
-    assert at(code, "key", "create", "--name", "berta", "--admin").returncode == 0
-    back = at(code, "migrate", "--to", NEWEST)
-    assert (back.returncode, back.stdout) == (0, "took back 0007_shoes\n")
     (code / FOLDER / "0007_shoes.py").unlink()
-    after = [line for line in dump(code) if "berta" not in line]
-    assert sorted(map(str.lower, after)) == sorted(map(str.lower, before))  # what came meanwhile stays
-    assert at(code, "migrate", "--to", NEWEST).stdout == "nothing to do\n"
+    assert at(code, "migrate").stdout == "nothing to do\n"
     assert at(code, "check").returncode == 0
+    assert at(code, "key", "create", "--name", "berta", "--admin").returncode == 0
+    plant(code, "0007_shoes", GOOD)
+    assert at(code, "migrate").stdout == "nothing to do\n"
+    assert "berta" in str(dump(code))
 
 
-def test_every_migration_since_the_fifth_goes_back(code: Path) -> None:
-    names = sorted(path.stem for path in (code / FOLDER).glob("[0-9]*.py"))
-    since = names[names.index("0005_appliance") :]
-    back = at(code, "migrate", "--to", names[names.index("0005_appliance") - 1])
-    assert back.stdout.split("\n")[:-1] == [f"took back {name}" for name in reversed(since)]
-    forth = at(code, "migrate")
-    assert forth.stdout.split("\n")[:-1] == [f"applied {name}" for name in since]
+def test_a_step_of_another_program_is_refused(code: Path) -> None:
+    plant(code, "0004_nobodys", GOOD)
+    assert at(code, "migrate").stdout == "applied 0004_nobodys\n"
+    (code / FOLDER / "0004_nobodys.py").unlink()
+    refused = at(code, "key", "list")
+    assert (refused.returncode, "not of this program's making (it has 0004_nobodys)" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("fault", ["SELECT nonsense FROM nowhere", "INSERT INTO api_keys SELECT * FROM api_keys"])
@@ -90,31 +80,22 @@ def test_a_step_that_fails_leaves_schema_and_rows_untouched(code: Path, fault: s
     assert dump(code) == before
 
 
-def test_a_step_back_that_fails_leaves_all_of_it(code: Path) -> None:
-    plant(code, "0007_shoes", GOOD.replace("lower(name)", "nonsense"))
-    assert at(code, "migrate").returncode == 0
-    before = dump(code)
-    failed = at(code, "migrate", "--to", NEWEST)
-    assert failed.returncode == 1
-    assert "cannot be migrated" in failed.stderr
-    assert dump(code) == before
-
-
-def test_what_cannot_be_taken_back_is_refused_before_anything_changes(code: Path) -> None:
+def test_a_rehearsal_migrates_and_serves_a_copy_and_leaves_nothing(code: Path) -> None:
+    assert at(code, "backup", "copy.db").returncode == 0
+    before, left = dump(code), sorted(code.iterdir())
     plant(code, "0007_shoes", GOOD)
-    assert at(code, "migrate").returncode == 0
-    before = dump(code)
-    for to, said in (
-        ("0003_views", "0004_channel does not define down(). Put the backup from before it back."),
-        ("0009_later", "has no migration 0009_later; it has: 0001_initial, "),
-    ):
-        failed = at(code, "migrate", "--to", to)
-        assert failed.returncode == 1
-        assert said in failed.stderr
-        assert dump(code) == before
+    done = at(code, "check", "--rehearse", "copy.db")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"rehearsed on a copy of the database: healthy; migrated: 0007_shoes; \d+\.\d s\n", done.stdout)
+    in_background = f"trap '' INT; PYTHONPATH={code} {sys.executable} -m crmbridge check --rehearse copy.db"
+    assert subprocess.run(["sh", "-c", in_background], cwd=code, timeout=PATIENCE_S, check=False).returncode == 0
+    plant(code, "0007_shoes", GOOD.replace("upper(name)", "nonsense"))
+    broken = at(code, "check", "--rehearse", "copy.db")
+    assert (broken.returncode, "no such column: nonsense" in broken.stderr) == (1, True)
     (code / FOLDER / "0007_shoes.py").unlink()
-    newer = at(code, "migrate", "--to", NEWEST)
-    assert (newer.returncode, "0007_shoes" in newer.stderr) == (1, True)
+    (code / "var" / "crmbridge.key").write_text("none")
+    assert at(code, "check", "--rehearse", "copy.db").returncode == 1
+    assert (dump(code), sorted(code.iterdir())) == (before, left)
 
 
 def test_nothing_is_migrated_under_a_running_process(code: Path) -> None:

@@ -91,7 +91,7 @@ COMMANDS = (
     ("restore", f"/nowhere/{EVIL}"),
     ("support-bundle", f"/nowhere/{EVIL}"),
     ("health", "--at", EVIL),
-    ("migrate", "--to", EVIL),
+    ("check", "--rehearse", EVIL),
     ("check", "--config", EVIL),
     ("serve", EVIL),
     (EVIL,),

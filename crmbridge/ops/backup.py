@@ -58,7 +58,7 @@ def run(
         whose = writer = None
     with contextlib.ExitStack() as stack:
         with owner.acting(whose):
-            db = stack.enter_context(contextlib.closing(database.open_existing(place)))
+            db = stack.enter_context(contextlib.closing(database.open_existing(place, settings.vault.key_file)))
         size, problem = None, None
         try:
             if isinstance(secret, Exception):

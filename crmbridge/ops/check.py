@@ -127,7 +127,7 @@ def look(settings: config.Settings) -> Look:
         for path in {settings.store.path.parent, settings.store.queue_path.parent}:
             if path.exists() and not os.access(path, os.W_OK):
                 found.append(Finding("error", "folder_closed", f"{path} cannot be written by this user"))
-        seen.db = database.open_existing(settings.store.path)
+        seen.db = database.open_existing(settings.store.path, settings.vault.key_file)
         seen.db.require_schema()
         found += _database(seen.db)
         found += _state(seen.db)

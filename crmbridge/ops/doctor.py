@@ -31,7 +31,7 @@ from crmbridge.events import epoch_s, instant
 from crmbridge.instagram.client import Client, Refusal
 from crmbridge.ops import check, health, machine, owner
 from crmbridge.ops.check import Finding
-from crmbridge.store import accounts, overview, pauses, vitals
+from crmbridge.store import accounts, database, overview, pauses, vitals
 from crmbridge.store.database import Row
 
 LOG = Path("/var/log/crmbridge/crmbridge.log")
@@ -149,6 +149,7 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     seen = machine.processes(place)
     service = [one for one in seen if one.serves]
     listener = machine.holder(given.web.port) if given.web.port else None
+    report.add("supervisor", lambda: machine.supervised(service))
     report.add("memory", lambda: machine.memory(service))  # as root: others' memory is shown to nobody else
     with contextlib.suppress(OSError):
         owner.become(owner.of(place), place.parent)
@@ -207,8 +208,7 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
     if one.slug in ("token_expiring", "token_not_renewed") and report.settings is not None:
         todo = f"{_RENEW}{_put(report.settings, {'id': one.account_id}, _NEW_TOKEN)}"
     if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
-        # The key file tells that there was one; a new one, and nobody would miss the old one's accounts.
-        todo = "is its disk mounted (df)? Else: crmbridge restore FILE; only for a new installation: crmbridge init"
+        todo = database.IS_IT_MOUNTED
     elif one.slug in ("database", "key_file") and one.level == "error":
         todo = one.what.rpartition(": ")[2]  # their sentences end with it
         if "cannot be read" in one.what and report.settings is not None:

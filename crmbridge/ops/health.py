@@ -1,18 +1,23 @@
 """``crmbridge health``: asks the running server how it is. Loads next to nothing, as it is run every minute."""
 
+import contextlib
 import http.client
 import json
 import os
 import socket
+import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from crmbridge import answers, config, terminal
 from crmbridge.errors import Misconfigured
 
 NO_ANSWER = 3
+_GONE = 4
 _TRY_S = 10.0
 _PAUSE_S = 0.1
+_LISTENS = "0A"  # in /proc/net/tcp
 _STATUSES = ("alive", "healthy", "unhealthy")
 HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not bound
 
@@ -24,17 +29,56 @@ def run(web: config.Web, *, live: bool, wait_s: float) -> int:
     """
     if not web.port:
         raise Misconfigured("[web] port is 0: only the log tells which port it listens on")
-    path = "/health/live" if live else "/health"
+    return _told(lambda: ask(web.host, web.port, live=live), wait_s)
+
+
+def of_process(pid: int, *, live: bool, wait_s: float) -> int:
+    """Do the same, asking where a process listens; it is not waited for when it has ended."""
+
+    def once() -> tuple[int, str]:
+        if not Path(f"/proc/{pid}").exists():
+            return _GONE, f"there is no process {pid}"
+        answer = NO_ANSWER, f"process {pid} listens nowhere"
+        for host, port in _listens(pid):
+            answer = ask(host, port, live=live)
+            if answer[0] != NO_ANSWER:
+                break
+        return answer
+
+    return _told(once, wait_s)
+
+
+def _told(once: Callable[[], tuple[int, str]], wait_s: float) -> int:
     ends = time.monotonic() + wait_s
     while True:
-        status, told = _ask(HERE.get(web.host, web.host), web.port, path)
-        if status == 0 or time.monotonic() >= ends:
+        status, told = once()
+        if status in (0, _GONE) or time.monotonic() >= ends:
             terminal.say(told)
-            return status
+            return NO_ANSWER if status == _GONE else status
         time.sleep(_PAUSE_S)
 
 
-def _ask(host: str, port: int, path: str) -> tuple[int, str]:
+def _listens(pid: int) -> list[tuple[str, int]]:
+    """Return the TCP addresses on which a process listens, as far as this user may see."""
+    found, held = [], set()
+    with contextlib.suppress(OSError):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                held.add(os.readlink(handle))
+    for table, family, words in (("tcp", socket.AF_INET, "=I"), ("tcp6", socket.AF_INET6, "=4I")):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                _, here, _, state, *_, inode = line.split()[:10]
+                if state == _LISTENS and f"socket:[{inode}]" in held:
+                    address, _, port = here.partition(":")
+                    packed = struct.pack(words, *(int(address[at : at + 8], 16) for at in range(0, len(address), 8)))
+                    found.append((socket.inet_ntop(family, packed), int(port, 16)))
+    return found
+
+
+def ask(host: str, port: int, *, live: bool = False) -> tuple[int, str]:
+    """Ask once; return 0, 1 or NO_ANSWER, and what was said."""
+    host, path = HERE.get(host, host), "/health/live" if live else "/health"
     connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
     try:
         status, body = answers.get(connection, path, timeout_s=_TRY_S, headers={"Connection": "close"})

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from crmbridge import config
 from crmbridge.events import epoch_s, instant
+from crmbridge.ops import check
 from crmbridge.ops.check import Finding
 from crmbridge.store import accounts, copies, database, vitals
 
@@ -241,6 +242,16 @@ def _memory_mb(place: Path) -> tuple[float, bool]:
             return int(found[1]) / 1024, True
     found = re.search(r"^VmRSS:\s+(\d+) kB", (place / "status").read_text(), re.MULTILINE)
     return (int(found[1]) / 1024 if found else 0.0), False
+
+
+def supervised(service: list[Process]) -> Iterator[Finding]:
+    """Look whether somebody starts the service again when it ends."""
+    for one in service if check.is_installed() else ():
+        found = re.search(r"^PPid:\s+(\d+)", Path(f"/proc/{one.pid}/status").read_text(), re.MULTILINE)
+        parent = Path(f"/proc/{found[1] if found else 0}/cmdline")
+        if not parent.exists() or b"supervise-daemon" not in parent.read_bytes().partition(b"\0")[0]:
+            yield Finding("warning", "unsupervised", f"process {one.pid} has no supervisor",
+                          "when it ends or hangs, nobody starts it again", "rc-service crmbridge restart")  # fmt: skip
 
 
 def memory(service: list[Process]) -> Iterator[Finding]:

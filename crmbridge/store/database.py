@@ -4,12 +4,12 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import peewee
-from playhouse.migrations import MigrationError, Runner
+from playhouse.migrations import Runner
 
 from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
@@ -18,6 +18,7 @@ from crmbridge.store import schema, sqlite
 T = TypeVar("T")
 Row = dict[str, Any]
 _COMMIT_TOGETHER = 64
+IS_IT_MOUNTED = "is its disk mounted (df)? If it is lost: crmbridge restore FILE"
 # A file that is locked, full, unreadable or no database; against statements that are wrong, which are ours to mend.
 _BROKEN = (peewee.DatabaseError,)
 _OURS = (peewee.IntegrityError, peewee.ProgrammingError, peewee.DataError)
@@ -240,34 +241,17 @@ class Database:
         runner = Runner(self._db, str(schema.MIGRATIONS))
         if not any(step.applied is None for step in self._steps(runner)):
             return []
-        return self._move(runner.up)
-
-    def migrate_back(self, to: str) -> list[str]:
-        """Take back what came after the migration `to`, the last one first, one transaction each; return the names.
-
-        Raises Misconfigured, with nothing changed, when there is none of that name, or one cannot be taken back.
-        """
-        runner = Runner(self._db, str(schema.MIGRATIONS))
-        applied = [step.name for step in self._steps(runner) if step.applied]
-        if to not in applied:
-            raise Misconfigured(f"{self.path} has no migration {to}; it has: {', '.join(applied)}")
-        later = applied[applied.index(to) + 1 :]
-        return self._move(lambda: runner.down(later[0])) if later else []
+        try:
+            with self.alone(), self._turn, self._file_lock.held():
+                return list(runner.up())
+        except peewee.DatabaseError as error:
+            raise Misconfigured(f"{self.path} cannot be migrated: {error}") from error
 
     def _steps(self, runner: Any) -> list[Any]:
         try:
             return list(runner.status())
         except peewee.DatabaseError as error:
             raise Misconfigured(f"{self.path} is not a usable database: {error}") from error
-
-    def _move(self, go: Callable[[], Iterable[str]]) -> list[str]:
-        try:
-            with self.alone(), self._turn, self._file_lock.held():
-                return list(go())
-        except MigrationError as error:
-            raise Misconfigured(f"{self.path} stays as it is: {error} Put the backup from before it back.") from None
-        except peewee.DatabaseError as error:
-            raise Misconfigured(f"{self.path} cannot be migrated: {error}") from error
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -279,23 +263,26 @@ class Database:
             self._presence.share()
 
     def schema_problem(self) -> str | None:
-        """Tell in a sentence why this version cannot run on the schema as it is, or return None."""
+        """Tell in a sentence why this version cannot run on the schema as it is, or return None.
+
+        Migrations only add, so what a newer version has added is left alone.
+        """
         try:
             status = Runner(self._db, str(schema.MIGRATIONS)).status()
         except peewee.DatabaseError as error:
             if "locked" in str(error):  # by somebody who does not go by our locks; nothing is wrong with it
                 return f"another program keeps it locked; see which, and end it: fuser -v {self.path}"
             return f"it is not a usable database ({error}): put a backup back"
-        strange = [step.name for step in status if step.path is None]
+        strange = [step.name for step in status if step.path is None and step.name < newest_migration()]
         if strange:
-            return f"the database was made by a newer version (it has {strange[-1]}): install that version again"
+            return f"the database is not of this program's making (it has {strange[-1]}): put a backup back"
         pending = [step.name for step in status if not step.applied]
         if pending:
             return f"the database lacks {len(pending)} migration(s): run 'crmbridge migrate'"
         return None
 
     def require_schema(self) -> None:
-        """Raise Misconfigured unless the schema is exactly this version's."""
+        """Raise Misconfigured unless the schema has all that this version needs."""
         problem = self.schema_problem()
         if problem:
             raise Misconfigured(f"{self.path}: {problem}")
@@ -404,9 +391,11 @@ def newest_migration() -> str:
     return schema.migrations()[-1]
 
 
-def open_existing(path: Path) -> Database:
-    """Open the database file; raise Misconfigured when there is none."""
+def open_existing(path: Path, key_file: Path | None = None) -> Database:
+    """Open the database file; raise Misconfigured when there is none. A key file tells that there was one."""
     if not path.exists():
+        if key_file is not None and key_file.exists():
+            raise Misconfigured(f"no database at {path}, though crmbridge was set up here: {IS_IT_MOUNTED}")
         raise Misconfigured(f"no database at {path}: run 'crmbridge init'")
     return Database(path)
 

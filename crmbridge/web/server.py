@@ -160,10 +160,15 @@ class Server:
         self._host = settings.host
 
     @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return int(self._listeners[0].effective_port)
+
+    @property
     def url(self) -> str:
         """The address that is listened on."""
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._listeners[0].effective_port}"
+        return f"http://{host}:{self.port}"
 
     def run(self) -> None:
         """Serve in this thread until SystemExit or KeyboardInterrupt is raised in it; requests in work are finished."""

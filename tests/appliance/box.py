@@ -15,11 +15,11 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from tests.waiting import BULK_S, until
 
-SUITE = "bookworm"
+SUITES = ("bookworm", "trixie")  # OpenRC 0.45 with Python 3.11, OpenRC 0.56 with Python 3.13
 PACKAGES = (
     "openrc",
     "procps",
@@ -31,6 +31,8 @@ PACKAGES = (
     "python3",
     "python3-venv",
 )
+# What debootstrap cannot install: it takes the first of several packages that will do, and apt-get a better one.
+BY_APT = {"trixie": ("logrotate",)}
 TOOLS = ("debootstrap", "unshare", "nsenter", "ip")
 _CGROUPS = Path("/sys/fs/cgroup")
 _NUMBERS = itertools.count()
@@ -51,6 +53,9 @@ done
 mkdir "$1/dev/shm"
 mount -t tmpfs tmpfs "$1/dev/shm"
 ln -s /proc/self/fd "$1/dev/fd"
+mkdir "$1/dev/pts"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$1/dev/pts"
+ln -s pts/ptmx "$1/dev/ptmx"
 if [ "$5" = own ]; then ip link set lo up; else cp /etc/resolv.conf "$1/etc/resolv.conf"; fi
 shift 5
 for folder; do
@@ -77,31 +82,33 @@ def cache() -> Path:
     return folder
 
 
-def base() -> Path:
-    """Return the folder of the base system, made by debootstrap when it is not there; takes about a minute then.
+def base(suite: str = SUITES[0]) -> Path:
+    """Return the folder of a suite's base system, made by debootstrap when it is not there; takes about a minute then.
 
     Raises:
-        CalledProcessError: debootstrap failed; its last lines are in `output`.
+        CalledProcessError: debootstrap or apt-get failed; its last lines are in `output`.
     """
-    name = hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
+    by_apt = BY_APT.get(suite, ())
+    name = hashlib.sha256(" ".join((suite, *PACKAGES)).encode()).hexdigest()[:12]
     made, draft = cache() / name, cache() / f"{name}.new"
     with (cache() / "lock").open("w") as lock, _locked(lock):
         if not made.exists():
             shutil.rmtree(draft, ignore_errors=True)
-            words = [
-                "debootstrap",
-                "--variant=minbase",
-                "--include=" + ",".join(PACKAGES),
-                SUITE,
-                str(draft),
-                _mirror(),
-            ]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise subprocess.CalledProcessError(done.returncode, words, done.stdout[-2000:] + done.stderr[-2000:])
+            included = ",".join(name for name in PACKAGES if name not in by_apt)
+            words = ["debootstrap", "--variant=minbase", f"--include={included}", suite, str(draft), _mirror()]
+            _call(words)
+            if by_apt:
+                shutil.copy("/etc/resolv.conf", draft / "etc" / "resolv.conf")
+                _call(["chroot", str(draft), "apt-get", "install", "-qy", "--no-install-recommends", *by_apt])
             shutil.rmtree(draft / "var" / "cache" / "apt", ignore_errors=True)
             draft.rename(made)
     return made
+
+
+def _call(words: Sequence[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, words, done.stdout[-2000:] + done.stderr[-2000:])
 
 
 @contextlib.contextmanager
@@ -113,11 +120,18 @@ def _locked(file: IO[str]) -> Iterator[None]:
 
 
 def _mirror() -> str:
-    """Return the address that this machine takes its own Debian packages from."""
+    """Return the address that this machine takes its own Debian packages from; it has the other suites, too."""
     words = ["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]
     listed = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    found = re.search(rf"^{SUITE} main (\S+)", listed, re.MULTILINE)
+    found = re.search(r"^\S+ main (\S+/debian/?)$", listed, re.MULTILINE)
     return found[1] if found else "http://deb.debian.org/debian"
+
+
+class Layer(NamedTuple):
+    """What a box had changed in the base system of a suite."""
+
+    path: Path
+    suite: str
 
 
 class Box:
@@ -129,6 +143,7 @@ class Box:
         network: "own" has loopback alone; "host" shares the machine's, for installations from a package index.
         binds: folders of the machine that are seen, read-only, under the same path inside.
         layer: what an earlier box, ended by `keep`, had changed in the base system; it is not changed itself.
+        suite: which Debian it is, where no layer tells.
     """
 
     def __init__(
@@ -138,9 +153,11 @@ class Box:
         memory_mb: int | None = None,
         network: str = "own",
         binds: Sequence[Path] = (),
-        layer: Path | None = None,
+        layer: Layer | None = None,
+        suite: str = SUITES[0],
     ) -> None:
-        self._folder, self._network, self._binds, self._layer = folder, network, binds, layer
+        self._folder, self._network, self._binds = folder, network, binds
+        self._lower = f"{layer.path}:{base(layer.suite)}" if layer else str(base(suite))
         for name in ("root", "upper", "work"):
             (folder / name).mkdir(parents=True)
         self._cgroup = _bounded(memory_mb) if memory_mb else None
@@ -166,8 +183,7 @@ class Box:
             *["--net"] * (self._network == "own"),
         ]
         words = ["sh", "-c", f"root={root}\n{_BIRTH}", "box", root, str(self._folder / "upper")]
-        lower = f"{self._layer}:{base()}" if self._layer else str(base())
-        words += [str(self._folder / "work"), lower, self._network, *map(str, self._binds)]
+        words += [str(self._folder / "work"), self._lower, self._network, *map(str, self._binds)]
         said = self._folder / "birth"
         with said.open("w") as file:
             self._process = subprocess.Popen(

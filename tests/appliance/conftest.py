@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.appliance.box import Box, cache, why_not
+from tests.appliance.box import SUITES, Box, Layer, cache, why_not
 from tests.appliance.trees import CHECKOUT, in_box, tree
 from tests.needs import require
 
@@ -25,9 +25,9 @@ def boxes_can_be_made() -> None:
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Box]:
+def box(tmp_path: Path, suite: str) -> Iterator[Box]:
     """An empty Debian with OpenRC, not booted, bounded to 1 GB, with no network but loopback."""
-    made = Box(tmp_path / "box", memory_mb=1024)
+    made = Box(tmp_path / "box", memory_mb=1024, suite=suite)
     yield made
     made.close()
 
@@ -83,12 +83,19 @@ def bundle(shared: Path, wheels: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def layer(shared: Path, bundle: Path) -> Path:
+def suite(request: pytest.FixtureRequest) -> str:
+    """The Debian that a test runs on: bookworm; or both, one after the other, where it is marked `on_both`."""
+    return str(getattr(request, "param", SUITES[0]))
+
+
+@pytest.fixture(scope="session")
+def layer(shared: Path, bundle: Path, suite: str) -> Layer:
     """What an installation from the bundle changes in the base system; the service is stopped."""
-    made = shared / "installed"
+    made = shared / f"installed-{suite}"
     with _once(made) as missing:
         if missing:
-            box = Box(shared / "installing", memory_mb=300)  # more than that no installation may take
+            # more than that no installation may take
+            box = Box(shared / f"installing-{suite}", memory_mb=128, suite=suite)
             try:
                 in_box(box, "/root/crmbridge.sh", bundle)
                 box.boot()
@@ -98,11 +105,11 @@ def layer(shared: Path, bundle: Path) -> Path:
                 box.close()
                 raise
             box.keep(made)
-    return made
+    return Layer(made, suite)
 
 
 @pytest.fixture
-def installed(tmp_path: Path, layer: Path) -> Iterator[Box]:
+def installed(tmp_path: Path, layer: Layer) -> Iterator[Box]:
     """A box in which crmbridge was installed from the bundle and runs; /root/crmbridge.sh is the bundle."""
     made = Box(tmp_path / "box", memory_mb=1024, layer=layer)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
-from tests.appliance.box import Box
+from tests.appliance.box import Box, Layer
 from tests.waiting import until
 
 LOG = "/var/log/crmbridge/crmbridge.log"
@@ -164,7 +164,7 @@ class Shop:
 
 @contextmanager
 def opened(
-    folder: Path, layer: Path, *, memory_mb: int, conf_d: Sequence[str] = (), small_disk: bool = False, **settings: str
+    folder: Path, layer: Layer, *, memory_mb: int, conf_d: Sequence[str] = (), small_disk: bool = False, **settings: str
 ) -> Iterator[Shop]:
     """Yield a shop whose service was started by the boot, with its account connected.
 

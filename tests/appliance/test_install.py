@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crmbridge import __version__
-from tests.appliance.box import Box
+from tests.appliance.box import Box, Layer
 from tests.appliance.cuts import cut
 from tests.appliance.trees import in_box, later, tree
 from tests.needs import require
@@ -32,7 +32,7 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "/etc/crmbridge", "/etc/crmbridge/crmbridge.ini", "/etc/crmbridge/crmbridge.key", "/var/lib/crmbridge",
         "/var/lib/crmbridge/bridge.db", "/var/lib/crmbridge/backups", "/var/log/crmbridge",
         "/var/log/crmbridge/crmbridge.log", "/etc/init.d/crmbridge", "/etc/conf.d/crmbridge",
-        "/etc/logrotate.d/crmbridge",
+        "/etc/logrotate.d/crmbridge", "/etc/cron.daily/crmbridge",
     ).stdout  # fmt: skip
     assert listed.splitlines() == [
         "755 root:root /opt/crmbridge",
@@ -49,6 +49,7 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "755 root:root /etc/init.d/crmbridge",
         "644 root:root /etc/conf.d/crmbridge",
         "644 root:root /etc/logrotate.d/crmbridge",
+        "755 root:root /etc/cron.daily/crmbridge",
     ]
     assert "\ntrusted_proxy = 127.0.0.1\n" in installed.run("cat", "/etc/crmbridge/crmbridge.ini").stdout
     for place in ("/opt/crmbridge", "/etc/crmbridge"):  # neither code nor configuration is the service's to change
@@ -62,7 +63,12 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         ]
         assert installed.run(*words).stdout == ""
     status = installed.run("/opt/crmbridge/current/install.sh", "status").stdout
-    for said in ("SQLite", "started; starts at boot (runlevel default)", "healthy", "/var/lib/crmbridge/bridge.db"):
+    for said in (
+        "service        started\n",
+        "it starts in runlevel default",
+        "healthy",
+        "/var/lib/crmbridge/bridge.db",
+    ):
         assert said in status
 
 
@@ -82,7 +88,8 @@ def test_uninstall_leaves_what_is_the_owners_and_purge_does_not(installed: Box) 
         assert f"kept     {kept}\n" in said
         assert (installed.root / kept.lstrip("/")).exists()
     assert "/opt/crmbridge" not in said.splitlines()[-1]  # nothing is there any more to be typed
-    left = "ls -d /opt/crmbridge /etc/init.d/crmbridge* /etc/logrotate.d/crmbridge /usr/local/bin/crmbridge 2>/dev/null"
+    gone = "/opt/crmbridge /etc/init.d/crmbridge* /etc/logrotate.d/crmbridge /etc/cron.daily/crmbridge"
+    left = f"ls -d {gone} /usr/local/bin/crmbridge 2>/dev/null"
     assert installed.run("sh", "-c", left, check=False).stdout == ""
     assert installed.run("pgrep", "-f", "crmbridge serve", check=False).stdout == ""
     assert "crmbridge" not in installed.run("rc-update", "show").stdout
@@ -95,7 +102,13 @@ def test_uninstall_leaves_what_is_the_owners_and_purge_does_not(installed: Box) 
         mv /etc/crmbridge/crmbridge.key /srv/key
         sed -i 's|^key_file = .*|key_file = /srv/key|' /etc/crmbridge/crmbridge.ini"""
     installed.run("sh", "-ec", elsewhere)
-    said = installed.run("sh", "crmbridge.sh", "uninstall", "--purge").stdout
+    refused = installed.run("sh", "crmbridge.sh", "uninstall", "--purge", check=False)
+    assert (refused.returncode, "uninstall --purge --yes" in refused.stdout) == (1, True)
+    for typed, code in (("no", 1), ("purge", 0)):
+        asked = ["script", "-qec", "sh crmbridge.sh uninstall --purge", "/dev/null"]
+        done = installed.run(*asked, check=False, stdin=f"{typed}\n")
+        assert (done.returncode, "Type purge to go on" in done.stdout) == (code, True), done.stdout
+    said = done.stdout.replace("\r", "")
     assert "kept     /srv/data\n" in said
     assert "kept     /srv/key\n" in said
     left = (
@@ -116,42 +129,139 @@ def test_a_damaged_bundle_does_nothing(box: Box, bundle: Path, tmp_path: Path) -
         assert not (box.root / "opt" / "crmbridge").exists()
 
 
-def test_wrong_owners_and_modes_are_mended(installed: Box) -> None:
-    spoil = """
-        chmod 644 /etc/crmbridge/crmbridge.ini
-        chown root:root /etc/crmbridge/crmbridge.key
-        chmod 777 /var/lib/crmbridge
-        chown root:root /var/lib/crmbridge/queue.db
-        ln -s /etc/shadow /var/lib/crmbridge/link
-        ln /etc/shadow /var/lib/crmbridge/second-name
-        mv /var/lib/crmbridge/backups /var/lib/crmbridge/saved
-        su -s /bin/sh -c 'ln -s /etc/logrotate.d /var/lib/crmbridge/backups' crmbridge
-        mv /var/log/crmbridge /srv/log
-        ln -s /srv/log /var/log/crmbridge
-        chmod 777 /srv/log
-        rm /usr/local/bin/crmbridge
-        mount --bind /usr/local /usr/local
-        mount -o remount,bind,ro /usr/local"""
-    installed.run("sh", "-ec", spoil)
-    shadow = installed.run("stat", "-c", "%a %U:%G", "/etc/shadow").stdout
+def test_repair_where_usr_is_read_only_prints_what_can_be_typed(installed: Box) -> None:
+    readonly = "rm /usr/local/bin/crmbridge; mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"
+    installed.run("sh", "-ec", readonly)
     said = installed.run("sh", "crmbridge.sh", "repair").stdout
-    for path, mode, owner in (
-        ("/etc/crmbridge/crmbridge.ini", "640", "root:crmbridge"),
-        ("/etc/crmbridge/crmbridge.key", "600", "crmbridge:crmbridge"),
-        ("/var/lib/crmbridge", "750", "crmbridge:crmbridge"),
-    ):
-        assert f"mended   {path}: mode {mode}, owner {owner}" in said
-        assert installed.run("stat", "-c", "%a %U:%G", path).stdout == f"{mode} {owner}\n"
-    assert "mended   /var/lib/crmbridge/queue.db" in said
-    assert installed.run("stat", "-c", "%a %U:%G", "/etc/shadow").stdout == shadow
-    # the service's link leads nowhere, an administrator's does
-    assert installed.run("stat", "-c", "%a %U:%G", "/etc/logrotate.d").stdout == "755 root:root\n"
-    assert installed.run("stat", "-c", "%a %U:%G", "/srv/log").stdout == "750 crmbridge:crmbridge\n"
     assert "the command is /opt/crmbridge/current/bin/crmbridge" in said
-    assert "mended" not in installed.run("sh", "crmbridge.sh", "repair").stdout
+    assert "cannot" not in said.replace("/usr/local/bin cannot have a link", "")
 
 
-def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(layer: Path, tmp_path: Path) -> None:
+def test_a_user_that_was_there_before_outlives_a_purge(box: Box, bundle: Path) -> None:
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("useradd", "-r", "crmbridge")
+    said = box.run("sh", "crmbridge.sh", "install").stdout
+    assert said.count("  made     ") == 1
+    assert "user crmbridge" not in said
+    assert "kept     user crmbridge" in box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes").stdout
+    assert box.run("id", "crmbridge").returncode == 0
+
+
+# As BusyBox has them: other options, and no useradd at all.
+BUSYBOX = """
+cd /usr/sbin
+rm -f useradd groupadd usermod userdel groupdel adduser addgroup deluser delgroup
+cat >/usr/sbin/addgroup <<'X'
+#!/bin/sh
+[ "$1" = -S ] && [ $# = 2 ] || exit 9
+echo "$2:x:990:" >>/etc/group
+X
+cat >/usr/sbin/adduser <<'X'
+#!/bin/sh
+[ "$*" = "-S -D -H -G crmbridge -h /var/lib/crmbridge -s /sbin/nologin -g crmbridge crmbridge" ] || exit 9
+echo "crmbridge:x:990:990:crmbridge:/var/lib/crmbridge:/usr/sbin/nologin" >>/etc/passwd
+echo "crmbridge:!::0:99999:7:::" >>/etc/shadow
+X
+cat >/usr/sbin/deluser <<'X'
+#!/bin/sh
+sed -i "/^$1:/d" /etc/passwd /etc/group /etc/shadow
+X
+chmod 755 /usr/sbin/addgroup /usr/sbin/adduser /usr/sbin/deluser
+"""
+
+
+def test_where_the_users_are_busyboxs(box: Box, bundle: Path) -> None:
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("sh", "-ec", BUSYBOX)
+    box.run("sh", "crmbridge.sh", "install")
+    assert box.run("crmbridge", "health").stdout == "healthy\n"
+    assert "removed  user crmbridge" in box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes").stdout
+    assert box.run("grep", "-c", "crmbridge", "/etc/passwd", check=False).stdout == "0\n"
+
+
+def test_where_nobody_can_make_a_user_it_says_so_at_the_start(box: Box, bundle: Path) -> None:
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("sh", "-c", "rm -f /usr/sbin/useradd /usr/sbin/adduser")
+    done = box.run("sh", "crmbridge.sh", "install", check=False)
+    assert (done.returncode, done.stdout) == (
+        1,
+        "install.sh: useradd is missing.\n  It comes with shadow:  emerge --ask shadow\n",
+    )
+
+
+def test_a_bundle_that_cannot_be_unpacked_and_a_clock_that_is_wrong_say_so_in_a_line(box: Box, bundle: Path) -> None:
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("mount", "-t", "tmpfs", "-o", "size=1m,noexec", "tmpfs", "/tmp")
+    done = box.run("sh", "crmbridge.sh", "install", check=False)
+    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
+    assert "). Is the disk full? TMPDIR=/another/folder" in done.stdout
+    box.run("mount", "-o", "remount,size=200m,noexec", "/tmp")
+    box.run("sed", "-i", "-e", "1,9s/bundle_made=[0-9]*/bundle_made=4000000000/", "crmbridge.sh")
+    done = box.run("sh", "crmbridge.sh", "install", check=False)
+    assert (done.returncode, done.stdout.count("\n")) == (1, 2)
+    assert "the clock is wrong" in done.stdout
+    box.run("sed", "-i", "-e", "1,9s/bundle_made=[0-9]*/bundle_made=1/", "crmbridge.sh")
+    said = box.run("sh", "crmbridge.sh", "install").stdout
+    assert said.count("  made     ") == 1
+
+
+def test_new_defaults_are_laid_beside_what_an_administrator_changed(installed: Box, tmp_path: Path) -> None:
+    installed.run("sh", "-c", "echo 'respawn_delay=3' >>/etc/conf.d/crmbridge")
+    edits = (
+        ("openrc/crmbridge.confd", "# Open files.\n", "# Files that may be open.\n"),
+        ("openrc/crmbridge.logrotate", "rotate 14\n", "rotate 15\n"),
+    )
+    in_box(installed, "/root/next", later(tmp_path / "next", "9.0.0", edits=edits))
+    said = installed.run("sh", "/root/next/install.sh", "upgrade").stdout
+    assert "kept     /etc/conf.d/crmbridge; etc-update, or diff, shows what is new" in said
+    assert "respawn_delay=3" in installed.run("cat", "/etc/conf.d/crmbridge").stdout
+    assert "Files that may be open" in installed.run("cat", "/etc/conf.d/._cfg0000_crmbridge").stdout
+    assert "rotate 15" in installed.run("cat", "/etc/logrotate.d/crmbridge").stdout  # nobody had changed it
+    installed.run("/opt/crmbridge/current/install.sh", "rollback")
+    assert "rotate 14" in installed.run("cat", "/etc/logrotate.d/crmbridge").stdout
+
+
+def test_the_daily_backup_is_quiet_when_it_is_made_and_told_when_not(installed: Box) -> None:
+    assert installed.run("/etc/cron.daily/crmbridge").stdout == ""
+    assert "crmbridge-20" in installed.run("ls", "/var/lib/crmbridge/backups").stdout
+    # a second one of the same second would have its name
+    installed.run("sh", "-c", "rm /var/lib/crmbridge/backups/*.db; mv /var/lib/crmbridge/bridge.db /srv/gone")
+    done = installed.run("/etc/cron.daily/crmbridge", check=False)
+    assert (done.returncode != 0, "is its disk mounted" in done.stdout) == (True, True), done.stdout
+
+
+def test_no_name_that_the_services_user_made_leads_root_anywhere(installed: Box, tmp_path: Path) -> None:
+    """Folders and links planted among the backups before an upgrade: blanks, newlines, links to what is root's."""
+    box, backups = installed, "/var/lib/crmbridge/backups"
+    box.run(
+        "sh", "-ec", "mkdir /srv/victim; touch /srv/victim/crmbridge-20200101T000000Z.db /srv/other; chmod 777 /srv"
+    )
+    plant = f"""
+        cd {backups}; mkdir -p 'x /srv/victim ' "$(printf 'a\\nb\\033[2J')"
+        for number in 1 2 3 4; do mkdir "before-$number /srv/other .db"; touch "crmbridge-$(printf '\\033[2J').db"; done
+        ln -s /srv/victim upgrades"""
+    box.run("su", "-s", "/bin/sh", "-c", plant, "crmbridge")
+    in_box(box, "/root/next", later(tmp_path / "next", "9.0.0"))
+    box.run("chmod", "755", "/srv/victim")
+    done = box.run("sh", "/root/next/install.sh", "upgrade", check=False)
+    assert (done.returncode, "Permission denied" in done.stdout) == (1, True), done.stdout
+    said = done.stdout + box.run("/opt/crmbridge/current/install.sh", "status", check=False).stdout
+    box.run("su", "-s", "/bin/sh", "-c", f"rm {backups}/upgrades", "crmbridge")
+    said += box.run("sh", "/root/next/install.sh", "upgrade").stdout
+    said += box.run("/opt/crmbridge/current/install.sh", "status").stdout
+    assert "\x1b" not in said
+    assert box.run("ls", "/srv/victim", "/srv/other").stdout.split() == [
+        "/srv/other",
+        "/srv/victim:",
+        "crmbridge-20200101T000000Z.db",
+    ]
+
+
+def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(layer: Layer, tmp_path: Path) -> None:
     homes = [path for minor in (12, 13, 14) for path in sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*"))]
     require(homes, "the machine has no other Python to go on with")
     box = Box(tmp_path / "box", memory_mb=1024, layer=layer, binds=[homes[0]])
@@ -171,7 +281,7 @@ def test_repair_after_its_python_is_gone_needs_no_network_and_loses_nothing(laye
         said = box.run("/opt/crmbridge/current/install.sh", "status", check=False)
         assert (said.returncode, "gone: 3.11.2" in said.stdout) == (1, True)
         python = {"PYTHON": str(homes[0] / "bin" / "python3")}
-        assert "took back 0099_later" in box.run("/opt/crmbridge/current/install.sh", "rollback", env=python).stdout
+        box.run("/opt/crmbridge/current/install.sh", "rollback", env=python)
         box.run("rm", "-rf", "/opt/crmbridge/current/venv/lib")
         assert (
             "is whole; the service is started"
@@ -190,7 +300,7 @@ STEPS = (
     ("mv -- /opt/crmbridge/.draft", 0),
     ("usermod", 0),
     ("mv -- /etc/crmbridge/crmbridge.ini.new", 0),
-    ("init_first", 0.3),
+    ("bridge .* init", 0.3),
     ("mv -- /opt/crmbridge/.moving.new", 0),
     ("place_service", 0),
     ("rc-update", 0),

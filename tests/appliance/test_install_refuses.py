@@ -68,7 +68,7 @@ def test_without_root(bare: Box) -> None:
 
 def test_without_python(bare: Box) -> None:
     with hidden(bare, "/usr/bin/python3", "/usr/bin/python3.11"):
-        refuses(bare, "there is no python3 in PATH", "emerge --ask dev-lang/python")
+        refuses(bare, "there is no python3 in PATH", "emerge --ask --newuse dev-lang/python:3.13")
 
 
 def test_with_an_old_python(bare: Box) -> None:
@@ -148,7 +148,7 @@ def test_with_the_port_taken(bare: Box) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "listens\n"
-        refuses(bare, "another program uses 127.0.0.1:8080", "ss -ltnp 'sport = :8080'")
+        refuses(bare, "another program uses port 8080", "ss -ltnp 'sport = :8080'")
         bare.run("python3", "-c", "import socket; socket.create_connection(('127.0.0.1', 8080))")
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.appliance.box import Layer
 from tests.appliance.shop import SOON, opened
 from tests.waiting import BULK_S, until
 
 pytestmark = pytest.mark.appliance
 
 
-def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path) -> None:
+def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Layer) -> None:
     split = ('crmbridge_processes="split"', *SOON)
     with opened(tmp_path, layer, memory_mb=256, conf_d=split, delivery__stop_grace_s="0") as shop:
         web, worker = shop.pid("crmbridge serve --no-worker"), shop.pid("crmbridge worker")
@@ -24,6 +25,7 @@ def test_hung_processes_are_replaced_also_when_split(tmp_path: Path, layer: Path
         )
         shop.wait_healthy()
         assert shop.log().count(" error service.hung ") == 2
+        until(lambda: shop.pids("crmbridge worker"))
         before = {shop.pid("crmbridge serve"), shop.pid("crmbridge worker")}
         for command in ("restart", "reload"):
             shop.rc(command)

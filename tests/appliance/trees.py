@@ -22,12 +22,8 @@ _MIGRATION = '''"""One more table."""
 
 
 def up(migrator, db):
-    db.execute_sql("CREATE TABLE later (a TEXT)")
+    db.execute_sql("CREATE TABLE IF NOT EXISTS later (a TEXT)")
     {up}
-
-
-def down(migrator, db):
-    db.execute_sql("DROP TABLE later")
 '''
 
 
@@ -42,17 +38,25 @@ def tree(folder: Path) -> Path:
     return folder
 
 
-def later(folder: Path, version: str, *, migration: str = "pass", edits: tuple[tuple[str, str, str], ...] = ()) -> Path:
+def later(
+    folder: Path,
+    version: str,
+    *,
+    migration: str = "pass",
+    name: str = "0099_later",
+    edits: tuple[tuple[str, str, str], ...] = (),
+) -> Path:
     """Make a tree of a later version with a migration of its own.
 
-    `migration` is Python at the end of its `up`; each edit is a file, a text in it, and what stands there instead.
+    `name` is the migration's, `migration` Python at the end of its `up`;
+    each edit is a file, a text in it, and what stands there instead.
     """
     tree(folder)
-    (folder / "crmbridge" / "store" / "migrations" / "0099_later.py").write_text(_MIGRATION.format(up=migration))
-    for name, old, new in (("crmbridge/__init__.py", __version__, version), *edits):
-        text = (folder / name).read_text()
-        assert old in text, f"{name} has no {old!r}"
-        (folder / name).write_text(text.replace(old, new))
+    (folder / "crmbridge" / "store" / "migrations" / f"{name}.py").write_text(_MIGRATION.format(up=migration))
+    for place, old, new in (("crmbridge/__init__.py", __version__, version), *edits):
+        text = (folder / place).read_text()
+        assert old in text, f"{place} has no {old!r}"
+        (folder / place).write_text(text.replace(old, new))
     return folder
 
 

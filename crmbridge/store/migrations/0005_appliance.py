@@ -16,7 +16,3 @@ def up(migrator: SchemaMigrator, db: Database) -> None:
             error    TEXT                                -- NULL: it was made and verified
         )""".strip()
     )
-
-
-def down(migrator: SchemaMigrator, db: Database) -> None:
-    db.execute_sql("DROP TABLE backups")

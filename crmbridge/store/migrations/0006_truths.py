@@ -54,27 +54,8 @@ STEPS = (
     STUCK,
     "CREATE INDEX deliveries_doubtful ON deliveries (account_id, due) WHERE state = 'pending' AND in_doubt = 1",
 )
-BACK = (
-    "DROP INDEX deliveries_doubtful",
-    "DROP VIEW stuck",
-    """
-    INSERT OR IGNORE INTO pauses (account_id, target, cause, reason, since)
-        SELECT account_id, target, 'crm_gone', reason, since FROM holds
-        WHERE target = 'crm' AND cause = 'gone' AND trial_since IS NULL""",
-    BEFORE,
-    "DROP TABLE holds",
-    "ALTER TABLE contacts DROP COLUMN window_until",
-    "ALTER TABLE accounts DROP COLUMN token_refusals",
-    "ALTER TABLE accounts DROP COLUMN old_webhook_secret_until",
-    "ALTER TABLE accounts DROP COLUMN old_webhook_secret_sealed",
-)
 
 
 def up(migrator: SchemaMigrator, db: Database) -> None:
     for step in STEPS:
-        db.execute_sql(step.strip())
-
-
-def down(migrator: SchemaMigrator, db: Database) -> None:
-    for step in BACK:
         db.execute_sql(step.strip())

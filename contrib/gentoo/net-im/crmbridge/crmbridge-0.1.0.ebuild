@@ -54,6 +54,8 @@ src_install() {
 	newconfd openrc/crmbridge.confd crmbridge
 	insinto /etc/logrotate.d
 	newins openrc/crmbridge.logrotate crmbridge
+	exeinto /etc/cron.daily
+	newexe openrc/crmbridge.cron crmbridge
 
 	sed -e "s|^path = .*|path = /var/lib/crmbridge/bridge.db|" -e "s|^queue_path = .*|queue_path = /var/lib/crmbridge/queue.db|" \
 		-e "s|^key_file = .*|key_file = /etc/crmbridge/crmbridge.key|" crmbridge.ini >service.ini || die
