@@ -385,8 +385,9 @@ place_default() {
     if [ ! -e "$4" ] || cmp -s -- "$old" "$4"; then
         place_file "$new" "$4" "$5"
     elif ! cmp -s -- "$old" "$new" && ! cmp -s -- "$new" "$4"; then
-        place_file "$new" "$(dirname -- "$4")/._cfg0000_${4##*/}" "$5"
-        tell kept "$4; etc-update, or diff, shows what is new"
+        # logrotate would read a file beside its own
+        case $4 in /etc/conf.d/*) place_file "$new" "/etc/conf.d/._cfg0000_${4##*/}" "$5" ;; esac
+        tell kept "$4; what is new: $opt/current/openrc/$3"
     fi
 }
 
@@ -395,12 +396,12 @@ make_user() {
     [ -x "$nologin" ] || nologin=/usr/sbin/nologin
     grep -q "^$user:" /etc/group || if command -v groupadd >/dev/null; then groupadd -r "$user"; else addgroup -S "$user"; fi
     if ! id "$user" >/dev/null 2>&1; then
-        : >"$etc/.user-made" # uninstall removes no other
         if command -v useradd >/dev/null; then
             useradd -r -M -g "$user" -d "$data" -s "$nologin" -c crmbridge "$user"
         else
             adduser -S -D -H -G "$user" -h "$data" -s "$nologin" -g crmbridge "$user"
         fi
+        : >"$etc/.user-made" # uninstall removes no other
         made "user $user"
     elif ! id -nG "$user" | grep -qw "$user"; then # it was there before, and could not read the configuration
         if command -v usermod >/dev/null; then usermod -a -G "$user" "$user"; else addgroup "$user" "$user"; fi
@@ -523,6 +524,7 @@ move_to() {
     [ -n "$from" ] || rc-update -q add crmbridge default
     # one that was stopped on purpose stays so
     if [ -z "$from" ] || ! grep -q ^stopped "$mark"; then start_service; fi
+    echo "done $from" >"$mark"
     point previous "$from"
     rm -f -- "$mark"
     for tree in "$opt"/*; do
@@ -533,8 +535,7 @@ move_to() {
 # Brings back what ran before a move that was not finished.
 put_back() {
     read -r was from <"$mark" || :
-    # it was at its very end
-    [ -z "$from" ] || [ "$(version_at previous)" != "$from" ] || { rm -f -- "$mark" && return; }
+    [ "$was" != "done" ] || { point previous "$from" && rm -f -- "$mark" && return; }
     stop_service
     to=$(version_at current)
     point current "$from"
@@ -566,11 +567,8 @@ on_exit() {
 
 # What every command that changes the server begins with.
 begin() {
-    need_root
     umask 022
-    need_openrc
-    need_tools
-    take_turn
+    need_root; need_openrc; need_tools; take_turn
     recovered=no making=''
     if [ -e "$mark" ]; then
         say "the last run was cut short"
@@ -673,7 +671,7 @@ repair() {
 
 # Makes what is missing or damaged around the version that runs, and says $1 when that is well.
 mend() {
-    runs "$opt/$version" || { revive "$version"; rc-service --ifstarted crmbridge restart >/dev/null 2>&1 || :; }
+    runs "$opt/$version" || { revive "$version"; rc-service --ifstarted crmbridge restart >/dev/null 2>&1 9>&- || :; }
     prepare_system
     read_ini "$version"
     place_service "$version" "$version"
@@ -698,7 +696,7 @@ uninstall() {
     rc-update -q -a del crmbridge >/dev/null 2>&1 || :
     if (read_ini current) 2>/dev/null; then read_ini current; fi
     [ "$(readlink /usr/local/bin/crmbridge)" != "$opt/current/bin/crmbridge" ] || remove /usr/local/bin/crmbridge
-    ! cmp -s "$opt/current/openrc/crmbridge.cron" /etc/cron.daily/crmbridge || remove /etc/cron.daily/crmbridge
+    ! { [ -n "$*" ] || cmp -s "$opt/current/openrc/crmbridge.cron" /etc/cron.daily/crmbridge; } || remove /etc/cron.daily/crmbridge
     remove /etc/init.d/crmbridge.worker /etc/init.d/crmbridge /etc/logrotate.d/crmbridge
     if [ -z "$*" ]; then
         remove "$opt"
@@ -708,7 +706,10 @@ uninstall() {
         return
     fi
     [ ! -e "$etc/.user-made" ] || made=yes
-    remove /etc/conf.d/crmbridge "$etc" "$data" "$logs" "$opt"
+    left=$(ps -o pid= -U "$user" 2>/dev/null | tr '\n' ' ') || :
+    [ "${made:-no}:$left" = yes: ] || [ "${made:-no}" = no ] ||
+        stop "the user $user has processes, and cannot be removed." "End them, and run this again:  kill $left"
+    remove /etc/conf.d/crmbridge /etc/conf.d/._cfg0000_crmbridge "$etc" "$data" "$logs" "$opt"
     keep "${database:-}" "${key_file:-}" # where an administrator moved them
     id "$user" >/dev/null 2>&1 || return 0
     if [ "${made:-no}" = yes ]; then
@@ -753,6 +754,7 @@ show_status() {
     made_with=$(sed -n 's/^version = //p' "$tree/venv/pyvenv.cfg")
     runs "$tree" || { line python "gone: $made_with; type: $tree/install.sh repair"; return 1; }
     line python "$made_with ($(readlink -f "$tree/venv/bin/python"))"
+    log=$( (read_ini current) 2>&1) || { line configuration "$log"; return 1; }
     read_ini current
     log=$(bridge current health 2>&1) || well=1
     line health "$log"

@@ -413,6 +413,25 @@ def test_a_configuration_of_another_version_is_no_hindrance_where_one_is_there(m
     assert (refused.returncode, "cannot be used" in refused.stderr) == (1, True), refused.stderr
 
 
+def test_a_configuration_leads_the_database_to_no_place_that_is_taken(made: Path) -> None:
+    """Whoever has the key file can seal one in: it must not have root replace a file of its choice."""
+    assert run(made, "backup", "it.db").returncode == 0
+    victim = made / "etc" / "victim.conf"
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    text = (made / "crmbridge.ini").read_text()
+    text = re.sub(r"^path = .*", f"path = {victim}", text, flags=re.MULTILINE)
+    sealed = vault.load(made / "var" / "crmbridge.key").seal("crmbridge.ini\n" + text)
+    change(made / "it.db", f"UPDATE backup_note SET sealed_ini = '{sealed}'")
+    (made / "crmbridge.ini").unlink()
+    refused = run(made, "restore", "it.db")
+    assert (refused.returncode, f"the configuration in it names {victim}" in refused.stderr) == (1, True), (
+        refused.stderr
+    )
+    assert victim.read_text() == "precious"
+    assert not (made / "crmbridge.ini").exists()
+
+
 def test_another_sealed_secret_is_not_taken_for_a_configuration(made: Path) -> None:
     assert run(made, "backup", "it.db").returncode == 0
     change(made / "it.db", "UPDATE backup_note SET sealed_ini = (SELECT access_token_sealed FROM accounts)")

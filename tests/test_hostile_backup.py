@@ -55,6 +55,11 @@ def refused(file: Path, said: str, *, within_s: float = PATIENCE_S) -> str:
     return told
 
 
+def test_a_value_larger_than_any_that_is_written_is_refused(backup: Path) -> None:
+    change(backup, "UPDATE accounts SET username = zeroblob(100000000)")
+    refused(backup, "too big|not whole|damaged|cannot be")
+
+
 # --- what no migration makes ---
 
 

@@ -53,7 +53,7 @@ def create(
 def show(db: Database) -> None:
     """Print a line for each key, oldest first."""
     for row in keys.everyone(db):
-        state = "revoked" if row["revoked_at"] else "active"
+        state = "revoked" if row["revoked_at"] is not None else "active"
         if state == "active" and row["expires_at"] and row["expires_at"] <= instant(time.time()):
             state = "expired"
         reach = "admin" if row["admin"] else f"{','.join(row['accounts'])} {','.join(row['permissions'])}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from crmbridge import config
 from crmbridge.events import epoch_s, instant
-from crmbridge.ops import check
+from crmbridge.ops import check, owner
 from crmbridge.ops.check import Finding
 from crmbridge.store import accounts, copies, database, vitals
 
@@ -365,8 +365,8 @@ def logged(path: Path) -> Iterator[Finding]:
 
 def tail(path: Path) -> list[str]:
     """Return the last lines of a log."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+    with owner.opened(path, None) as file:  # whoever may write it may put something else in its place
+        file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
         return file.read().decode(errors="replace").splitlines()
 
 

@@ -61,7 +61,8 @@ def _run(settings: Settings, source: Path, ini: Path | None, secret: Callable[[]
         found = copies.Contents(**apart(lambda: _look(draft), _LOOK_MB))
         lines, new_key = _keys(key_file, found, whose, secret)
         chosen, text, about_ini = _configuration(ini, settings, found, lines)
-        if (chosen.store.path, chosen.vault.key_file) == (place, key_file):
+        places = chosen.store.path, chosen.vault.key_file
+        if places == (place, key_file):
             _tell_contents(source, found)
             steps, sends = apart(lambda: _make_ready(draft, found.made_at, chosen, now_s), _WORK_MB)
             terminal.say(*(f"  migrated {step}" for step in steps))
@@ -80,7 +81,13 @@ def _run(settings: Settings, source: Path, ini: Path | None, secret: Callable[[]
             terminal.say(f"{place}: restored" + (f"; what was there is {kept}" if kept else ""))
             _tell(found.made_at, sends, found.pending)
             return 0
-    return _run(chosen, source, ini, secret, now_s)  # the configuration in it names other places
+    # The configuration in it names other places. It may come from the service's user, and lead root anywhere.
+    if whose is not None or any(map(os.path.lexists, places)):
+        raise Misconfigured(
+            f"{source} is not restored: the configuration in it names {places[0]} and {places[1]}: put one at {ini} "
+            "that names where it is to go, and restore again"
+        )
+    return _run(chosen, source, ini, secret, now_s)
 
 
 @contextlib.contextmanager

@@ -20,14 +20,17 @@ _CHECKPOINT_PAGES_OTHERS = 16_000
 _LOG_BYTES = 8 * 2**20  # what a log that had to grow keeps once it begins anew
 BUSY_TIMEOUT_S = 4.0  # Meta waits five seconds for its answer
 _INCREMENTAL = 2
+_VALUE_BYTES = 64 * 2**20  # a webhook's body is 12 MB at most
 _RESERVE_BYTES = 4 * 1024 * 1024
 
 
 def guard(connection: Any) -> Any:
     """Have a connection trust nothing that its file says; every connection of the product comes by here.
 
-    No view, trigger or index may call what has effects, and each page is checked as it is read.
+    No view, trigger or index may call what has effects, each page is checked as it is read, and no value is larger than
+    what crmbridge ever writes.
     """
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _VALUE_BYTES)
     if sys.version_info >= (3, 12):
         connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
     connection.execute("PRAGMA trusted_schema = OFF")

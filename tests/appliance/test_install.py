@@ -217,7 +217,7 @@ def test_new_defaults_are_laid_beside_what_an_administrator_changed(installed: B
     )
     in_box(installed, "/root/next", later(tmp_path / "next", "9.0.0", edits=edits))
     said = installed.run("sh", "/root/next/install.sh", "upgrade").stdout
-    assert "kept     /etc/conf.d/crmbridge; etc-update, or diff, shows what is new" in said
+    assert "kept     /etc/conf.d/crmbridge; what is new: /opt/crmbridge/current/openrc/crmbridge.confd" in said
     assert "respawn_delay=3" in installed.run("cat", "/etc/conf.d/crmbridge").stdout
     assert "Files that may be open" in installed.run("cat", "/etc/conf.d/._cfg0000_crmbridge").stdout
     assert "rotate 15" in installed.run("cat", "/etc/logrotate.d/crmbridge").stdout  # nobody had changed it
