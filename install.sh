@@ -688,9 +688,7 @@ mend() {
 
 uninstall() {
     case $* in '' | --purge | "--purge --yes") ;; *) stop "uninstall knows --purge and --purge --yes, not '$*'." ;; esac
-    need_root
-    need_openrc
-    take_turn
+    need_root; need_openrc; take_turn
     if [ "$*" = --purge ]; then ask_for_purge; fi
     stop_service
     rc-update -q -a del crmbridge >/dev/null 2>&1 || :
