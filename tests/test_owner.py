@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.needs import require
+from tests.test_backup import change
 from tests.test_cli import ROOT
 from tests.test_hostile_backup import endless
 from tests.waiting import PATIENCE_S, until
@@ -221,6 +222,16 @@ def test_the_configuration_that_is_put_back_is_roots_for_the_service_to_read(pla
     assert owners(place / "etc")["crmbridge.key"] == (UID, 0o600)
     assert {uid for uid, _ in owners(place / "data").values()} == {UID}
     assert run(place, "check", "--config", str(path)).returncode == 0
+
+
+def test_root_copies_no_database_in_which_its_owner_laid_something_to_run(place: Path) -> None:
+    path = install(place)
+    change(place / "data" / "bridge.db", "CREATE INDEX odd ON accounts (length(printf('%.*c', 600, id)))")
+    done = run(place, "backup", f"{place}/etc/it.db", "--config", str(path))
+    assert (done.returncode, "(index odd): back up to" in done.stdout) == (1, True), done.stdout
+    assert not list((place / "etc").glob("it.db*"))
+    done = run(place, "backup", f"{place}/data/backups/", "--config", str(path))
+    assert (done.returncode, "restore will refuse it: index odd" in done.stdout) == (0, True), done.stdout
 
 
 def test_who_reads_a_backup_has_become_the_owner_for_good(place: Path) -> None:

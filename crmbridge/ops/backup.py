@@ -67,6 +67,11 @@ def run(
                 source = stack.enter_context(copies.reading(place))
                 note: dict[str, str | None] = {"made_at": instant(began_s), "version": __version__}
                 unsealed = _seal(note, settings.vault.key_file, ini, secret)
+            if whose is not None and (odd := copies.foreign(source)):  # it would be run as root, in this process
+                raise Misconfigured(
+                    f"root copies no database that holds what crmbridge does not make ({', '.join(odd)}): back up to "
+                    f"{place.parent}/backups/, as its owner, and take the file from there"
+                )
             with owner.acting(writer):
                 made = _make(source, settings, file, note)
                 size = file.stat().st_size

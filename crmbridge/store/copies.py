@@ -96,6 +96,17 @@ def write(
     os.fsync(handle)
 
 
+def foreign(database: sqlite3.Connection) -> list[str]:
+    """Name what is in an open database and not of this version's making, by its schema's text: nothing of it is run."""
+    if not database.execute(
+        "SELECT 1 FROM sqlite_master WHERE name = 'schema_migration' AND type = 'table'"
+    ).fetchone():
+        return ["no schema_migration"]
+    applied = [row[0] for row in database.execute("SELECT name FROM schema_migration ORDER BY name")]
+    problem = schema.problem(applied)
+    return [problem] if problem else schema.strange(database, applied)
+
+
 def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
     """Check a copy from end to end and count what is in it.
 
