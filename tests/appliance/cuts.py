@@ -3,6 +3,7 @@
 from tests.appliance.box import Box
 
 _KILL = """
+: >/tmp/trace # else the first look may take the trace of the run before for this one's
 setsid sh -x /root/next/install.sh "$1" >/tmp/said 2>/tmp/trace &
 pid=$!
 # what undoes the run before comes first
