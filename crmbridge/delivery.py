@@ -442,6 +442,7 @@ class Engine:
                     log.exception("delivery.fault", delivery=claimed.id, target=claimed.target)
                     outcome = replace(outcome, message=type(error).__name__)
         finally:
+            self._db.close_thread()
             outcome = replace(outcome, ms=int((time.monotonic() - started) * 1000))
             with self._changed:
                 del self._in_flight[claimed.claim_id]

@@ -113,10 +113,7 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
             thread = rooms.client.look_up(token, claimed.account["instagram_account_id"], contact, claimed.account_id)
             read.clear()
             read[key] = now_s, thread
-        try:
-            found = messages.match(rooms.db, claimed, thread)
-        finally:
-            rooms.db.close_thread()
+        found = messages.match(rooms.db, claimed, thread)
         if found.kind == "several":
             raise Refused(found.why, code="in_doubt")
         if found.kind == "unclear":
@@ -242,6 +239,7 @@ def make_worker(rooms: Rooms) -> Any:
         on_bell=helpers[0].tell,
         alert=rooms.alerts.alert,
         on_thread=rooms.db.checkpoint_here,
+        on_thread_end=rooms.db.close_thread,
     )
     upkeep.beat()
     upkeep.sweep()

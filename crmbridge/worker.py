@@ -140,6 +140,7 @@ class Worker:
         on_bell: Callable[[], None] = lambda: None,
         alert: Callable[..., None] = lambda *_: None,
         on_thread: Callable[[], None] = lambda: None,
+        on_thread_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
@@ -153,6 +154,7 @@ class Worker:
         self._ended = threading.Event()
         self._huey = self._open_queue()
         self._huey.on_startup("connection")(on_thread)
+        self._huey.on_shutdown("connection")(on_thread_end)
         self._huey.signal(SIGNAL_ERROR)(lambda _signal, task, error: alert("system_fault", _failed(task, error)))
         self._drain_task = self._huey.task(name="drain")(self._drain)
         for job in jobs:

@@ -71,18 +71,11 @@ class Served:
     def stop(self) -> None:
         """Stop it as a signal would; what is left to log is logged."""
 
-        class Last:
-            """The last task of the one thread of the pool."""
-
-            service = staticmethod(self.rig.db.close_thread)
-            cancel = staticmethod(lambda: None)
-
         def end() -> None:
             raise SystemExit
 
         if not self._thread.is_alive():
             return
-        self._server._dispatcher.add_task(Last())
         look, self._app.look = self._app.look, end  # which the loop does once a second
         self.steady_s += 2
         self._thread.join(20)

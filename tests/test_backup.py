@@ -22,7 +22,7 @@ from playhouse.migrations import Runner
 from crmbridge import vault
 from crmbridge.events import instant
 from crmbridge.ops import backup, restore
-from crmbridge.store import copies, vitals
+from crmbridge.store import copies, schema, vitals
 from tests.needs import require
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID, Shop
@@ -545,11 +545,14 @@ def test_a_damaged_database_fails_its_backup_and_gives_way_to_an_older_one(made:
     assert len(left_over(made / "var")) == 1
 
 
+def make_older(path: Path) -> None:
+    with contextlib.closing(peewee.SqliteDatabase(str(path))) as older:
+        Runner(older, str(schema.MIGRATIONS)).up("0004_channel")
+
+
 def test_an_older_schema_is_brought_up_to_date(made: Path) -> None:
     (made / "var" / "bridge.db").unlink()
-    Runner(peewee.SqliteDatabase(str(made / "var" / "bridge.db")), str(ROOT / "crmbridge" / "store" / "migrations")).up(
-        "0004_channel"
-    )
+    make_older(made / "var" / "bridge.db")
     assert run(made, "backup", "old.db").returncode == 0  # with no place to remember it
     done = run(made, "restore", "old.db")
     assert "migrated 0005_appliance" in done.stdout, done.stderr

@@ -11,15 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-import peewee
 import pytest
-from playhouse.migrations import Runner
 
 from crmbridge.ops import restore
 from crmbridge.store import database, schema
 from crmbridge.worker import Worker
 from tests.rig import Rig
-from tests.test_backup import change, install, left_over, query
+from tests.test_backup import change, install, left_over, make_older, query
 from tests.test_cli import run
 from tests.typed import typed
 from tests.waiting import PATIENCE_S
@@ -90,7 +88,7 @@ def test_what_no_migration_makes_is_refused_and_named(backup: Path, planted: str
 def test_in_an_older_schema_too(backup: Path) -> None:
     folder = backup.parent
     (folder / "var" / "bridge.db").unlink()
-    Runner(peewee.SqliteDatabase(str(folder / "var" / "bridge.db")), str(schema.MIGRATIONS)).up("0004_channel")
+    make_older(folder / "var" / "bridge.db")
     assert run(folder, "backup", "old.db").returncode == 0
     change(folder / "old.db", f"CREATE VIEW bomb AS {ENDLESS}")
     refused(folder / "old.db", "view bomb")

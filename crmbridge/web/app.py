@@ -206,7 +206,7 @@ class App:
         self.routes = tuple(routes)
         self.busy = busy
         self.timings = timings or Timings()
-        self._db = db
+        self.db = db
         self._alarm = alarm
         self._clock = clock
         self._keys = Keyring(db, clock, steady)
@@ -329,7 +329,7 @@ class App:
             raise Invalid("The request has unknown query parameters.", details=details)
         _fit(route, request.content_length)
         return Call(
-            db=self._db,
+            db=self.db,
             key=key,
             path=path,
             query=query,

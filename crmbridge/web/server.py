@@ -13,6 +13,7 @@ import waitress.wasyncore
 
 from crmbridge import log
 from crmbridge.config import Web
+from crmbridge.store.database import Database
 from crmbridge.web.app import App
 from crmbridge.web.door import Channel
 
@@ -128,6 +129,18 @@ class Listener(waitress.server.TcpWSGIServer):  # type: ignore[misc]
                 return
 
 
+class _Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
+    """The threads that requests run in; each closes its connection to the database when it ends."""
+
+    def __init__(self, db: Database) -> None:
+        super().__init__()
+        self._db = db
+
+    def handler_thread(self, thread_no: int) -> None:
+        super().handler_thread(thread_no)
+        self._db.close_thread()
+
+
 class Server:
     """The listening server. `run` serves until SystemExit is raised in it, from a signal handler for instance."""
 
@@ -148,7 +161,7 @@ class Server:
             ident="crmbridge",
             **proxy,
         )
-        self._dispatcher = waitress.task.ThreadedTaskDispatcher()
+        self._dispatcher = _Dispatcher(app.db)
         self._dispatcher.set_thread_count(settings.threads)
         self._house = House(app, steady)
         self._listeners = [
