@@ -88,7 +88,7 @@ def hold_answer(method: str, url: str, status: int, kind: str, body: bytes) -> N
     if named not in schemas:
         _found.append(f"{method} {path} {status}: no {named or 'content'}: {body[:300]!r}")
     elif named == "application/json":
-        _hold(f"{method} {path} {status}", schemas[named], json.loads(body))
+        _found.extend(f"{method} {path} {status}: {told}" for told in misfits(schemas[named], json.loads(body)))
 
 
 def hold_found(path: str, found: dict[str, Any]) -> None:
@@ -105,16 +105,23 @@ def hold_event(body: bytes, headers: dict[str, str]) -> None:
         return
     name = event["event"]
     content = operation["requestBody"]["content"]["application/json"]
-    _hold(name, content["schema"], event)
+    _found.extend(f"{name}: {told}" for told in misfits(content["schema"], event))
     came = {header.lower(): value for header, value in headers.items()}
     for header in map(resolve, operation["parameters"]):
         value = came.get(header["name"].lower())
         if value is not None:
-            _hold(f"{name} {header['name']}", header["schema"], value)
+            _found.extend(f"{name}: {header['name']}: {told}" for told in misfits(header["schema"], value))
         elif header.get("required"):
             _found.append(f"{name}: no header {header['name']}")
     if came["webhook-id"] != event["event_id"]:
         _found.append(f"{name}: webhook-id is not the event_id")
+
+
+def misfits(schema: dict[str, Any], value: Any) -> list[str]:
+    """Return what does not fit a schema of the file; a field that it does not describe does not fit either."""
+    errors = _validator(json.dumps(schema)).iter_errors(value)
+    found = [jsonschema.exceptions.best_match([error]) or error for error in errors]
+    return [f"{error.json_path}: {error.message[:300]}" for error in found]
 
 
 def _operation(method: str, path: str) -> Any:
@@ -147,9 +154,3 @@ def _closed() -> dict[str, Any]:
     for schema in components["schemas"].values():
         schema.setdefault("additionalProperties", False)
     return components
-
-
-def _hold(place: str, schema: dict[str, Any], value: Any) -> None:
-    for error in _validator(json.dumps(schema)).iter_errors(value):
-        best = jsonschema.exceptions.best_match([error]) or error
-        _found.append(f"{place}: {best.json_path}: {best.message[:300]}")

@@ -9,9 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-import yaml
 
-from crmbridge import apikey, config
+from crmbridge import apikey
 from crmbridge.sandbox import wire
 from tests import spec
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
@@ -92,7 +91,7 @@ def test_a_key_does_what_it_may_on_its_accounts_alone(shop: Shop) -> None:
 
 
 def test_no_operation_touches_an_account_that_the_key_is_not_bound_to(shop: Shop) -> None:
-    paths = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())["paths"]
+    paths = spec.load()["paths"]
     named = [
         (method.upper(), path) for path, methods in paths.items() for method in methods if "{account_id}" in path
         and method in ("get", "put", "post", "patch", "delete")
