@@ -60,10 +60,10 @@ def attach(patch: pytest.MonkeyPatch) -> None:
         return answer
 
     def received(crm: SampleCrm, **path: str) -> Any:
-        answer, request = receive(crm, **path), bottle.request
+        request = bottle.request
         if request.get_header("webhook-id"):  # so the bridge alone posts
             hold_event(request.body.read(), dict(request.headers.items()))
-        return answer
+        return receive(crm, **path)
 
     patch.setattr(requests.Session, "send", sent)
     patch.setattr(SampleCrm, "_receive", received)
