@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import rig as rigs
 from tests import shop as shops
+from tests import spec
 from tests.needs import require
 
 # How long an example takes to make and to try is the machine's.
@@ -24,6 +25,21 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spec() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        spec.attach(patch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _as_documented() -> Iterator[None]:
+    """Fail a test in which an answer or a CRM's event is not as api-spec.yaml describes it."""
+    yield
+    found = spec.problems()
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture(scope="module")

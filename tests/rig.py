@@ -26,6 +26,7 @@ from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
 from crmbridge.watch import Watch
+from tests import spec
 from tests.shop import CUSTOMER, SHOP_ID, TOKEN
 from tests.waiting import PATIENCE_S
 
@@ -237,9 +238,14 @@ class Rig:
             "wsgi.input": io.BytesIO(encoded),
         }
         setup_testing_defaults(environ)
-        answered: list[str] = []
-        answer = b"".join(self._app(environ, lambda status, headers, exc_info=None: answered.append(status)))
-        return int(answered[-1][:3]), json.loads(answer)
+        answered: list[tuple[int, str]] = []
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+            answered.append((int(status[:3]), dict(headers)["Content-Type"]))
+
+        answer = b"".join(self._app(environ, start))
+        spec.hold_answer(method, path, *answered[-1], answer)
+        return answered[-1][0], json.loads(answer)
 
     def claim(self, row: Row, account: Row) -> Claimed:
         """Claim a due row as a worker does that then makes no call."""
@@ -270,6 +276,7 @@ class Rig:
         """Return what the status route shows."""
         found = messages.status(self.db, message_id)
         assert found is not None
+        spec.hold_found(f"/api/v1/messages/{message_id}/status", found)
         return found
 
     def dead(self) -> list[Row]:

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-import yaml
 
-from crmbridge import apikey, config
+from crmbridge import apikey
 from crmbridge.sandbox import wire
+from tests import spec
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN, Shop
 from tests.waiting import BULK_S, PATIENCE_S, until
 
@@ -25,7 +25,6 @@ def error(answer: requests.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
     found: dict[str, Any] = answer.json()
-    assert set(found) == {"error", "message", "details", "correlation_id", "timestamp"}
     assert found["correlation_id"] == answer.headers["X-Correlation-Id"]
     return found
 
@@ -92,7 +91,7 @@ def test_a_key_does_what_it_may_on_its_accounts_alone(shop: Shop) -> None:
 
 
 def test_no_operation_touches_an_account_that_the_key_is_not_bound_to(shop: Shop) -> None:
-    paths = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())["paths"]
+    paths = spec.load()["paths"]
     named = [
         (method.upper(), path) for path, methods in paths.items() for method in methods if "{account_id}" in path
         and method in ("get", "put", "post", "patch", "delete")
@@ -463,7 +462,8 @@ def test_what_is_no_http_is_answered_in_json_too(shop: Shop, request_text: bytes
             answer += part
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith((b"HTTP/1.0 4", b"HTTP/1.1 4"))
-    assert set(json.loads(body)) == {"error", "message", "details", "correlation_id", "timestamp"}
+    assert b"Content-Type: application/json\r\n" in head + b"\r\n"
+    spec.hold_answer("", "", int(head.split()[1]), "application/json", body)
 
 
 def test_a_request_id_is_kept_through_to_the_crm(shop: Shop) -> None:

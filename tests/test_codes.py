@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 
 from crmbridge import config
 from crmbridge.events import instant
@@ -13,6 +12,7 @@ from crmbridge.instagram import codes
 from crmbridge.instagram.codes import HAPPENS, MEANINGS, Meaning
 from crmbridge.sandbox import wire
 from crmbridge.store import accounts
+from tests import spec
 from tests.rig import Rig, opened
 
 UNLISTED = 9_999_999
@@ -27,7 +27,7 @@ CASES = [
     for number in [subcode if code == "*" else code]
     if "*" in (code, subcode)
 ]
-SPEC = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())["info"]["description"]
+SPEC = spec.load()["info"]["description"]
 TRIES = {
     "retry": "counted", "once": "once", "limit": "waits", "final": "final", "alert": "final", "account": "holds",
     "unknown": "in doubt", "open": "in doubt",

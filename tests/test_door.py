@@ -20,6 +20,7 @@ from crmbridge import signing
 from crmbridge.sandbox import wire
 from crmbridge.sandbox.meta import APP_SECRET
 from tests import served as servers
+from tests import spec
 from tests.rig import Rig
 from tests.served import Served, wait_until
 from tests.shop import CUSTOMER, SHOP_ID, Shop
@@ -250,7 +251,10 @@ def answer_to(one: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]:
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in rest)}
     while len(body) < int(headers["content-length"]):
         body += one.recv(65_536)
-    return int(first.split()[1]), headers, json.loads(body)
+    status = int(first.split()[1])
+    if status >= 400:
+        spec.hold_answer("", "", status, headers["content-type"], body)
+    return status, headers, json.loads(body)
 
 
 REFUSED: dict[str, tuple[str, str, list[str], int, str]] = {
@@ -305,7 +309,6 @@ def test_a_refusal_comes_before_the_body(shop: Shop, every_key: dict[str, str], 
         one.sendall(head(method, path, f"X-Request-Id: {request_id}", *lines, *["Expect: 100-continue"] * expects))
         told, headers, error = answer_to(one)
         assert (told, error["error"]) == (status, slug)
-        assert set(error) == {"error", "message", "details", "correlation_id", "timestamp"}
         assert error["correlation_id"] == headers["x-correlation-id"] == request_id
         assert headers["connection"] == "close"
         assert ("www-authenticate" in headers, "allow" in headers) == (status == 401, status == 405)

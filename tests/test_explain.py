@@ -9,6 +9,7 @@ from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.sandbox import wire
 from crmbridge.store import accounts, dead, deliveries, pauses
+from tests import spec
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.test_cli import run
@@ -20,8 +21,11 @@ REFUSED_FOR_NOW = wire.error_body(2, "An unexpected error has occurred.", is_tra
 
 
 def stories(rig: Rig, given: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = explain.explain(rig.db, given, rig.now_s)["stories"]
-    return found
+    found: dict[str, Any] = explain.explain(rig.db, given, rig.now_s)
+    if found["stories"]:
+        spec.hold_found(f"/api/v1/admin/explain/{given}", found)
+    stories: list[dict[str, Any]] = found["stories"]
+    return stories
 
 
 def story(rig: Rig, given: str) -> dict[str, Any]:

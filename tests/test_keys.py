@@ -19,6 +19,7 @@ import pytest
 from crmbridge import apikey
 from tests import served as servers
 from tests import shop as shops
+from tests import spec
 from tests.rig import Rig
 from tests.served import Served, wait_until
 from tests.shop import Shop
@@ -40,7 +41,9 @@ def ask(
     with closing(connection):
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
-        body = json.loads(answer.read())
+        raw = answer.read()
+    spec.hold_answer("GET", path, answer.status, answer.headers["Content-Type"], raw)
+    body = json.loads(raw)
     if answer.status in (401, 429):
         assert body["error"] == ("unauthorized" if answer.status == 401 else "too_many_checks")
         assert body["correlation_id"] == answer.headers["X-Correlation-Id"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from crmbridge import config, contract
+from crmbridge import config
 from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.sandbox import wire
@@ -86,12 +86,11 @@ def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> 
     assert re.search(rf"warning: {shop.account_id} \(your_shop\) sends: 1 pending since .*, 1 dead; ", checked)
     assert "warning: 1 event(s) for Instagram accounts that are not connected here" in checked
     assert f"warning: alert crm_unauthorized {shop.account_id} since" in checked
-    (account,) = contract.Stats.model_validate(stats.json()).accounts
-    assert (account.account_id, account.status, account.pending_sends) == (shop.account_id, "active", 1)
-    assert (account.dead_webhooks, account.dead_sends) == (2, 1)
-    assert account.paused_since.sends is not None
-    assert account.latency.webhooks is not None
-    assert account.latency.webhooks.count > 0
+    (account,) = stats.json()["accounts"]
+    assert (account["account_id"], account["status"], account["pending_sends"]) == (shop.account_id, "active", 1)
+    assert (account["dead_webhooks"], account["dead_sends"]) == (2, 1)
+    assert account["paused_since"]["sends"] is not None
+    assert account["latency"]["webhooks"]["count"] > 0
     assert "crm_unauthorized" in {alert["alert"] for alert in stats.json()["alerts"]}
     assert stats.json()["storage"]["database_bytes"] > 100_000
     assert stats.json()["requests"]["count"] > 5

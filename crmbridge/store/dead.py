@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge.contract import CRM_EVENTS
 from crmbridge.endpoints import REPLAY_BURST, Room
 from crmbridge.errors import Conflict, Invalid, NotFound
 from crmbridge.events import instant
-from crmbridge.store import accounts, deliveries, holds, messages
+from crmbridge.store import accounts, deliveries, holds, inbound, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
@@ -24,7 +23,7 @@ _SAID: dict[str, str] = {
 _LANES = 3  # of one endpoint in replay at a time
 _LANE_STEP, _LANE_LOW = 10, 3  # rows of a lane let back in at once, and when the next ones follow
 _AT_ONCE = 200
-_EVENTS = (*CRM_EVENTS, deliveries.SEND, deliveries.ACTION)
+_EVENTS = (*inbound.TOLD, *messages.TOLD, deliveries.SEND, deliveries.ACTION)
 # Why a dead row cannot be tried again; a send in doubt can, by force.
 _BECAUSE = """
     CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'

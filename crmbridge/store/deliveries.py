@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import pydantic_core
+
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
@@ -74,6 +76,15 @@ class Claimed:
 
 SEND, ACTION = "message.send", "action.send"  # what is owed to the channel: messages, and what leaves none
 LOOK_UP_FAILED = "look_up_failed"  # the channel did not answer when it was asked for a send in doubt
+
+
+def rendered(event: dict[str, Any]) -> str:
+    """Return the body that a CRM receives; the text is stored, and its UTF-8 bytes are what is signed.
+
+    Raises ValueError for half a surrogate pair and for what is nested too deeply. A number that JSON does not know,
+    such as Infinity, becomes null.
+    """
+    return pydantic_core.to_json(event, inf_nan_mode="null").decode()
 
 
 def is_repeatable(event: str) -> bool:

@@ -5,12 +5,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crmbridge import contract, matching
+from crmbridge import matching
 from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries, messages, questions, windows
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Debt, Patience
 
+# What a CRM is told of, and what each event has beside what all have, in the order of its body.
+TOLD: dict[str, tuple[str, ...]] = {
+    "message.received": ("reply_to", "quick_reply", "referral", "is_self", "event"),
+    "message.echo": ("reply_to", "quick_reply", "referral", "is_self", "event"),
+    "message.reaction": ("event", "reaction"),
+    "message.postback": ("event", "postback", "referral", "is_self"),
+    "message.edited": ("event", "edit"),
+    "message.deleted": ("event",),
+    "message.referral": ("event", "referral"),
+    "message.unsupported": ("event", "raw"),
+    "comment.received": ("event", "comment", "referral"),
+    "mention.received": ("event", "mention"),
+}
 _ADOPT_AT_ONCE = 200
 # What rendering raises where the content is gone or is not what it was when it was written.
 UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
@@ -512,17 +525,18 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
         "recovered": bool(extra.get("recovered")),
         "other": others.get("event"),
     }
-    shape = contract.CRM_EVENTS[kind].model_fields
-    for name in ("quick_reply", "referral", "reaction", "postback", "edit", "comment", "mention"):
-        if name in shape:
+    for name in TOLD[kind]:
+        if name == "event":
+            fields[name] = kind
+        elif name == "is_self":
+            fields[name] = bool(extra.get("is_self"))
+        elif name == "reply_to":
+            fields[name] = _reply_to(db, account["id"], content.get("reply_to"), others)
+        elif name == "raw":
+            fields[name] = content.get("raw")
+        else:
             fields[name] = {**extra[name], "other": others.get(name)} if extra.get(name) else None
-    if "is_self" in shape:
-        fields["is_self"] = bool(extra.get("is_self"))
-    if "reply_to" in shape:
-        fields["reply_to"] = _reply_to(db, account["id"], content.get("reply_to"), others)
-    if "raw" in shape:
-        fields["raw"] = content.get("raw")
-    return contract.crm_body(kind, fields)
+    return deliveries.rendered(fields)
 
 
 def _message_id(db: Database, account_id: str, row: Row) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge import contract, matching
+from crmbridge import matching
 from crmbridge.errors import Conflict, Invalid
 from crmbridge.events import Thread, epoch_s, instant, new_id
 from crmbridge.matching import Match
@@ -16,6 +16,7 @@ from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
 # What ended without our knowing whether it had gone out; the channel may still show that it had.
 _PROVABLE = ("in_doubt", "expired", "account_deleted")
 _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
+TOLD = ("message.sent", "message.delivered", "message.read", "message.failed")  # the changes that a CRM is told of
 
 
 # Whoever writes is shown for some seconds: later it is worth nothing.
@@ -291,13 +292,13 @@ def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patienc
         return
     event, event_id = f"message.{message['status']}", new_id("evt")
     sequence = contacts.next_sequence(db, "crm", message["account_id"], message["recipient_id"], now)
-    body = contract.crm_body(
-        event,
+    body = deliveries.rendered(
         {
             "event_id": event_id,
             "sequence": sequence,
             "account_id": message["account_id"],
             "timestamp": at,
+            "event": event,
             "message_id": message["id"],
             "recipient_id": message["recipient_id"],
             "status": message["status"],
@@ -316,7 +317,7 @@ def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patienc
 
 
 def error_of(message: Row) -> dict[str, Any] | None:
-    """Return a message's last error as the contract shows it."""
+    """Return a message's last error as the API shows it."""
     if message["error_code"] is None:
         return None
     return {

@@ -86,7 +86,7 @@ def _after(cursor: str | None) -> tuple[str, int] | None:
 
 
 def _shown(row: Row) -> dict[str, Any]:
-    """Return a dead delivery as the contract shows it: a webhook's, or a send's."""
+    """Return a dead delivery as the API shows it: a webhook's, or a send's."""
     because = row["because"]
     names = "account_id sequence message_id attempts accepted_at retry_asked_at correlation_id"
     found = {
