@@ -175,4 +175,5 @@ def table(found: Counter[str], number: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.path[0] = ""  # the rooms of bench are none of the counted version
     serve(sys.argv[1], *sys.argv[2:])
