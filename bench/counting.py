@@ -133,15 +133,15 @@ def count_calls(counts: Counts, package: Path) -> None:
     sys.setprofile(seen)
 
 
-def late(seconds: float) -> Callable[..., bool]:
-    """Return a `threading.Condition.wait` in which the engine wakes late: it records in one turn what came together."""
+def late(until: Callable[[], None]) -> Callable[..., bool]:
+    """Return a `threading.Condition.wait` that the engine leaves late: it records in one turn what came until then."""
     wait = threading.Condition.wait
 
     def waited(self: threading.Condition, timeout: float | None = None) -> bool:
         told = wait(self, timeout)
         if sys._getframe(1).f_code.co_filename.endswith("crmbridge/delivery.py"):
             self.release()
-            time.sleep(seconds)
+            until()
             self.acquire()
         return told
 
@@ -153,7 +153,7 @@ def serve(how: str, *words: str) -> None:
     counts = Counts()
     count_sql(counts, "bridge.db")
     if how == "together":
-        threading.Condition.wait = late(_LATE_S)  # type: ignore[method-assign]
+        threading.Condition.wait = late(lambda: time.sleep(_LATE_S))  # type: ignore[method-assign]
 
     def answer() -> None:
         import json
