@@ -4,13 +4,14 @@ import http.client
 import itertools
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from bench.stage import SHOP, Stage
+from bench.stage import Arrivals, Stage, customer
 from crmbridge import signing
 from crmbridge.sandbox import wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
@@ -36,52 +37,48 @@ class Shot:
 
     text: str
     due: float
+    began: float
     answered: float
     status: int
-    arrived: float = math.inf
-
-    def arriving(self, at: float) -> "Shot":
-        """Return this shot with the time of its arrival."""
-        return replace(self, arrived=at)
 
 
-def customer(number: int) -> str:
-    """Return the id of a customer; those from 0 to 49 write and are written to."""
-    return str(900_000_000_000_000 + number)
-
-
-def webhooks(stage: Stage, texts: Sequence[str], shop: str = SHOP, *, strangers_from: int = 0) -> list[Order]:
-    """Write signed webhooks as Meta would, one message each; with `strangers_from`, each of somebody else."""
-    orders = []
-    for number, text in enumerate(texts):
-        sender = customer(number % _CUSTOMERS if not strangers_from else strangers_from + number)
-        now_ms = int(time.time() * 1000) + number
-        message = {"mid": wire.mint_mid(shop, sender, now_ms), "text": text}
-        item = {"sender": {"id": sender}, "recipient": {"id": shop}, "timestamp": now_ms, "message": message}
-        body = wire.webhook_body(wire.envelope(shop, now_ms, item))
+def webhooks(
+    stage: Stage, texts: Sequence[str], shop: str = "", *, customers: int = _CUSTOMERS, each: int = 1
+) -> list[Order]:
+    """Write signed webhooks as Meta would, `each` with so many messages, for one shop or all of the stage in turn."""
+    shops, orders = [shop] if shop else list(stage.accounts), []
+    for first in range(0, len(texts), each):
+        shop, items = shops[first // each % len(shops)], []
+        now_ms = int(time.time() * 1000) + first
+        for number, text in enumerate(texts[first : first + each], first):
+            sender = customer(number % customers)
+            message = {"mid": wire.mint_mid(shop, sender, now_ms + number), "text": text}
+            parties = {"sender": {"id": sender}, "recipient": {"id": shop}}
+            items.append({**parties, "timestamp": now_ms, "message": message})
+        body = wire.webhook_body(wire.envelope(shop, now_ms, *items))
         url = f"http://127.0.0.1:{stage.port}/webhooks/instagram"
-        orders.append(Order(text, url, body, _JSON | wire.signature_headers(APP_SECRET, body)))
+        orders.append(Order(texts[first], url, body, _JSON | wire.signature_headers(APP_SECRET, body)))
     return orders
 
 
-def sends(stage: Stage, texts: Sequence[str]) -> list[Order]:
-    """Write the sends of a CRM."""
+def sends(stage: Stage, texts: Sequence[str], *, customers: int = _CUSTOMERS) -> list[Order]:
+    """Write the sends of a CRM, for all accounts of the stage in turn."""
     url, headers = f"http://127.0.0.1:{stage.port}/api/v1/messages/send", {"Authorization": f"Bearer {stage.key}"}
-    orders = []
+    accounts, orders = list(stage.accounts.values()), []
     for number, text in enumerate(texts):
-        send = {"account_id": stage.account_id, "recipient_id": customer(number % _CUSTOMERS)}
+        send = {"account_id": accounts[number % len(accounts)], "recipient_id": customer(number % customers)}
         body = json.dumps({**send, "message": text, "idempotency_key": text}).encode()
         orders.append(Order(text, url, body, _JSON | headers))
     return orders
 
 
-def straight(stage: Stage, texts: Sequence[str]) -> list[Order]:
-    """Write what the CRM would get, for the CRM itself: the floor under every bridge."""
+def straight(url: str, texts: Sequence[str]) -> list[Order]:
+    """Write what a CRM would get, for the CRM itself or a floor."""
     orders = []
     for text in texts:
         body = json.dumps({"event": "message.received", "message": text}).encode()
         signed = {"X-Hub-Signature-256": signing.hub_signature(WEBHOOK_SECRET, body)}
-        orders.append(Order(text, stage.crm_webhook_url, body, _JSON | signed))
+        orders.append(Order(text, url, body, _JSON | signed))
     return orders
 
 
@@ -95,6 +92,7 @@ def fire(orders: Sequence[Order], *, connections: int, per_s: float = math.inf) 
         while (number := next(numbers)) < len(orders):
             order, due = orders[number], begin + number / per_s
             time.sleep(max(due - time.monotonic(), 0))
+            began = time.monotonic()
             try:
                 connection.request("POST", where.path, order.body, order.headers)
                 answer = connection.getresponse()
@@ -103,7 +101,7 @@ def fire(orders: Sequence[Order], *, connections: int, per_s: float = math.inf) 
             except (OSError, http.client.HTTPException):
                 connection.close()
                 status = 0
-            shots.append(Shot(order.text, due, time.monotonic(), status))
+            shots.append(Shot(order.text, due, began, time.monotonic(), status))
         connection.close()
 
     threads = [threading.Thread(target=work) for _ in range(connections)]
@@ -112,3 +110,15 @@ def fire(orders: Sequence[Order], *, connections: int, per_s: float = math.inf) 
     for thread in threads:
         thread.join()
     return sorted(shots, key=lambda shot: shot.due)
+
+
+def check(stage: Stage, orders: Sequence[Order], shots: Sequence[Shot], more: dict[str, int]) -> Arrivals:
+    """Return what came of the orders, and as many of `more` events; exit when one is lost or comes twice."""
+    came = stage.arrivals(len(orders) + sum(more.values()))
+    refused = sum(shot.status not in (200, 202) for shot in shots)
+    lost = sum(order.text not in came.at for order in orders)
+    twice = sum(times - 1 for times in came.texts.values())
+    strange = {event: came.events[event] for event, times in more.items() if came.events[event] != times}
+    if refused or lost or twice or strange:
+        sys.exit(f"of {len(orders)}: {refused} refused, {lost} lost, {twice} twice; of {more}: {strange}")
+    return came

@@ -6,8 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.load import customer
-from bench.stage import SHOP, Arrivals
+from bench.stage import SHOP, Arrivals, customer
 from crmbridge import config, log, wiring
 from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
@@ -73,7 +72,7 @@ def die(folder: Path, number: int) -> Counter[str]:
             upkeep.expire()
             expire_s = now_s + 600
         next_s = engine.drain()
-        now_s = min(max(next_s or end_s, now_s + 15), end_s)
+        now_s = min(max(next_s or (end_s if written == number else 0), now_s + 15), end_s)
     upkeep.expire()
     engine.stop(5)
     found = rooms.db.rows("SELECT state, last_code, COUNT(*) AS number FROM deliveries GROUP BY 1, 2")

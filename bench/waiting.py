@@ -72,5 +72,5 @@ def _backlog(folder: Path, number: int, lanes: int) -> Iterator[Callable[[], int
     db.write(lambda: db.insert("accounts", account | times))
     fill(path, account["id"], "1", number, lanes)
     terms = Terms(time.time(), 90, 5, Patience(_DAY_S, _DAY_S))
-    yield lambda: len(turn.take(db, [], terms, room=lambda endpoint: Room(1, 1), senders=1).claimed)
+    yield lambda: len(turn.take(db, [], terms, room=lambda *_: Room(1, 1), senders=1).claimed)
     db.close()

@@ -21,6 +21,7 @@ from crmbridge.instagram.client import CONVERSATIONS_PER_S, MEDIA_PER_S
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
+from crmbridge.sandbox.meta import APP_SECRET
 from crmbridge.store import accounts, database, deliveries, inbound, keys, messages
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
@@ -142,6 +143,17 @@ class Rig:
         }
         return accounts.create(self.db, values, instant(self.now_s))
 
+    @property
+    def account_id(self) -> str:
+        """The id of the one account."""
+        return str(self.db.value("SELECT id FROM accounts"))
+
+    def name_customers(self) -> None:
+        """Have the channel have told what all customers so far are called."""
+        told = {"username": "their_name", "name": "Their Name", "profile_checked_at": instant(self.now_s)}
+        values = {**told, "profile_due": instant(self.now_s + 86_400)}
+        self.db.write(lambda: self.db.update("contacts", values, "TRUE", []) and self.db.run("DELETE FROM questions"))
+
     def hear(self, *items: Any, account: str = SHOP_ID) -> list[Kept]:
         """Keep what Meta would post: messaging items in one entry."""
         return self.hear_body(wire.webhook_body(wire.envelope(account, int(self.now_s * 1000), *items)))
@@ -229,13 +241,16 @@ class Rig:
             row = {"id": key_id, "name": "rig", "secret_hash": secret_hash, "admin": 1, "accounts": []}
             keys.create(self.db, {**row, "permissions": [], "created_at": instant(self.now_s)})
         encoded = json.dumps(body).encode() if body is not None else b""
+        return self._request(method, path, encoded, {"Authorization": f"Bearer {self._key}"})
+
+    def _request(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, Any]:
         environ: dict[str, Any] = {
             "REQUEST_METHOD": method,
             "PATH_INFO": path,
-            "CONTENT_LENGTH": str(len(encoded)),
+            "CONTENT_LENGTH": str(len(body)),
             "CONTENT_TYPE": "application/json",
-            "HTTP_AUTHORIZATION": f"Bearer {self._key}",
-            "wsgi.input": io.BytesIO(encoded),
+            "wsgi.input": io.BytesIO(body),
+            **{f"HTTP_{name.upper().replace('-', '_')}": value for name, value in headers.items()},
         }
         setup_testing_defaults(environ)
         answered: list[tuple[int, str]] = []
@@ -246,6 +261,13 @@ class Rig:
         answer = b"".join(self._app(environ, start))
         spec.hold_answer(method, path, *answered[-1], answer)
         return answered[-1][0], json.loads(answer)
+
+    def post_webhook(self, *items: Any, account: str = SHOP_ID) -> None:
+        """Have Meta post messaging items in one entry to the route, signed."""
+        self.call("GET", "/health/live")  # makes the application
+        body = wire.webhook_body(wire.envelope(account, int(self.now_s * 1000), *items))
+        status, _ = self._request("POST", "/webhooks/instagram", body, wire.signature_headers(APP_SECRET, body))
+        assert status == 200
 
     def claim(self, row: Row, account: Row) -> Claimed:
         """Claim a due row as a worker does that then makes no call."""

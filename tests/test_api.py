@@ -1,6 +1,7 @@
 """The API over real HTTP: keys and permissions, accounts, sends, and what happens to bad requests."""
 
 import json
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,38 @@ def test_a_key_does_what_it_may_on_its_accounts_alone(shop: Shop) -> None:
             error(shop.call("GET", f"{ACCOUNTS}/{account_id}", key=shop.admin_key), 404)["error"] == "account_not_found"
         )
         assert error(shop.send("x", "k", account_id=account_id), 403)["error"] == "wrong_account"
+
+
+def test_each_operation_answers_the_keys_that_its_permission_names_and_no_others(shop: Shop) -> None:
+    """The matrix of all operations that need a key, as the specification tells, and all kinds of keys."""
+    paths = yaml.safe_load((config.ROOT / "api-spec.yaml").read_text())["paths"]
+    needed = {
+        (method.upper(), path): named[1]
+        for path, methods in paths.items()
+        for method, operation in methods.items()
+        if method in ("get", "put", "post", "patch", "delete")
+        and (named := re.match(r"\*\*Permission:\*\* `?([a-z:]+)", operation.get("description", "")))
+    }
+    assert len(needed) >= 18
+    assert set(needed.values()) == {*apikey.PERMISSIONS, "admin"}
+    forged, _, _ = apikey.make()
+    keys = {"none": None, "forged": forged, "admin": shop.admin_key} | {
+        name: shop.bridge.command("key", "create", "--name", name, "--account", shop.account_id, "--permission", name)
+        for name in apikey.PERMISSIONS
+    }
+    wrong = {}
+    for (method, path), permission in needed.items():
+        for name, key in keys.items():
+            named = path.format(account_id="acc_" + "0" * 26, message_id="msg_" + "0" * 26, id="dlv_" + "0" * 26)
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            body: dict[str, Any] | None = None if method in ("GET", "DELETE") else {}
+            answer = requests.request(method, shop.url + named, json=body, headers=headers, timeout=PATIENCE_S)
+            refused = {401: "unauthorized", 403: "permission_missing"}
+            code = answer.json().get("error") if answer.status_code in refused else None
+            is_let_in = code not in refused.values()
+            if is_let_in != (name in (permission, "admin")) or (name in ("none", "forged")) != (code == "unauthorized"):
+                wrong[method, path, name] = answer.status_code, code
+    assert wrong == {}
 
 
 def test_no_operation_touches_an_account_that_the_key_is_not_bound_to(shop: Shop) -> None:

@@ -130,9 +130,11 @@ class Verdict:
 _CARRIED = {entry.name for entry in fields(Claimed)} - {
     "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "was_due", "seen",
 }  # fmt: skip
+# `target = ? || ''`: beside indexes of one target alone a bare mark decides the plan, and SQLite compiles the statement
+# anew each time that it is bound.
 _BLOCKED = """
-    SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready < 2
-    LIMIT 1"""
+    SELECT 1 FROM deliveries
+    WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready < 2 LIMIT 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,7 @@ def owe(
 
 
 _DUE = """
-    SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ? AND due <= ?
+    SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ? AND due <= ?
         AND retry_asked_at IS NULL AND in_doubt = 0 ORDER BY due LIMIT ?"""
 _LOOK_UPS = """
     SELECT * FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0 AND account_id = ? AND due <= ?
@@ -202,7 +204,7 @@ _REPLAYS = """
             AND new.target = head.target AND new.account_id = head.account_id AND new.contact = head.contact
         ) AS is_awaited
     FROM deliveries AS head
-    WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ? AND account_id = ?
+    WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ? || '' AND account_id = ?
     ORDER BY due"""
 
 
@@ -235,7 +237,8 @@ def first_behind(db: Database, target: str, account_id: str, contact: str) -> Ro
     """Return the first row that waits behind a lane's head."""
     return db.row(
         """
-        SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 0
+        SELECT * FROM deliveries
+        WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 0
         ORDER BY sequence LIMIT 1""",
         (target, account_id, contact),
     )
@@ -246,7 +249,7 @@ def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None
     newest = db.row(
         """
         SELECT contact, accepted_at FROM deliveries
-        WHERE state = 'pending' AND ready = 0 AND attempts = 0 AND target = ? AND account_id = ?
+        WHERE state = 'pending' AND ready = 0 AND attempts = 0 AND target = ? || '' AND account_id = ?
         ORDER BY position DESC LIMIT 1""",
         (target, account_id),
     )
@@ -254,7 +257,8 @@ def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None
         return None
     return db.row(
         """
-        SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1
+        SELECT * FROM deliveries
+        WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 1
             AND claim_id IS NULL AND tried_at < ?""",
         (target, account_id, newest["contact"], newest["accepted_at"]),
     )
@@ -275,7 +279,7 @@ def hasten(db: Database, target: str, account_id: str, before: str, now: str, li
     return db.run(
         """
         UPDATE deliveries SET due = ? WHERE id IN (
-            SELECT id FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
+            SELECT id FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ?
                 AND due > ? AND tried_at < ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
         (now, target, account_id, now, before, limit),
     )
@@ -310,7 +314,7 @@ def next_due(db: Database, target: str, account_id: str) -> str | None:
     """Return when an endpoint's next row is due, replays and doubts aside, or when the lease of one in flight ends."""
     found = db.value(
         """
-        SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? AND account_id = ?
+        SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ?
             AND retry_asked_at IS NULL AND in_doubt = 0""",
         (target, account_id),
     )
@@ -405,7 +409,7 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
         note(db, "id = ?", [claimed.id], "stepped_aside", now)
     if touched and claimed.ready == 0 and verdict.state == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
-        where = "state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 1"
+        where = "state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 1"
         lane = [claimed.target, claimed.account_id, claimed.contact]
         note(db, where, lane, "stepped_aside", now)
         db.update("deliveries", {"ready": 2, "retry_asked_at": None}, where, lane)
@@ -446,7 +450,7 @@ def promote(db: Database, target: Target, account_id: str, contact: str, now: st
         """
         UPDATE deliveries SET ready = 1, due = ? WHERE id = (
             SELECT id FROM deliveries
-            WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND ready = 0
+            WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 0
             ORDER BY sequence LIMIT 1)""",
         (now, *lane),
     )
@@ -602,7 +606,7 @@ def revive(
     note(db, these, positions, f"revived {by}" if by else "revived", now)
     # A send that was tried stays in front: its echo may still come.
     later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
-    where = f"state = 'pending' AND target = ? AND account_id = ? AND contact = ? AND {later}"
+    where = f"state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND {later}"
     db.update("deliveries", {"ready": 0}, where, [*lane, min(row["sequence"] for row in rows)])
     promote(db, target, account_id, contact, now)
 
