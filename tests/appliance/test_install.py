@@ -10,8 +10,11 @@ import pytest
 from crmbridge import __version__
 from tests.appliance.box import Box, Layer
 from tests.appliance.cuts import cut
-from tests.appliance.trees import in_box, later, tree
+from tests.appliance.shop import Shop
+from tests.appliance.suites import on_both
+from tests.appliance.trees import CHECKOUT, in_box, later, tree
 from tests.needs import require
+from tests.waiting import until
 
 pytestmark = pytest.mark.appliance
 
@@ -70,6 +73,22 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "/var/lib/crmbridge/bridge.db",
     ):
         assert said in status
+
+
+@on_both
+def test_the_memory_that_it_asks_for_is_enough(tmp_path: Path, bundle: Path, suite: str) -> None:
+    """All of a box with just that, and told so: as on a server of 128 MB."""
+    (asked_mb,) = re.findall(r"\bwheels_mb=(\d+)", (CHECKOUT / "install.sh").read_text())
+    box = Box(tmp_path / "box", memory_mb=int(asked_mb), suite=suite)
+    try:
+        in_box(box, "/root/crmbridge.sh", bundle)
+        box.boot()
+        meminfo = f"echo MemAvailable: {int(asked_mb) * 1024} kB >/srv/meminfo; mount --bind /srv/meminfo /proc/meminfo"
+        box.run("sh", "-ec", meminfo)
+        box.run("sh", "crmbridge.sh", "install")
+        assert box.run("crmbridge", "health").stdout == "healthy\n"
+    finally:
+        box.close()
 
 
 def test_a_second_run_changes_nothing(installed: Box) -> None:
@@ -135,6 +154,28 @@ def test_repair_where_usr_is_read_only_prints_what_can_be_typed(installed: Box) 
     said = installed.run("sh", "crmbridge.sh", "repair").stdout
     assert "the command is /opt/crmbridge/current/bin/crmbridge" in said
     assert "cannot" not in said.replace("/usr/local/bin cannot have a link", "")
+
+
+def test_where_there_is_no_ipv6(box: Box, bundle: Path) -> None:
+    box.run("sh", "-ec", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6; echo 127.0.0.1 localhost >/etc/hosts")
+    assert "inet6" not in box.run("ip", "address").stdout
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("sh", "crmbridge.sh", "install")
+    shop = Shop(box)
+    try:
+        for host in ("127.0.0.1", "localhost"):
+            shop.configure(web__host=host)
+            shop.rc("restart")
+            assert box.run("crmbridge", "health", "--wait", "60").stdout == "healthy\n"
+        shop.open()
+        assert shop.customer_says("in") == 200
+        until(lambda: shop.at_crm() == ["in"])
+        assert shop.send("out")["status"] == "pending"
+        until(lambda: shop.at_instagram() == ["out"])
+        assert box.run("/opt/crmbridge/current/install.sh", "status").returncode == 0
+    finally:
+        shop.close()
 
 
 def test_a_user_that_was_there_before_outlives_a_purge(box: Box, bundle: Path) -> None:
@@ -232,6 +273,50 @@ def test_the_daily_backup_is_quiet_when_it_is_made_and_told_when_not(installed: 
     installed.run("sh", "-c", "rm /var/lib/crmbridge/backups/*.db; mv /var/lib/crmbridge/bridge.db /srv/gone")
     done = installed.run("/etc/cron.daily/crmbridge", check=False)
     assert (done.returncode != 0, "is its disk mounted" in done.stdout) == (True, True), done.stdout
+
+
+def test_status_tells_of_the_last_backup_what_the_database_knows(installed: Box) -> None:
+    def told() -> list[str]:
+        said = installed.run("/opt/crmbridge/current/install.sh", "status").stdout
+        return re.findall(r"^last backup +(.*)$", said, re.MULTILINE)
+
+    planted = "touch /var/lib/crmbridge/backups/crmbridge-20990101T000000Z.db"
+    installed.run("su", "-s", "/bin/sh", "-c", planted, "crmbridge")
+    assert told() == ["no backup of /var/lib/crmbridge/bridge.db was made"]
+    installed.run("crmbridge", "backup", "/srv/elsewhere.db")
+    assert told() == ["is 0.0 hours old: /srv/elsewhere.db"]
+    installed.run("crmbridge", "backup", "/dev/null/no.db", check=False)
+    failed, good = told()
+    assert re.fullmatch(r"failed, at 20\S+Z: .*/dev/null.*", failed)
+    assert good == "is 0.0 hours old: /srv/elsewhere.db"
+
+
+def holders(box: Box) -> str:
+    """Tell who has the installer's lock open; "free" when nobody has."""
+    look = "find /proc/[0-9]*/fd -lname $0 2>/dev/null; flock -n $0 echo free"
+    return box.run("sh", "-c", look, "/run/crmbridge-install.lock", check=False).stdout.strip()
+
+
+def test_no_command_leaves_its_lock_to_what_it_started(installed: Box, tmp_path: Path) -> None:
+    box, tool = installed, "/opt/crmbridge/current/install.sh"
+    in_box(box, "/root/next", later(tmp_path / "next", "9.0.0"))
+    for before, *words in (
+        ("true", "sh", "crmbridge.sh", "uninstall"),
+        ("true", "sh", "crmbridge.sh", "install"),
+        ("true", tool, "status"),
+        ("true", "sh", "/root/next/install.sh", "upgrade"),
+        ("true", tool, "rollback"),
+        ("rc-service crmbridge stop", tool, "repair"),
+        ("rm -r /opt/crmbridge/current/venv/lib", tool, "repair"),
+        ("pkill -9 supervise-daemo", "sh", "crmbridge.sh", "install"),
+    ):
+        box.run("sh", "-c", before)
+        box.run(*words)
+        assert holders(box) == "free", words
+        if words[-1] != "uninstall":
+            assert box.run("crmbridge", "health").stdout == "healthy\n", words
+    box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes")
+    assert holders(box) == "free"
 
 
 def test_no_name_that_the_services_user_made_leads_root_anywhere(installed: Box, tmp_path: Path) -> None:
