@@ -10,7 +10,7 @@ import pytest
 from crmbridge import __version__
 from tests.appliance.box import Box, Layer
 from tests.appliance.cuts import cut
-from tests.appliance.shop import Shop
+from tests.appliance.shop import Shop, opened
 from tests.appliance.suites import on_both
 from tests.appliance.trees import CHECKOUT, in_box, later, tree
 from tests.needs import require
@@ -178,11 +178,47 @@ def test_where_there_is_no_ipv6(box: Box, bundle: Path) -> None:
         shop.close()
 
 
+@on_both
+def test_a_second_server_goes_on_from_one_file(tmp_path: Path, layer: Layer, bundle: Path) -> None:
+    secret = ("--passphrase-file", "/root/passphrase")
+    with opened(tmp_path / "first", layer, memory_mb=1024) as shop:
+        shop.crm_answers(status=503, always=True)
+        assert shop.customer_says("owed") == 200
+        shop.box.run("sh", "-c", "echo correct horse battery >/root/passphrase")
+        shop.box.run("crmbridge", "backup", "/root/it.db", "--with-key", *secret)
+        (tmp_path / "it.db").write_bytes((shop.box.root / "root/it.db").read_bytes())
+        ini, account_id = shop.ini.read_text(), shop.account_id
+    box = Box(tmp_path / "second", memory_mb=1024, suite=layer.suite)
+    shop = Shop(box)
+    try:
+        in_box(box, "/root/crmbridge.sh", bundle)
+        in_box(box, "/root/it.db", tmp_path / "it.db")
+        box.boot()
+        box.run("sh", "crmbridge.sh", "install")
+        box.run("sh", "-c", "echo correct horse battery >/root/passphrase; rc-service crmbridge stop")
+        said = box.run("crmbridge", "restore", "/root/it.db", *secret).stdout
+        assert "made /etc/crmbridge/crmbridge.ini: the configuration from the backup" in said
+        assert "  admin keys in it: 1;" in said
+        assert "  ordinary keys in it: 1\n" in said
+        assert shop.ini.read_text() == ini
+        shop.start_sandbox()
+        shop.rc("start")
+        shop.wait_healthy()
+        assert account_id in box.run("crmbridge", "account", "list").stdout
+        until(lambda: shop.at_crm() == ["owed"])
+        assert box.run("/opt/crmbridge/current/install.sh", "status").returncode == 0
+    finally:
+        shop.close()
+        box.close()
+
+
 def test_a_user_that_was_there_before_outlives_a_purge(box: Box, bundle: Path) -> None:
     in_box(box, "/root/crmbridge.sh", bundle)
     box.boot()
     box.run("useradd", "-r", "crmbridge")
+    box.run("rm", "/usr/sbin/logrotate")
     said = box.run("sh", "crmbridge.sh", "install").stdout
+    assert "5. The log is rotated by logrotate:  emerge --ask app-admin/logrotate\n" in said
     assert said.count("  made     ") == 1
     assert "user crmbridge" not in said
     assert "kept     user crmbridge" in box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes").stdout
@@ -248,6 +284,7 @@ def test_a_bundle_that_cannot_be_unpacked_and_a_clock_that_is_wrong_say_so_in_a_
     box.run("sed", "-i", "-e", "1,9s/bundle_made=[0-9]*/bundle_made=1/", "crmbridge.sh")
     said = box.run("sh", "crmbridge.sh", "install").stdout
     assert said.count("  made     ") == 1
+    assert "logrotate:" not in said
 
 
 def test_new_defaults_are_laid_beside_what_an_administrator_changed(installed: Box, tmp_path: Path) -> None:
