@@ -1,8 +1,12 @@
 """install.sh as root, from a bundle, in a box without network: first installation, again, status, uninstall."""
 
+import io
 import os
 import re
 import socket
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -467,6 +471,29 @@ def pip_settings() -> tuple[dict[str, str], list[Path], list[Path]]:
     folders = sorted({path.parent if path.name == "simple" else path for path in named if path.is_dir()})
     alone = [path for path in files | named if path.is_file() and not any(one in path.parents for one in folders)]
     return env, folders, alone
+
+
+def test_a_bundle_for_another_architecture(tmp_path: Path) -> None:
+    made = tmp_path / "bundle.sh"
+
+    def bundle(arch: str) -> subprocess.CompletedProcess[str]:
+        words = [str(CHECKOUT / "install.sh"), "bundle", "--for", arch, str(made)]
+        env = {**os.environ, "PYTHON": getattr(sys, "_base_executable", sys.executable)}
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+
+    done = bundle("riscv64")
+    assert (done.returncode, made.exists()) == (1, False)
+    assert "x86_64, aarch64, x86_64-musl and aarch64-musl, not 'riscv64'" in done.stderr
+    done = bundle("aarch64-musl")
+    require("pip must reach a package index" not in done.stderr, f"no package index: {done.stderr[-2000:]}")
+    assert (done.returncode, "for aarch64-musl and Python 3.11" in done.stdout) == (0, True), done.stderr
+    assert "fetching the packages for Python 3.11 on aarch64-musl" in done.stderr
+    head, _, packed = made.read_bytes().partition(b"# the tar file begins with the next line\n")
+    assert head.startswith(b"#!/bin/sh\n")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        wheels = [name for name in tar.getnames() if name.endswith(".whl")]
+    assert len(wheels) > 10
+    assert [name for name in wheels if not re.search(r"-any\.whl$|musllinux_\d_\d_aarch64\.whl$", name)] == []
 
 
 def test_from_a_checkout_by_the_package_index(tmp_path: Path) -> None:
