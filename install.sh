@@ -17,7 +17,8 @@ user=crmbridge
 mark=$opt/.moving        # there only while the service is moved from one version to another: its state, and from which
 rc=/run/openrc           # where OpenRC keeps what it knows of services
 shipped="crmbridge static api-spec.yaml crmbridge.ini install.sh openrc requirements.txt README.md"
-code_mb=200 memory_mb=200 # what must be free: an installation takes about half of it
+code_mb=200               # what must be free on disk: an installation takes half of it
+index_mb=124 wheels_mb=92 # what must be free of memory: pip takes that with a package index, and with the packages at hand
 least_sqlite=3.35.0       # RETURNING
 year=2026                 # a clock that shows an earlier one is wrong
 
@@ -69,10 +70,7 @@ tell() { printf '  %-9s%s\n' "$1" "$2"; }
 
 # Remembers what was made on the server, and tells it in one line.
 made() { making="$making${making:+, }$1"; }
-tell_made() {
-    [ -z "$making" ] || tell made "$making"
-    making=''
-}
+tell_made() { [ -z "$making" ] || tell made "$making"; making=''; }
 
 # --- Python ---
 
@@ -212,9 +210,11 @@ need_space() {
 }
 
 need_memory() {
+    needed_mb=$index_mb
+    [ ! -d "$root/wheels" ] || needed_mb=$wheels_mb
     free_mb=$(awk '/^(MemAvailable|SwapFree):/ {sum += $2} END {print int(sum / 1024)}' /proc/meminfo)
-    [ "$free_mb" -ge "$memory_mb" ] && return
-    stop "not enough memory: $free_mb MB are free, and installing takes up to $memory_mb MB." \
+    [ "$free_mb" -ge "$needed_mb" ] && return
+    stop "not enough memory: $free_mb MB are free, and installing takes $needed_mb MB ($wheels_mb from a bundle)." \
         "Stop something for a minute, or add swap:  fallocate -l 512M /swap && chmod 600 /swap && mkswap /swap && swapon /swap"
 }
 
@@ -757,8 +757,8 @@ show_status() {
     log=$(bridge current health 2>&1) || well=1
     line health "$log"
     line files "$ini, $key_file, $database ($(df -Ph -- "$data" | awk 'NR == 2 {print $4}') free), $logs/crmbridge.log"
-    last=$(su -s /bin/sh -c "cd /; ls -1 $data/backups" "$user" | grep '^crmbridge-.*\.db$' | tail -n 1 | cat -v)
-    line "last backup" "${last:-none}, in $data/backups; type: rc-service crmbridge backup"
+    bridge current doctor --no-calls --json 2>/dev/null |
+        sed -n '/"slug": "backup/,/"what"/s/^ *"what": "\(the last backup \)\{0,1\}\(.*\)",$/last backup    \2/p'
     return "$well"
 }
 
@@ -881,8 +881,7 @@ command=${1:-}
 [ $# -eq 0 ] || shift
 case $command in
     install | upgrade) install_version "$command" ;;
-    rollback | repair) "$command" ;;
-    uninstall | bundle) "$command" "$@" ;;
+    rollback | repair | uninstall | bundle) "$command" "$@" ;;
     status) show_status ;;
     demo | test)
         prepare "$command" 9<"$root/install.sh"

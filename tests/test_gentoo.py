@@ -36,6 +36,20 @@ def test_the_ebuild_is_of_this_version_and_installs_what_install_sh_does() -> No
         assert place in text
 
 
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_what_the_ebuild_says_to_fetch_is_a_command_that_install_sh_knows(arch: str) -> None:
+    text = MAIN.read_text()
+    name = f"crmbridge-{__version__}-{arch}.sh"
+    assert f"${{P}}-{arch}.sh )" in text
+    body = text[text.index("pkg_nofetch() {") :].partition("\n}\n")[0] + "\n}\n"
+    script = 'einfo() { echo "$*"; }; P=$2 A=$3; eval "$1"; pkg_nofetch'
+    words = ["bash", "-c", script, "-", body, f"crmbridge-{__version__}", name]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert f"./install.sh bundle --for {arch} {name}\n" in told
+    known = subprocess.run([ROOT / "install.sh", "help"], capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"ARCH, if not this machine's: .*\b{arch}\b", known)
+
+
 def test_the_ebuild_knows_the_pythons_that_the_program_does() -> None:
     (first, last) = re.findall(r"python3_\{(\d+)\.\.(\d+)\}", MAIN.read_text())[0]
     assert f'requires-python = ">=3.{first},<3.{int(last) + 1}"' in (ROOT / "pyproject.toml").read_text()

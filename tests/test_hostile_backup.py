@@ -264,21 +264,35 @@ def test_names_that_others_left_beside_the_database_and_the_backups_stay(backup:
 # --- keys ---
 
 
-def test_keys_that_may_do_everything_are_listed(backup: Path) -> None:
+def test_admin_keys_are_listed_and_counted_apart_from_ordinary_ones(backup: Path) -> None:
     folder = backup.parent
+    (here,) = query(backup, "SELECT COUNT(*) FROM api_keys WHERE admin")[0]
     names = "id, name, secret_hash, admin, accounts, permissions, created_at, revoked_at"
-    rows = ["'key_planted', 'sup\x1bport', '', 'x', '[]', '[]', '2026-01-01T00:00:00.000Z', NULL",
+    rows = ["'key_planted', 'sup\x1bport', '', 'x', '[]', '[]', '2027-01-01T00:00:00.000Z', NULL",
             "'key_ended', 'old', '', 1, '[]', '[]', '2025-01-01T00:00:00.000Z', '2025-02-01T00:00:00.000Z'",
-            "'key_crm', 'crm', '', 0, '[]', '[]', '2025-01-01T00:00:00.000Z', NULL"]  # fmt: skip
+            "'key_oldest', 'first', '', 1, '[]', '[]', '2020-01-01T00:00:00.000Z', NULL",
+            "'key_crm', 'crm', '', 0, '[]', '[]', '2028-01-01T00:00:00.000Z', NULL"]  # fmt: skip
     change(backup, *(f"INSERT INTO api_keys ({names}) VALUES ({row})" for row in rows))
-    done = run(folder, "restore", "it.db")
-    assert done.returncode == 0, done.stderr
-    assert "    key_planted  made 2026-01-01T00:00:00  sup\\x1bport\n" in done.stdout
-    assert "and 1 more: crmbridge key list" in done.stdout
-    assert "key_ended" not in done.stdout
-    assert "crmbridge key revoke ID" in done.stdout
+    told = run(folder, "restore", "it.db").stdout
+    assert f"  admin keys in it: {here + 2}; what you do not know, end: crmbridge key revoke ID\n" in told
+    assert "    key_planted  made 2027-01-01T00:00:00  sup\\x1bport\n" in told
+    assert "    key_oldest  made " in told
+    assert "more admin keys" not in told
+    assert "  ordinary keys in it: 1\n" in told
+    more = [
+        f"'key_{number}', 'n', '', 1, '[]', '[]', '2026-01-{number}T00:00:00.000Z', NULL" for number in range(10, 30)
+    ]
+    change(backup, *(f"INSERT INTO api_keys ({names}) VALUES ({row})" for row in more))
+    told = run(folder, "restore", "it.db").stdout
+    shown = [line.split()[0] for line in told.splitlines() if "  made 20" in line]
+    assert (len(shown), "key_planted" in shown, "key_oldest" in shown) == (20, True, False)
+    assert f"    and {here + 2} more admin keys, made before these: crmbridge key list\n" in told
+    assert "  ordinary keys in it: 1\n" in told
+    assert "key_ended" not in told
     assert run(folder, "key", "revoke", "key_planted").returncode == 0
-    assert query(folder / "var" / "bridge.db", "SELECT COUNT(*) FROM api_keys WHERE revoked_at IS NULL") == [(1,)]
+    assert query(folder / "var" / "bridge.db", "SELECT revoked_at IS NULL FROM api_keys WHERE id = 'key_planted'") == [
+        (0,)
+    ]
 
 
 def test_the_schema_is_compared_word_for_word(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_a_rehearsal_migrates_and_serves_a_copy_and_leaves_nothing(code: Path) -
     (code / FOLDER / "0007_shoes.py").unlink()
     (code / "var" / "crmbridge.key").write_text("none")
     assert at(code, "check", "--rehearse", "copy.db").returncode == 1
+    assert (dump(code), sorted(code.iterdir())) == (before, left)
+
+
+def test_a_rehearsal_that_does_not_end_is_ended(code: Path) -> None:
+    assert at(code, "backup", "copy.db").returncode == 0
+    before, left = dump(code), sorted(code.iterdir())
+    place = code / "crmbridge" / "ops" / "rehearsal.py"
+    place.write_text(re.sub(r"^_LONGEST_S = \d+$", "_LONGEST_S = 2", place.read_text(), flags=re.MULTILINE))
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
+    for said, step in (
+        ("crmbridge: the rehearsal took more than 2 s and was ended\n", f'db.execute_sql("{endless}")'),
+        ("", 're.match("(a*)*b", "a" * 40)'),  # no other thread comes to run meanwhile
+    ):
+        plant(code, "0007_shoes", f"import re\n\n\ndef up(migrator, db):\n    {step}\n")
+        began_s = time.monotonic()
+        ended = at(code, "check", "--rehearse", "copy.db")
+        assert time.monotonic() - began_s < PATIENCE_S / 2
+        assert (ended.returncode != 0, ended.stderr) == (True, said)
+    plant(code, "0007_shoes", GOOD)
+    assert at(code, "check", "--rehearse", "copy.db").returncode == 0
     assert (dump(code), sorted(code.iterdir())) == (before, left)
 
 

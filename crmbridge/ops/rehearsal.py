@@ -23,6 +23,7 @@ from crmbridge.store import database, vitals
 
 _DRAFT = ".rehearsal-"
 _MEMORY_MB, _SPARE_MB = 100, 50
+_LONGEST_S = 600
 _MB = 10**6
 Opener = Callable[[config.Settings], tuple[Any, database.Database]]  # returns a server
 
@@ -30,11 +31,34 @@ Opener = Callable[[config.Settings], tuple[Any, database.Database]]  # returns a
 def run(settings: config.Settings, file: Path, open_server: Opener) -> int:
     """Migrate and serve a copy of a backup, ask it once how it is, and delete it; return 0 when it was well.
 
-    Where disk or memory do not allow that, it is said and skipped.
+    Where disk or memory do not allow that, it is said and skipped. After `_LONGEST_S` this process ends.
     """
     began_s = time.monotonic()
-    for left in file.parent.glob(f"{_DRAFT}*"):  # by one that was killed
+    signal.alarm(_LONGEST_S + 5)  # what lets no other thread run is ended by the kernel
+    watch = threading.Timer(_LONGEST_S, _give_up, [file])
+    watch.daemon = True
+    watch.start()
+    try:
+        return _rehearse(settings, file, open_server, began_s)
+    finally:
+        watch.cancel()
+        signal.alarm(0)
+
+
+def _give_up(file: Path) -> None:
+    """End this process whatever it is at: a statement of SQLite heeds no signal."""
+    terminal.complain(f"crmbridge: the rehearsal took more than {_LONGEST_S} s and was ended")
+    _tidy(file)
+    os._exit(1)
+
+
+def _tidy(file: Path) -> None:
+    for left in file.parent.glob(f"{_DRAFT}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _rehearse(settings: config.Settings, file: Path, open_server: Opener, began_s: float) -> int:
+    _tidy(file)  # of one that was killed
     lack = _lack(file)
     if lack:
         terminal.say(f"rehearsal skipped: {lack}")

@@ -268,11 +268,13 @@ def _tell_contents(source: Path, found: copies.Contents) -> None:
     counted = ", ".join(f"{name} {number}" for name, number in found.rows.items())
     terminal.say(f"{source}: whole, {said}", f"  {counted}")
     if found.admins:
-        terminal.say("  keys in it that may do everything; what you do not know, end: crmbridge key revoke ID")
+        terminal.say(f"  admin keys in it: {found.all_admins}; what you do not know, end: crmbridge key revoke ID")
         terminal.say(*(f"    {key}  made {made_at}  {name}" for key, name, made_at in found.admins))
-    more = found.keys - len(found.admins)
+    more = found.all_admins - len(found.admins)
     if more:
-        terminal.say(f"  and {more} more: crmbridge key list")
+        terminal.say(f"    and {more} more admin keys, made before these: crmbridge key list")
+    if found.keys:
+        terminal.say(f"  ordinary keys in it: {found.keys}")
 
 
 def _tell(made_at: str, sends: int, pending: int) -> None:

@@ -38,8 +38,8 @@ class Contents:
     """What a copy tells of itself: when and by which version it was made, and its rows.
 
     `made_at` is no later than the moment of which it is a copy. `strange` tells what restore will refuse it for,
-    `secrets` are what the accounts keep sealed, `admins` the id, name and making of the first keys that may do
-    everything, `keys` the number of all that open anything.
+    `secrets` are what the accounts keep sealed, `admins` the id, name and making of the newest keys that may do
+    everything, `all_admins` the number of those, `keys` that of the others; keys that were revoked are in none.
     """
 
     made_at: str
@@ -49,6 +49,7 @@ class Contents:
     strange: list[str]
     secrets: list[str]
     admins: list[list[str]]
+    all_admins: int
     keys: int
     sealed_key: str | None = None
     sealed_ini: str | None = None
@@ -136,6 +137,7 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
         for table in ("accounts", "api_keys"):  # whoever lists them would meet a value that is larger than the limit
             for _ in copy.execute(f"SELECT * FROM {table}"):
                 pass
+        admin = "FROM api_keys WHERE revoked_at IS NULL AND admin IS NOT 0"
         return Contents(
             **_note(copy, path, has_note="backup_note" in tables),
             rows={table: int(_value(copy, f"SELECT COUNT(*) FROM {table}")) for table in _TABLES},
@@ -149,11 +151,12 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
             admins=[
                 [str(value) for value in row]
                 for row in copy.execute(
-                    "SELECT id, substr(name, 1, 60), substr(created_at, 1, 19) FROM api_keys "
-                    f"WHERE revoked_at IS NULL AND admin IS NOT 0 ORDER BY created_at, id LIMIT {_ADMINS}"
+                    f"SELECT id, substr(name, 1, 60), substr(created_at, 1, 19) {admin} "
+                    f"ORDER BY created_at DESC, id LIMIT {_ADMINS}"
                 )
             ],
-            keys=int(_value(copy, "SELECT COUNT(*) FROM api_keys WHERE revoked_at IS NULL")),
+            all_admins=int(_value(copy, f"SELECT COUNT(*) {admin}")),
+            keys=int(_value(copy, "SELECT COUNT(*) FROM api_keys WHERE revoked_at IS NULL AND admin IS 0")),
         )
 
 

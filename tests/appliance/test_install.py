@@ -1,8 +1,12 @@
 """install.sh as root, from a bundle, in a box without network: first installation, again, status, uninstall."""
 
+import io
 import os
 import re
 import socket
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,11 @@ import pytest
 from crmbridge import __version__
 from tests.appliance.box import Box, Layer
 from tests.appliance.cuts import cut
-from tests.appliance.trees import in_box, later, tree
+from tests.appliance.shop import Shop, opened
+from tests.appliance.suites import on_both
+from tests.appliance.trees import CHECKOUT, in_box, later, tree
 from tests.needs import require
+from tests.waiting import until
 
 pytestmark = pytest.mark.appliance
 
@@ -70,6 +77,22 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "/var/lib/crmbridge/bridge.db",
     ):
         assert said in status
+
+
+@on_both
+def test_the_memory_that_it_asks_for_is_enough(tmp_path: Path, bundle: Path, suite: str) -> None:
+    """All of a box with just that, and told so: as on a server of 128 MB."""
+    (asked_mb,) = re.findall(r"\bwheels_mb=(\d+)", (CHECKOUT / "install.sh").read_text())
+    box = Box(tmp_path / "box", memory_mb=int(asked_mb), suite=suite)
+    try:
+        in_box(box, "/root/crmbridge.sh", bundle)
+        box.boot()
+        meminfo = f"echo MemAvailable: {int(asked_mb) * 1024} kB >/srv/meminfo; mount --bind /srv/meminfo /proc/meminfo"
+        box.run("sh", "-ec", meminfo)
+        box.run("sh", "crmbridge.sh", "install")
+        assert box.run("crmbridge", "health").stdout == "healthy\n"
+    finally:
+        box.close()
 
 
 def test_a_second_run_changes_nothing(installed: Box) -> None:
@@ -137,11 +160,69 @@ def test_repair_where_usr_is_read_only_prints_what_can_be_typed(installed: Box) 
     assert "cannot" not in said.replace("/usr/local/bin cannot have a link", "")
 
 
+def test_where_there_is_no_ipv6(box: Box, bundle: Path) -> None:
+    box.run("sh", "-ec", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6; echo 127.0.0.1 localhost >/etc/hosts")
+    assert "inet6" not in box.run("ip", "address").stdout
+    in_box(box, "/root/crmbridge.sh", bundle)
+    box.boot()
+    box.run("sh", "crmbridge.sh", "install")
+    shop = Shop(box)
+    try:
+        for host in ("127.0.0.1", "localhost"):
+            shop.configure(web__host=host)
+            shop.rc("restart")
+            assert box.run("crmbridge", "health", "--wait", "60").stdout == "healthy\n"
+        shop.open()
+        assert shop.customer_says("in") == 200
+        until(lambda: shop.at_crm() == ["in"])
+        assert shop.send("out")["status"] == "pending"
+        until(lambda: shop.at_instagram() == ["out"])
+        assert box.run("/opt/crmbridge/current/install.sh", "status").returncode == 0
+    finally:
+        shop.close()
+
+
+@on_both
+def test_a_second_server_goes_on_from_one_file(tmp_path: Path, layer: Layer, bundle: Path) -> None:
+    secret = ("--passphrase-file", "/root/passphrase")
+    with opened(tmp_path / "first", layer, memory_mb=1024) as shop:
+        shop.crm_answers(status=503, always=True)
+        assert shop.customer_says("owed") == 200
+        shop.box.run("sh", "-c", "echo correct horse battery >/root/passphrase")
+        shop.box.run("crmbridge", "backup", "/root/it.db", "--with-key", *secret)
+        (tmp_path / "it.db").write_bytes((shop.box.root / "root/it.db").read_bytes())
+        ini, account_id = shop.ini.read_text(), shop.account_id
+    box = Box(tmp_path / "second", memory_mb=1024, suite=layer.suite)
+    shop = Shop(box)
+    try:
+        in_box(box, "/root/crmbridge.sh", bundle)
+        in_box(box, "/root/it.db", tmp_path / "it.db")
+        box.boot()
+        box.run("sh", "crmbridge.sh", "install")
+        box.run("sh", "-c", "echo correct horse battery >/root/passphrase; rc-service crmbridge stop")
+        said = box.run("crmbridge", "restore", "/root/it.db", *secret).stdout
+        assert "made /etc/crmbridge/crmbridge.ini: the configuration from the backup" in said
+        assert "  admin keys in it: 1;" in said
+        assert "  ordinary keys in it: 1\n" in said
+        assert shop.ini.read_text() == ini
+        shop.start_sandbox()
+        shop.rc("start")
+        shop.wait_healthy()
+        assert account_id in box.run("crmbridge", "account", "list").stdout
+        until(lambda: shop.at_crm() == ["owed"])
+        assert box.run("/opt/crmbridge/current/install.sh", "status").returncode == 0
+    finally:
+        shop.close()
+        box.close()
+
+
 def test_a_user_that_was_there_before_outlives_a_purge(box: Box, bundle: Path) -> None:
     in_box(box, "/root/crmbridge.sh", bundle)
     box.boot()
     box.run("useradd", "-r", "crmbridge")
+    box.run("rm", "/usr/sbin/logrotate")
     said = box.run("sh", "crmbridge.sh", "install").stdout
+    assert "5. The log is rotated by logrotate:  emerge --ask app-admin/logrotate\n" in said
     assert said.count("  made     ") == 1
     assert "user crmbridge" not in said
     assert "kept     user crmbridge" in box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes").stdout
@@ -207,6 +288,7 @@ def test_a_bundle_that_cannot_be_unpacked_and_a_clock_that_is_wrong_say_so_in_a_
     box.run("sed", "-i", "-e", "1,9s/bundle_made=[0-9]*/bundle_made=1/", "crmbridge.sh")
     said = box.run("sh", "crmbridge.sh", "install").stdout
     assert said.count("  made     ") == 1
+    assert "logrotate:" not in said
 
 
 def test_new_defaults_are_laid_beside_what_an_administrator_changed(installed: Box, tmp_path: Path) -> None:
@@ -232,6 +314,50 @@ def test_the_daily_backup_is_quiet_when_it_is_made_and_told_when_not(installed: 
     installed.run("sh", "-c", "rm /var/lib/crmbridge/backups/*.db; mv /var/lib/crmbridge/bridge.db /srv/gone")
     done = installed.run("/etc/cron.daily/crmbridge", check=False)
     assert (done.returncode != 0, "is its disk mounted" in done.stdout) == (True, True), done.stdout
+
+
+def test_status_tells_of_the_last_backup_what_the_database_knows(installed: Box) -> None:
+    def told() -> list[str]:
+        said = installed.run("/opt/crmbridge/current/install.sh", "status").stdout
+        return re.findall(r"^last backup +(.*)$", said, re.MULTILINE)
+
+    planted = "touch /var/lib/crmbridge/backups/crmbridge-20990101T000000Z.db"
+    installed.run("su", "-s", "/bin/sh", "-c", planted, "crmbridge")
+    assert told() == ["no backup of /var/lib/crmbridge/bridge.db was made"]
+    installed.run("crmbridge", "backup", "/srv/elsewhere.db")
+    assert told() == ["is 0.0 hours old: /srv/elsewhere.db"]
+    installed.run("crmbridge", "backup", "/dev/null/no.db", check=False)
+    failed, good = told()
+    assert re.fullmatch(r"failed, at 20\S+Z: .*/dev/null.*", failed)
+    assert good == "is 0.0 hours old: /srv/elsewhere.db"
+
+
+def holders(box: Box) -> str:
+    """Tell who has the installer's lock open; "free" when nobody has."""
+    look = "find /proc/[0-9]*/fd -lname $0 2>/dev/null; flock -n $0 echo free"
+    return box.run("sh", "-c", look, "/run/crmbridge-install.lock", check=False).stdout.strip()
+
+
+def test_no_command_leaves_its_lock_to_what_it_started(installed: Box, tmp_path: Path) -> None:
+    box, tool = installed, "/opt/crmbridge/current/install.sh"
+    in_box(box, "/root/next", later(tmp_path / "next", "9.0.0"))
+    for before, *words in (
+        ("true", "sh", "crmbridge.sh", "uninstall"),
+        ("true", "sh", "crmbridge.sh", "install"),
+        ("true", tool, "status"),
+        ("true", "sh", "/root/next/install.sh", "upgrade"),
+        ("true", tool, "rollback"),
+        ("rc-service crmbridge stop", tool, "repair"),
+        ("rm -r /opt/crmbridge/current/venv/lib", tool, "repair"),
+        ("pkill -9 supervise-daemo", "sh", "crmbridge.sh", "install"),
+    ):
+        box.run("sh", "-c", before)
+        box.run(*words)
+        assert holders(box) == "free", words
+        if words[-1] != "uninstall":
+            assert box.run("crmbridge", "health").stdout == "healthy\n", words
+    box.run("sh", "crmbridge.sh", "uninstall", "--purge", "--yes")
+    assert holders(box) == "free"
 
 
 def test_no_name_that_the_services_user_made_leads_root_anywhere(installed: Box, tmp_path: Path) -> None:
@@ -345,6 +471,29 @@ def pip_settings() -> tuple[dict[str, str], list[Path], list[Path]]:
     folders = sorted({path.parent if path.name == "simple" else path for path in named if path.is_dir()})
     alone = [path for path in files | named if path.is_file() and not any(one in path.parents for one in folders)]
     return env, folders, alone
+
+
+def test_a_bundle_for_another_architecture(tmp_path: Path) -> None:
+    made = tmp_path / "bundle.sh"
+
+    def bundle(arch: str) -> subprocess.CompletedProcess[str]:
+        words = [str(CHECKOUT / "install.sh"), "bundle", "--for", arch, str(made)]
+        env = {**os.environ, "PYTHON": getattr(sys, "_base_executable", sys.executable)}
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+
+    done = bundle("riscv64")
+    assert (done.returncode, made.exists()) == (1, False)
+    assert "x86_64, aarch64, x86_64-musl and aarch64-musl, not 'riscv64'" in done.stderr
+    done = bundle("aarch64-musl")
+    require("pip must reach a package index" not in done.stderr, f"no package index: {done.stderr[-2000:]}")
+    assert (done.returncode, "for aarch64-musl and Python 3.11" in done.stdout) == (0, True), done.stderr
+    assert "fetching the packages for Python 3.11 on aarch64-musl" in done.stderr
+    head, _, packed = made.read_bytes().partition(b"# the tar file begins with the next line\n")
+    assert head.startswith(b"#!/bin/sh\n")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        wheels = [name for name in tar.getnames() if name.endswith(".whl")]
+    assert len(wheels) > 10
+    assert [name for name in wheels if not re.search(r"-any\.whl$|musllinux_\d_\d_aarch64\.whl$", name)] == []
 
 
 def test_from_a_checkout_by_the_package_index(tmp_path: Path) -> None:

@@ -128,10 +128,22 @@ def test_on_a_full_disk(bare: Box, place: str) -> None:
     bare.run("sh", "-c", "rmdir /var/lib/crmbridge 2>/dev/null || true")
 
 
-def test_with_little_memory(bare: Box) -> None:
-    bare.run("sh", "-c", "printf 'MemAvailable: 100000 kB\\nSwapFree: 4000 kB\\n' >/srv/meminfo")
+@pytest.mark.parametrize(("wheels", "needed_mb"), [("", 124), ("/srv/tree/wheels", 92)])
+def test_with_little_memory(bare: Box, wheels: str, needed_mb: int) -> None:
+    """Swap counts; packages at hand take less than an index, and an index that cannot be had tells that it went on."""
+    bare.run("sh", "-c", f"mkdir -p {wheels or '/srv'}; touch /srv/meminfo")
     with mounted(bare, "--bind", "/srv/meminfo", "/proc/meminfo"):
-        refuses(bare, "not enough memory: 101 MB are free", "mkswap /swap")
+        for free_mb, said in (
+            (
+                needed_mb - 1,
+                (f"not enough memory: {needed_mb - 1} MB are free", f"takes {needed_mb} MB", "mkswap /swap"),
+            ),
+            (needed_mb, ("pip must reach a package index",)),
+        ):
+            told = f"MemAvailable: {(free_mb - 8) * 1024} kB\\nSwapFree: {8 * 1024} kB\\n"
+            bare.run("sh", "-c", f"printf '{told}' >/srv/meminfo")
+            refuses(bare, *said, env={"PIP_RETRIES": "0"})
+    bare.run("rm", "-rf", "/srv/tree/wheels")
 
 
 def test_with_a_wrong_clock(bare: Box) -> None:

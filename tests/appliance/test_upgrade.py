@@ -168,14 +168,30 @@ def upgraded(shop: Shop) -> tuple[str, int, float]:
     return said, run.returncode, back_s - stopped_s
 
 
-@pytest.mark.parametrize("edits", [(), (("crmbridge/web/health_routes.py", HEALTH, f"{HEALTH}    problem = 'ill'\n"),)])
-def test_what_a_rehearsal_shows_to_be_broken_stops_nothing(shop: Shop, tmp_path: Path, edits: Edits) -> None:
+# What its rehearsal shows to be broken: as above.
+NOT_FIT: dict[str, tuple[str, Edits, str]] = {
+    "a migration fails": ("db.execute_sql('CREATE TABLE accounts (a)')", (), "table accounts already exists"),
+    "a migration does not end": (
+        "db.execute_sql('WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n')",
+        (("crmbridge/ops/rehearsal.py", "_LONGEST_S = 600\n", "_LONGEST_S = 3\n"),),
+        "the rehearsal took more than 3 s and was ended",
+    ),
+    "it is not well": (
+        "pass",
+        (("crmbridge/web/health_routes.py", HEALTH, f"{HEALTH}    problem = 'ill'\n"),),
+        "unhealthy: ill",
+    ),
+}
+
+
+@pytest.mark.parametrize(("migration", "edits", "why"), NOT_FIT.values(), ids=NOT_FIT)
+def test_what_a_rehearsal_shows_to_be_broken_stops_nothing(
+    shop: Shop, tmp_path: Path, migration: str, edits: Edits, why: str
+) -> None:
     pid, schema = shop.pid(), migrations(shop)
-    name, migration = (
-        ("0099_later", "pass") if edits else ("0098_broken", "db.execute_sql('CREATE TABLE accounts (a)')")
-    )
+    name = "0099_later" if migration == "pass" else "0098_broken"
     said = install(shop, later(tmp_path / "next", "9.0.0", name=name, migration=migration, edits=edits), check=False)
-    assert ("unhealthy: ill" if edits else "table accounts already exists") in said.replace('"', "")
+    assert why in said.replace('"', "")
     assert "did not pass its rehearsal" in said
     assert (version(shop.box), migrations(shop), shop.pid()) == (__version__, schema, pid)
     left = shop.box.run("sh", "-c", f"ls -A {DATA}/backups/upgrades").stdout.split()
@@ -244,4 +260,40 @@ def test_an_upgrade_killed_at_any_step_and_run_again_loses_nothing(shop: Shop, t
     assert "Traceback" not in said
     shop.wait_healthy()
     assert (version(box), migrations(shop)) == ("9.0.0", "0099_later")
+    delivered(shop, "before")
+
+
+def test_a_move_killed_when_it_is_done_all_but_its_mark_is_finished_by_the_next_command(
+    shop: Shop, tmp_path: Path
+) -> None:
+    done = '    echo "done $from" >"$mark"\n'
+    edits = (("install.sh", done, f"{done}    [ ! -e /root/cut ] || kill -9 $$\n"),)
+    box, mark = shop.box, shop.box.root / "opt/crmbridge/.moving"
+    to(box, later(tmp_path / "next", "9.1.0", edits=edits))
+
+    def previous() -> str:
+        return box.run("readlink", "/opt/crmbridge/previous", check=False).stdout.strip()
+
+    def killed(*words: str, was: str) -> int:
+        box.run("touch", "/root/cut")
+        assert box.run(*words, check=False).returncode == -9
+        box.run("rm", "/root/cut")
+        assert mark.read_text() == f"done {was}\n"
+        shop.wait_healthy()
+        done = box.run(TOOL, "status", check=False)
+        assert (done.returncode, "unfinished" in done.stdout) == (1, True)
+        return shop.pid()
+
+    pid = killed("sh", "/root/next/install.sh", "upgrade", was=__version__)
+    assert version(box) == "9.1.0"
+    said = box.run("sh", "/root/next/install.sh", "upgrade").stdout
+    assert "the last run was cut short" in said
+    assert "putting" not in said
+    assert (version(box), previous(), mark.exists(), shop.pid()) == ("9.1.0", __version__, False, pid)
+    pid = killed(TOOL, "rollback", was="9.1.0")
+    assert version(box) == __version__
+    assert "the last run was cut short" in box.run(TOOL, "rollback").stdout  # and does not go forward again
+    assert (version(box), previous(), mark.exists(), shop.pid()) == (__version__, "9.1.0", False, pid)
+    box.run(TOOL, "rollback")
+    assert version(box) == "9.1.0"
     delivered(shop, "before")

@@ -28,7 +28,9 @@ BDEPEND="
 QA_PREBUILT="opt/crmbridge/*"
 
 pkg_nofetch() {
-	einfo "Make ${A} by './install.sh bundle ${A}' in a checkout, and put it into your distfiles folder."
+	local arch=${A#"${P}-"}
+	einfo "In a checkout, on any machine:  ./install.sh bundle --for ${arch%.sh} ${A}"
+	einfo "Then put that file into your distfiles folder."
 }
 
 src_unpack() {
