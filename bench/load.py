@@ -82,7 +82,7 @@ def straight(url: str, texts: Sequence[str]) -> list[Order]:
     return orders
 
 
-def fire(orders: Sequence[Order], *, connections: int, per_s: float = math.inf) -> list[Shot]:
+def fire(orders: Sequence[Order], *, connections: int = 16, per_s: float = math.inf) -> list[Shot]:
     """Send the orders, each at its time whether or not earlier ones were answered; without a rate, at once."""
     where, numbers, begin = urlsplit(orders[0].url), itertools.count(), time.monotonic() + 0.1
     shots: list[Shot] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import counting, load
-from bench.stage import ROOT, Stage, Version, built
+from bench.stage import ROOT, Stage, Version, roots
 
 _KNOWN, _MANY, _EIGHT = 50, 80, 8
 _SETTLE_S = 0.4
@@ -24,10 +24,8 @@ def show(options: Any) -> None:
     """Count for this version, and for the one that it is compared with."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crmbridge-bench-", dir=options.folder)))
-        roots = {"this": ROOT}
-        if options.against:
-            roots[options.against] = stack.enter_context(built(options.against))
-        told = {name: _version(folder / name.replace("/", "-"), root, options.times) for name, root in roots.items()}
+        versions = stack.enter_context(roots(options.against))
+        told = {name: _version(folder / name.replace("/", "-"), root, options.times) for name, root in versions.items()}
     print(f"{'A message':52}" + "".join(f"{name:>11}" for name in _COLUMNS))
     for version, cases in told.items():
         for case, found in cases.items():

@@ -76,3 +76,9 @@ def ranks(seconds: Sequence[float]) -> dict[str, float]:
     """Return p50 and p99 in milliseconds."""
     times = sorted(one * 1000 for one in seconds)
     return {f"p{share}": times[max(-(-share * len(times) // 100) - 1, 0)] for share in (50, 99)}
+
+
+def say(name: str, *values: object) -> None:
+    """Print a line of a table."""
+    texts = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
+    print(f"{name:44}" + "".join(f"{text:>10}" for text in texts), flush=True)

@@ -19,9 +19,8 @@ from typing import Any
 import requests
 
 from bench import load, proc
-from bench.stage import ROOT, Stage, Version, built, free_port, quick_syncs
+from bench.stage import ROOT, Stage, Version, free_port, quick_syncs, roots
 
-CONNECTIONS = 16
 _CUSTOMERS, _ACCOUNTS, _WARM_UP, _IDLE_S = 100, 10, 100, 3
 _SETTINGS = "[delivery]\ninstagram_sends_per_s = 100\n"
 _FLOORS = {"generator": "canned", "F0": "plain", "F1": "commit"}
@@ -44,13 +43,12 @@ def show(options: Any) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crmbridge-bench-", dir=options.folder)))
         environ = {} if options.disk else quick_syncs(folder, options.sync_us)
-        roots = {"this": ROOT}
-        if options.against:
-            roots[options.against] = stack.enter_context(built(options.against))
-        versions = [Version(name, root, environ=environ) for name, root in roots.items()]
+        versions = [
+            Version(name, root, environ=environ) for name, root in stack.enter_context(roots(options.against)).items()
+        ]
         sync = f"{options.sync_us / 1000:g} ms" if environ else "as long as the disk takes"
         print(f"{options.rounds} rounds; a sync takes {sync}", flush=True)
-        raw: dict[str, list[Found]] = {name: [] for name in [*_FLOORS, *roots]}
+        raw: dict[str, list[Found]] = {name: [] for name in [*_FLOORS, *(version.name for version in versions)]}
         for turn in range(options.rounds):
             for name, kind in _FLOORS.items():
                 raw[name].append(_floor(kind, environ, options.messages, options.folder))
@@ -122,7 +120,7 @@ def _floor(kind: str, environ: dict[str, str], number: int, place: str) -> Found
 
 
 def _burst(orders: Sequence[load.Order]) -> Found:
-    shots = load.fire(orders, connections=CONNECTIONS)
+    shots = load.fire(orders)
     if any(shot.status not in (200, 202) for shot in shots):
         sys.exit(f"{sum(shot.status not in (200, 202) for shot in shots)} of {len(shots)} were not accepted")
     took_s = max(shot.answered for shot in shots) - shots[0].due
@@ -158,7 +156,7 @@ def _version(folder: Path, version: Version, options: Any) -> Found:
 def _through(stage: Stage, orders: list[load.Order], events: int, per_s: float) -> Found:
     """Send the orders and wait until they and as many status events came through; exit when one is lost or twice."""
     before, number = stage.reading(), len(orders)
-    shots = load.fire(orders, connections=CONNECTIONS, per_s=per_s)
+    shots = load.fire(orders, per_s=per_s)
     stage.wait_for(number + events, 120)
     used = before.until(stage.reading(), number)
     came = load.check(stage, orders, shots, {"message.sent": events})

@@ -25,7 +25,7 @@ from crmbridge.sandbox import Sandbox
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.demo import ini
 
-SHOPS = [str(17841400000000001 + number) for number in range(10)]
+SHOPS = [str(17841400000000001 + number) for number in range(500)]
 SHOP, NEIGHBOUR = SHOPS[:2]
 ROOT = Path(__file__).resolve().parent.parent
 _START_S, _WAIT_S, _QUIET_S = 20, 60, 1.5
@@ -48,14 +48,17 @@ class Version:
 
 
 @contextlib.contextmanager
-def built(revision: str) -> Iterator[Path]:
-    """Yield a folder with a revision's files, taken from Git; it runs in this Python, with this one's packages."""
+def roots(against: str | None) -> Iterator[dict[str, Path]]:
+    """Yield where this version is, and that of a revision taken from Git; it runs in this Python, with its packages."""
     with tempfile.TemporaryDirectory(prefix="crmbridge-version-") as folder:
-        files = subprocess.run(["git", "archive", revision], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-        subprocess.run(["tar", "-x", "-C", folder], input=files, check=True)
-        if (Path(folder) / "requirements.txt").read_bytes() != (ROOT / "requirements.txt").read_bytes():
-            print(f"{revision} asks for other packages than are installed here")
-        yield Path(folder)
+        found = {"this": ROOT}
+        if against:
+            files = subprocess.run(["git", "archive", against], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", folder], input=files, check=True)
+            found[against] = Path(folder)
+            if (found[against] / "requirements.txt").read_bytes() != (ROOT / "requirements.txt").read_bytes():
+                print(f"{against} asks for other packages than are installed here")
+        yield found
 
 
 def quick_syncs(folder: Path, us: int) -> dict[str, str]:
@@ -215,11 +218,6 @@ class Stage:
             self._process.terminate()
             self._process.wait()
 
-    def end_sandbox(self) -> None:
-        """End the sandbox, so that it neither shares the bridge's pages nor takes its time."""
-        self._sandbox.terminate()
-        self._sandbox.join()
-
     def wait_for(self, number: int, wait_s: float = _WAIT_S) -> None:
         """Wait until that many came to the CRM and the Send API together, or for so long."""
         deadline = time.monotonic() + wait_s
@@ -252,4 +250,5 @@ class Stage:
 
     def __exit__(self, *_: type[BaseException] | BaseException | types.TracebackType | None) -> None:
         self.stop()
-        self.end_sandbox()
+        self._sandbox.terminate()
+        self._sandbox.join()

@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import functools
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -186,7 +185,9 @@ def _parser() -> _Parser:
     dlq = commands.add_parser("dlq", help="dead deliveries").add_subparsers(required=True, metavar="…")
     dead = command(dlq, "list", _dlq_list, "list what could not be delivered, oldest first")
     retry = command(dlq, "retry", _dlq_retry, "try dead deliveries again, in their old order")
-    retry.add_argument("--force", action="store_true", help="also sends in doubt, which may arrive twice")
+    retry.add_argument(
+        "--force", action="store_true", help="also sends in doubt, each by its ID: they may arrive twice"
+    )
     discard = command(dlq, "discard", _dlq_discard, "want dead deliveries no more: they are not tried again")
     for parser, lot in ((retry, "all that the filters let through, behind live traffic"), (discard, "all that match")):
         parser.add_argument("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows, or a send's msg_…")
@@ -338,7 +339,7 @@ def _open_server(settings: config.Settings) -> tuple[Any, database.Database]:
     from crmbridge.web.server import Server
 
     rooms = wiring.open_rooms(settings)
-    return Server(wiring.make_app(rooms, lambda: None), settings.web), rooms.db
+    return Server(wiring.make_app(rooms, lambda _: None), settings.web), rooms.db
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -376,9 +377,11 @@ def _support_bundle(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from crmbridge.ops import explain
+    from crmbridge.store.deliveries import Patience
 
+    tried = _settings(options).delivery
     with _database(options) as db:
-        return explain.run(db, options.id)
+        return explain.run(db, options.id, Patience(tried.crm_give_up_s, tried.instagram_give_up_s))
 
 
 # --- keys and accounts ---
@@ -431,7 +434,7 @@ def _account_resume(options: argparse.Namespace) -> None:
     from crmbridge.ops import accounts as ops
 
     with _database(options) as db:
-        ops.resume(db, options.id, options.what or (), _patience(options), held=options.held)
+        ops.resume(db, options.id, options.what or (), held=options.held)
     _ring(options)
 
 
@@ -439,13 +442,6 @@ def _ring(options: argparse.Namespace) -> None:
     from crmbridge.worker import ring_remote
 
     ring_remote(_settings(options).store.queue_path)
-
-
-def _patience(options: argparse.Namespace) -> Any:
-    from crmbridge.store.deliveries import Patience
-
-    delivery = _settings(options).delivery
-    return Patience(delivery.crm_give_up_s, delivery.instagram_give_up_s)
 
 
 def _span(text: str) -> float:
@@ -474,7 +470,7 @@ def _erase(options: argparse.Namespace) -> int:
     from crmbridge.ops import erase
 
     with _database(options) as db:
-        found = erase.run(db, options.contact, options.account, _patience(options))
+        found = erase.run(db, options.contact, options.account)
     _ring(options)
     return found
 
@@ -499,11 +495,13 @@ def _dlq_retry(options: argparse.Namespace) -> int:
 
     left, preview = 0, options.preview
     _require_choice(options)
+    if options.all and options.force:
+        raise Misconfigured("--force sends again what may have arrived: name it, one by one, once you have looked")
     with _database(options) as db:
         if options.all:
-            dlq.retry_all(db, _dlq_filters(db, options), force=options.force, preview=preview)
+            dlq.retry_all(db, _dlq_filters(db, options), preview=preview)
         else:
-            left = dlq.retry(db, options.ids, _patience(options), force=options.force, preview=preview)
+            left = dlq.retry(db, options.ids, force=options.force, preview=preview)
     if not preview:
         _ring(options)
     return left
@@ -557,7 +555,11 @@ def _serve(options: argparse.Namespace) -> None:
     if options.no_worker:
         from crmbridge.worker import ring_remote
 
-        lookout, wake = wiring.make_lookout(rooms), functools.partial(ring_remote, settings.store.queue_path)
+        lookout = wiring.make_lookout(rooms)
+
+        def wake(_: Collection[str] | None) -> None:
+            ring_remote(settings.store.queue_path)
+
     else:
         worker = wiring.make_worker(rooms)
         wake = worker.wake
@@ -609,7 +611,7 @@ def _end(rooms: Any, worker: Any) -> None:
     if worker is not None:
         clean = worker.stop(rooms.settings.delivery.stop_grace_s)
         with contextlib.suppress(BridgeError):
-            vitals.end(rooms.db, "worker", time.time())
+            vitals.end(rooms.db, "worker")
     rooms.alerts.stop(5)
     log.info("stopped", calls_left=not clean)
     if not clean:

@@ -203,7 +203,6 @@ class Delivery:
     senders: int = _key(12, _whole(3, 64))
     slots_per_endpoint: int = _key(4, _whole(2, 63))
     instagram_sends_per_s: float = _key(50, _seconds(0.1, 100))
-    replay_per_s: float = _key(20, _seconds(0.1, 1_000))
     stop_grace_s: float = _key(10, _seconds(0, 300))
 
 
@@ -242,8 +241,10 @@ class Settings:
     retention: Retention = field(default_factory=Retention)
     alerts: Alerts = field(default_factory=Alerts)
     log: Log = field(default_factory=Log)
+    retired: tuple[str, ...] = ()  # keys of earlier versions that an old file still has
 
 
+_RETIRED = {"delivery": ("replay_per_s",)}
 _SECTIONS: dict[str, type[Any]] = {
     section.name: section.default_factory  # type: ignore[misc]
     for section in fields(Settings)
@@ -312,10 +313,14 @@ def read(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Sett
     given.update(_overrides(environ))
 
     values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    retired: list[str] = []
     for (section, name), (value, place) in given.items():
         if section not in _SECTIONS:
             raise Misconfigured(f"{place}: there is no section [{section}]; known: {', '.join(_SECTIONS)}")
         known = {entry.name: entry for entry in fields(_SECTIONS[section])}
+        if name in _RETIRED.get(section, ()):
+            retired.append(f"[{section}] {name}")
+            continue
         if name not in known:
             raise Misconfigured(f"{place}: there is no such key; known in [{section}]: {', '.join(known)}")
         try:
@@ -326,7 +331,8 @@ def read(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Sett
             is_open = not (known[name].metadata["secret"] or known[name].metadata["url"])
             shown = f" {value!r}" if is_open else ""
             raise Misconfigured(f"{place}: bad value{shown}: {error}", quoted=shown) from None
-    settings = Settings(**{section: cls(**values[section]) for section, cls in _SECTIONS.items()})
+    made = {section: cls(**values[section]) for section, cls in _SECTIONS.items()}
+    settings = Settings(**made, retired=tuple(retired))
     if settings.delivery.slots_per_endpoint >= settings.delivery.senders:
         raise Misconfigured(f"{path} [delivery] slots_per_endpoint: must be fewer than senders")
     if settings.retention.text_days > settings.retention.metadata_days:
@@ -399,7 +405,10 @@ def absent(path: Path) -> list[str]:
 
 def doubts(settings: Settings) -> list[Doubt]:
     """Return what in the settings is doubtful."""
-    found = []
+    found = [
+        Doubt("key_retired", f"{name} does nothing any more: take it out of the configuration")
+        for name in settings.retired
+    ]
     if not settings.instagram.app_secrets:
         problem = "[instagram] app_secrets is empty: every webhook from Meta will be refused"
         found.append(Doubt("app_secrets_empty", problem, level="error"))
@@ -441,7 +450,7 @@ def _overrides(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, s
 def _rooted(settings: Settings, folder: Path) -> Settings:
     return Settings(
         **{
-            **{section: getattr(settings, section) for section in _SECTIONS},
+            **{section: getattr(settings, section) for section in (*_SECTIONS, "retired")},
             "store": Store(path=folder / settings.store.path, queue_path=folder / settings.store.queue_path),
             "vault": Vault(key_file=folder / settings.vault.key_file),
             "crm": replace(settings.crm, ca_file=settings.crm.ca_file and folder / settings.crm.ca_file),

@@ -157,7 +157,6 @@ class RetryMany(_Request):
     dead_after: _Time | None = None
     dead_before: _Time | None = None
     preview: bool = False
-    force: bool = False
 
 
 # --- reading a request ---

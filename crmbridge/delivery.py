@@ -6,7 +6,7 @@ Senders are passed in: functions that make one call and return its Outcome, or r
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,10 +14,10 @@ from typing import Literal
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.clock import SET_S, Clock
-from crmbridge.endpoints import ASK, NO_ROOM, Change, Endpoint, Endpoints, Limits, Pace, Room
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Invalid, Refused, Retry, Unclear
 from crmbridge.events import epoch_s, instant, new_id
-from crmbridge.store import deliveries, holds, turn, vitals
+from crmbridge.health import ASK, NO_ROOM, Change, Endpoint, Endpoints, Limits, Pace, Room
+from crmbridge.store import deliveries, endpoints, turn, vitals
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import ACTION, Claimed, Outcome, Patience, Verdict
 from crmbridge.store.turn import Finished, Question, Terms, Turn
@@ -73,8 +73,8 @@ def decide(
     """Return what becomes of a delivery. `jitter` yields a factor around 1 for the listed delays.
 
     The next delay is the list's, raised to the floor of its code; a Retry-After of the far side wins over both,
-    within 1 s and 6 h. The last try comes no later than the row's `expires_at`, so that no change of the lists
-    can strand a row. A CRM lane's head whose quick retries are used up steps aside only while its endpoint works.
+    within 1 s and 6 h. The last try comes no later than the row's `expires_at`. A CRM lane's head whose quick retries
+    are used up steps aside only while its endpoint works.
     """
     now = instant(now_s)
     if outcome.kind == "done":
@@ -84,8 +84,6 @@ def decide(
     if outcome.stops:
         return Verdict("pending", now, in_doubt=claimed.kind == "look_up")
     expires_s = epoch_s(claimed.expires_at)
-    if claimed.kind == "look_up":  # that it was not to be sent later tells nothing of whether it was
-        expires_s = max(expires_s, epoch_s(claimed.accepted_at) + schedule.patience.instagram_s)
     if outcome.kind == "fault":
         # Our own failing, not the far side's refusal: it uses up nothing, and holds up no other for long.
         due, worn = instant(now_s + FAULT_S * jitter()), claimed.target == "crm" and claimed.waits >= _FAULTS_IN_FRONT
@@ -179,19 +177,28 @@ class Engine:
         self._hasten: dict[Endpoint, str] = {}
         self._asking: set[Endpoint] = set()
         self._answers: list[tuple[Question, bool]] = []
-        self._trials: frozenset[Endpoint] = frozenset()  # in the turn before
         self._stops: list[tuple[float, str]] = []  # when which account was stopped, of late
         self._started_s = self._clock.now_s()
         self._newest = 0  # the last delivery that the turn before has seen
-        self._held: frozenset[Endpoint] = frozenset()  # in the turn before
+        self._seen: dict[Endpoint, str] = {}  # what each endpoint was like when it was looked at; "": closed
+        self._dues: dict[Endpoint, float] = {}  # when there is something to do for those that have something
+        self._look: set[str] = set()  # the accounts of which something new was told
+        self._look_at_all = True
         self._barren = 0  # turns in a row that brought nothing
         self._draining = False
         self._news = False
         self._stopping = False
 
-    def tell(self) -> bool:
-        """Tell a running drain that there may be something new; False when none runs and a bell is needed."""
+    def tell(self, accounts: Collection[str] | None = None) -> bool:
+        """Tell a drain that there may be something new for these accounts, or for any; False when none runs.
+
+        Then a bell is needed.
+        """
         with self._changed:
+            if accounts is None:
+                self._look_at_all = True
+            else:
+                self._look.update(accounts)
             self._news = True
             self._changed.notify()
             return self._draining
@@ -249,11 +256,13 @@ class Engine:
             self._news = False
             finished, self._finished = self._finished, []
             answers, self._answers = self._answers, []
+            told, self._look = self._look, set()
+            look_at_all, self._look_at_all = self._look_at_all, False
             free = 0 if self._stopping else self._schedule.senders - len(self._in_flight) - len(self._asking)
             in_flight = frozenset(self._in_flight)
         now_s = self._clock.now_s()
         for claimed, _ in finished:
-            self._endpoints.ended(_endpoint(claimed), is_retry=_is_retry(claimed))
+            self._endpoints.ended(_endpoint(claimed), is_retry=_is_retry(claimed), is_revived=claimed.is_revived)
         for question, is_answered in answers:
             self._note_answer(question, now_s, is_answered=is_answered)
         # Judged once, and kept until it is recorded, by a later drain if this one fails.
@@ -261,42 +270,65 @@ class Engine:
         finished.sort(key=lambda entry: entry[1].kind != "done")
         self._unrecorded += [self._judge(claimed, outcome, now_s) for claimed, outcome in finished]
         schedule = self._schedule
+        look = None if look_at_all else told | self._accounts_due(answers, now_s)
         found = turn.take(
             self._db,
             self._unrecorded,
             self._terms(now_s),
+            look=look,
             room=lambda endpoint, is_on_trial=False: self._room(endpoint, now_s, is_on_trial=is_on_trial),
             senders=free,
             spare=schedule.senders // 3,
             hasten=self._hasten,
             in_flight=in_flight,
-            trials=self._trials,
         )
         settled, self._unrecorded = self._unrecorded, []
-        self._newest, self._barren = found.newest, 0 if settled or found.claimed or found.late else self._barren + 1
+        self._newest = max(self._newest, found.newest)
+        self._barren = 0 if settled or found.claimed or found.late else self._barren + 1
         for claimed in found.claimed:
             with self._changed:
                 self._in_flight[claimed.claim_id] = claimed
-            is_replay = claimed.retry_asked_at is not None
-            self._endpoints.started(_endpoint(claimed), is_retry=_is_retry(claimed), is_replay=is_replay)
+            self._endpoints.started(_endpoint(claimed), is_retry=_is_retry(claimed), is_revived=claimed.is_revived)
             self._pool.submit(self._attempt, claimed)
-        for endpoint, rows in found.hastened.items():
-            if rows < turn.HASTEN_AT_ONCE:
-                del self._hasten[endpoint]
-        resumed, self._held = self._held - found.held, found.held
-        for endpoint in resumed:  # what failed before goes now
+        self._hasten = {
+            one: until for one, until in self._hasten.items() if found.hastened.get(one, 0) == turn.HASTEN_AT_ONCE
+        }
+        changed = [one for one, seen in found.served.items() if self._seen.get(one, seen) != seen]
+        for endpoint in changed:  # it was let go, or goes elsewhere: what failed before goes now
             self._endpoints.ask_again(endpoint)
             self._hasten[endpoint] = instant(now_s)
-        self._trials = found.trials
-        self._conversations.want(found.wanted)
+        self._seen |= dict.fromkeys(found.dues, "") | found.served
+        passed = {one: due_s for one, due_s in self._dues.items() if look is not None and one[1] not in look}
+        self._dues = passed | {one: epoch_s(due) for one, due in found.dues.items() if due is not None}
+        self._conversations.want(
+            frozenset(one for (kind, one), due_s in self._dues.items() if kind == ASK and due_s <= now_s)
+        )
         for question in found.questions:
             self._ask(question)
         for entry in found.stopped:  # before what came of it
             self._tell_stopped(entry, now_s)
-        for entry in settled:
+        for entry in found.recorded:
             self._report(entry, now_s, is_ours=entry.claimed not in found.fenced)
         self._report_oddities(found)
-        return now_s if resumed else self._next_s(found, now_s)
+        return now_s if self._hasten else self._next_s(now_s)
+
+    def _accounts_due(self, answers: Sequence[tuple[Question, bool]], now_s: float) -> set[str]:
+        """Return the accounts for which there is something to do by now."""
+        asked = {question.account["id"] for question, _ in answers}
+        answered = {entry.claimed.account_id for entry in self._unrecorded}
+        return (
+            asked
+            | answered
+            | {one for _, one in self._hasten}
+            | {endpoint[1] for endpoint in self._dues if self._at_s(endpoint, now_s) <= now_s}
+        )
+
+    def _at_s(self, endpoint: Endpoint, now_s: float) -> float:
+        """Return when there may be something to do for an endpoint: a row is due and it may be called."""
+        return max(self._dues[endpoint], self._endpoints.rests_until_s(endpoint, now_s))
+
+    def _next_s(self, now_s: float) -> float | None:
+        return min((self._at_s(endpoint, now_s) for endpoint in self._dues), default=None)
 
     def _terms(self, now_s: float) -> Terms:
         return Terms(now_s, self._schedule.lease_s, self._schedule.look_up_s[0], self._schedule.patience)
@@ -317,7 +349,7 @@ class Engine:
             self._endpoints.rest(endpoint, now_s + min(rest_s, HINT_MAX_S))
         answered = outcome.kind in ("refused", "absent", "unclear") or (outcome.kind == "retry" and outcome.counts)
         if outcome.kind == "done" or (claimed.target == "instagram" and answered):
-            change = self._endpoints.worked(endpoint, now_s)
+            change = self._endpoints.worked(endpoint, now_s, claimed.revision)
             if claimed.kind == "look_up":
                 self._endpoints.answered(("instagram", claimed.account_id))
             else:
@@ -370,21 +402,7 @@ class Engine:
         if (claimed.last_code, claimed.last_http_status) == (_UNWANTED, outcome.http_status):
             return True  # found so before
         began = deliveries.first_try(self._db, claimed.id) or claimed.claimed_at
-        return self._endpoints.worked_since(_endpoint(claimed), epoch_s(began) + _ROUNDED_S)
-
-    def _next_s(self, found: Turn, now_s: float) -> float | None:
-        """Return when there may be something to do: a row is due and its endpoint may be called."""
-        if self._hasten.keys() & found.hastened.keys():
-            return now_s
-        looks = [
-            max(epoch_s(due), self._endpoints.rests_until_s(endpoint, now_s)) for endpoint, due in found.dues.items()
-        ]
-        for endpoint, due, number in found.replays:
-            free_s = self._endpoints.replays_at_s(endpoint, number, now_s)
-            looks.append(max(epoch_s(due), free_s, self._endpoints.rests_until_s(endpoint, now_s)))
-        if found.ask_at is not None:
-            looks.append(epoch_s(found.ask_at))
-        return min(looks, default=None)
+        return self._endpoints.worked_since(_endpoint(claimed), epoch_s(began) + _ROUNDED_S, claimed.revision)
 
     def _follow_clock(self) -> None:
         """When the clock was set, move all times along: nothing becomes due, or dies, by that."""
@@ -397,6 +415,7 @@ class Engine:
         turn.follow_clock(self._db, jump_s, self._newest)
         self._endpoints.shift(jump_s)
         self._clock.follow(jump_s)
+        self._dues, self._seen, self._look_at_all = {}, {}, True
 
     def _wait(self, next_s: float | None) -> bool:
         """Sleep until there is something to do; False when the drain should end."""
@@ -488,15 +507,13 @@ class Engine:
 
     def _weigh(self, question: Question, *, is_well: bool) -> None:
         """Let an endpoint go on trial whose far side answered well, or ask again later."""
-        now_s, hold, target, account = self._clock.now_s(), question.hold, question.endpoint[0], question.account
+        hold, target, account = question.hold, question.endpoint[0], question.account
         assert hold is not None  # noqa: S101
         try:
             if not is_well:
-                holds.ask_later(self._db, hold, now_s)
-            elif holds.let_go(
-                self._db, account, hold["target"], now=instant(now_s), patience=self._schedule.patience, answered=hold
-            ):
-                log.warning("endpoint.on_trial", target=target, account=account["id"], cause=hold["cause"])
+                endpoints.ask_later(self._db, hold)
+            elif endpoints.let_go(self._db, account["id"], hold["kind"], answered=hold):
+                log.warning("endpoint.on_trial", target=target, account=account["id"], cause=hold["held_by"])
         except BridgeError as error:
             log.error("endpoint.unsettled", target=target, account=account["id"], error=error.message)
 
@@ -514,8 +531,8 @@ class Engine:
 
     def _is_held(self, claimed: Claimed) -> bool:
         """Tell whether another call's answer holds the endpoint back: then this one had only begun before."""
-        hold = holds.find(self._db, claimed.account_id, claimed.target)
-        return hold is not None and hold["trial_since"] is None
+        row = endpoints.find(self._db, claimed.account_id, claimed.target)
+        return row is not None and row["held_by"] is not None
 
     # --- what is told ---
 
@@ -561,13 +578,15 @@ class Engine:
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
             self._alarm.alert(outcome.alert, outcome.message or "", account=claimed.account_id, delivery=claimed.id)
-        if verdict.state == "dead" and claimed.target == "crm":
+        if not is_ours or verdict.state != "dead":
+            return
+        if claimed.target == "crm":
             problem = f"delivery {claimed.id} to the CRM is dead: {outcome.message}"
             self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
-        elif verdict.state == "dead" and outcome.code == "in_doubt":
+        elif outcome.code == "in_doubt":
             problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
             self._alarm.alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
-        elif verdict.state == "dead" and outcome.kind == "retry" and not outcome.counts:
+        elif outcome.kind == "retry" and not outcome.counts:
             problem = f"send {claimed.message_id} could not go out in time: {outcome.message}"
             self._alarm.alert("sends_expired", problem, account=claimed.account_id, delivery=claimed.id)
 
@@ -583,7 +602,7 @@ class Engine:
         """Raise the alert of an endpoint that is held now; of several accounts that Instagram stopped, a single one."""
         kind, account, message = str(entry.outcome.stops), entry.claimed.account_id, entry.outcome.message or ""
         if entry.claimed.target == "instagram":
-            late = [one for one in self._stops if now_s - one[0] < holds.TOGETHER_S and one[1] != account]
+            late = [one for one in self._stops if now_s - one[0] < endpoints.TOGETHER_S and one[1] != account]
             self._stops = [*late, (now_s, account)]
             if late:
                 names = sorted(name for _, name in self._stops)
@@ -607,7 +626,7 @@ def _started_pool(threads: int) -> ThreadPoolExecutor:
 
 def _is_retry(claimed: Claimed) -> bool:
     """Tell whether a call may not take the slots that are kept for first tries."""
-    return claimed.number > 1 or claimed.retry_asked_at is not None
+    return claimed.number > 1
 
 
 def _endpoint(claimed: Claimed) -> Endpoint:

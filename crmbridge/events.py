@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -139,6 +139,7 @@ NOTED = "channel.noted"  # kept, and no CRM is told
 TEST = "channel.test"  # a test of the channel's own console; belongs to no account
 # What an act of a customer does to the window in which the shop may answer: opens it, opens it for longer because an ad
 # led to it, or perhaps opens it, for the channel does not say.
+Wake = Callable[[Collection[str] | None], None]  # have something new of these accounts, or of any, looked at
 Opens = Literal["window", "ad", "perhaps"]
 
 

@@ -9,8 +9,8 @@ from crmbridge.clock import Clock
 from crmbridge.config import Retention
 from crmbridge.errors import Unavailable
 from crmbridge.events import instant
-from crmbridge.store import accounts, inbound, pauses, privacy, retention, turn, vitals
-from crmbridge.store.database import Database, Row
+from crmbridge.store import accounts, endpoints, inbound, privacy, retention, turn, vitals
+from crmbridge.store.database import Database
 from crmbridge.store.deliveries import Patience
 
 _DAY_S = 86_400
@@ -43,14 +43,14 @@ class Upkeep:
 
     def sweep(self) -> None:
         """Give headless lanes a head, end what is owed where nothing goes, and route what came before its account."""
-        repaired = turn.repair(self._db, self._clock.now_s())
+        repaired = turn.repair(self._db)
         if repaired:
             log.warning("sweep.repaired", lanes=repaired)
-        ended = turn.end_leftovers(self._db, self._clock.now_s(), budget_s=_LEFTOVERS_S, pause=self._pause)
+        ended = turn.end_leftovers(self._db, budget_s=_LEFTOVERS_S, pause=self._pause)
         if ended:
             log.info("sweep.ended", deliveries=ended)
         for account in accounts.everyone(self._db):
-            adopted = inbound.adopt(self._db, account, self._clock.now_s(), self._patience)
+            adopted = inbound.adopt(self._db, account)
             if adopted:
                 log.info("account.adopted", account=account["id"], events=adopted)
 
@@ -68,15 +68,11 @@ class Upkeep:
     def resume(self) -> bool:
         """End the pauses whose time has come; tell whether there were any."""
         is_steady = self._clock.steady()
-        now, ended = instant(self._clock.now_s()), False
-
-        def is_over(pause: Row) -> bool:
-            return is_steady() and pause["until"] is not None and pause["until"] <= now
-
-        for pause in pauses.over(self._db, now):
-            account, target = pause["account_id"], pause["target"]
-            if pauses.resume(self._db, account, target, now=now, patience=self._patience, when=is_over):
-                log.info("account.resumed", account=account, target=target, until=pause["until"], by="until")
+        ended = False
+        for over in endpoints.paused_too_long(self._db, instant(self._clock.now_s())):
+            account, target = over["account_id"], over["kind"]
+            if is_steady() and endpoints.resume(self._db, account, target, only_over=True):
+                log.info("account.resumed", account=account, target=target, until=over["paused_until"], by="until")
                 ended = True
         return ended
 

@@ -5,6 +5,7 @@ The key file lies outside the database, one Fernet key a line, mode 0600.
 
 import base64
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -21,20 +22,31 @@ class Vault:
         # The engine opens the same few secrets at every call; opening costs more than signing with them.
         self._opened = functools.lru_cache(maxsize=256)(self._decrypt)
 
-    def seal(self, text: str) -> str:
-        """Return the text sealed, fit for a database column."""
-        return self._fernet.encrypt(text.encode()).decode()
+    def seal(self, text: str, *place: str) -> str:
+        """Return the text sealed for a place: a table, a column and a row's id. It opens in no other."""
+        return self._fernet.encrypt(json.dumps([*place, text]).encode()).decode()
 
-    def open(self, sealed: str | None) -> str:
-        """Return a sealed text's content. Raises Misconfigured when no key fits, or there is none."""
+    def open(self, sealed: str | None, *place: str) -> str:
+        """Return what was sealed for a place. Raises Misconfigured when no key fits, it is of elsewhere, or missing."""
         if sealed is None:
             raise Misconfigured("the account has no access token: set a new one")
-        return self._opened(sealed)
+        *sealed_for, text = self._opened(sealed)
+        if sealed_for != [*place]:
+            raise Misconfigured(f"a sealed secret was made for another row than {' '.join(place)}: somebody moved it")
+        return str(text)
 
-    def _decrypt(self, sealed: str) -> str:
+    def fits(self, sealed: str) -> bool:
+        """Tell whether a key opens a secret, wherever it belongs."""
         try:
-            return self._fernet.decrypt(sealed.encode()).decode()
-        except InvalidToken:
+            return bool(self._opened(sealed))
+        except Misconfigured:
+            return False
+
+    def _decrypt(self, sealed: str) -> list[str]:
+        try:
+            found: list[str] = json.loads(self._fernet.decrypt(sealed.encode()))
+            return found
+        except (InvalidToken, ValueError):
             raise Misconfigured(
                 "a sealed secret does not open with the key file's keys: is it the key file of this database?"
             ) from None
@@ -69,9 +81,9 @@ def opens(keys: list[str], sealed: list[str]) -> bool:
     """Tell whether these keys open all of these secrets."""
     try:
         opener = Vault(keys)
-        return all(opener.open(secret) is not None for secret in sealed)
-    except (ValueError, Misconfigured):
+    except ValueError:
         return False
+    return all(opener.fits(secret) for secret in sealed)
 
 
 _SCRYPT = (2**15, 8, 1)  # 32 MB for a moment

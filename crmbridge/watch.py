@@ -12,7 +12,7 @@ from crmbridge.config import Alerts
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.instagram import codes, reading
-from crmbridge.store import accounts, copies, holds, pauses, vitals
+from crmbridge.store import accounts, copies, endpoints, vitals
 from crmbridge.store import alerts as record
 from crmbridge.store.database import Database, Row
 
@@ -49,7 +49,7 @@ class Watch:
         """Tell of a disk that is full or nearly, and of one that has space again."""
         if self._db.is_full:  # only a write finds out that there is space again, and none may come
             with contextlib.suppress(Unavailable):
-                vitals.probe(self._db, self._clock())
+                vitals.probe(self._db)
         if self._db.is_full:
             self._alarm.alert("disk_full", "the disk is full: nothing new is taken until there is space")
         else:
@@ -111,8 +111,8 @@ class Watch:
         if kind == "silence":
             return account["status"] != "active" or (record.last_heard(self._db, account["id"]) or "") > since
         if kind in ("crm_gone", "crm_unauthorized"):
-            held = holds.find(self._db, account["id"], "crm")
-            is_held = held is not None and held["trial_since"] is None
+            end = endpoints.find(self._db, account["id"], "crm")
+            is_held = end is not None and end["held_by"] in ("gone", "unauthorized")
             return not is_held and (kind == "crm_gone" or not record.has_pending(self._db, "crm", account["id"]))
         if kind == "held_long":
             return not self._held_long(account)
@@ -128,15 +128,15 @@ class Watch:
         since = self._alarm.opened("meta_trouble").get("")
         if since is None:
             return
-        began = instant(epoch_s(since) - holds.TOGETHER_S)
+        began = instant(epoch_s(since) - endpoints.TOGETHER_S)
         stopped = [
             one for one in accounts.everyone(self._db) if one["status"] == "error" and one["status_since"] >= began
         ]
         if len(stopped) <= 1:
             self._alarm.clear("meta_trouble")
             for one in stopped:
-                hold = holds.find(self._db, one["id"], "instagram")
-                kind = "token_dead" if hold and hold["code"] in codes.TOKEN_SLUGS else "account_error"
+                end = endpoints.find(self._db, one["id"], "instagram")
+                kind = "token_dead" if end and end["held_code"] in codes.TOKEN_SLUGS else "account_error"
                 self._alarm.alert(kind, one["status_reason"] or "", account=one["id"])
 
     def listen(self) -> None:
@@ -152,8 +152,8 @@ class Watch:
     def _held_long(self, account: Row) -> str:
         """Say what an operator holds back without an end in sight, if something has waited for a day; or nothing."""
         now_s, found = self._clock(), []
-        for what, target in pauses.WHAT.items():
-            held = pauses.hold(self._db, account, target)
+        for what, target in endpoints.WHAT.items():
+            held = endpoints.locked(self._db, account["id"], target)
             if held is None or held["cause"] in ("gone", "unauthorized", "error"):
                 continue  # these have alerts of their own
             since_s, end = epoch_s(held["since"]), held["until"]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.errors import Misconfigured, Refused, Unclear
-from crmbridge.events import Thread, epoch_s
+from crmbridge.events import Thread, Wake, epoch_s
 from crmbridge.instagram.client import Client
 from crmbridge.store import accounts, database, messages
 from crmbridge.store.database import Row
@@ -41,7 +41,7 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
     keys_of_secrets = vault.load(settings.vault.key_file)
     for account in accounts.everyone(db)[:_PROBED]:
         if account["access_token_sealed"]:
-            keys_of_secrets.open(account["access_token_sealed"])
+            accounts.token(keys_of_secrets, account)
     graph = net.Session(
         net.Reach(any_address=True, http=True),  # named in the configuration itself
         connect_timeout_s=settings.instagram.connect_timeout_s,
@@ -84,7 +84,7 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
         posted = crm.post(
             rooms.crm,
             url=claimed.account["crm_webhook_url"],
-            secrets=_webhook_secrets(rooms, claimed.account, now_s),
+            secrets=accounts.webhook_secrets(rooms.vault, claimed.account, now_s),
             event_id=claimed.event_id or claimed.id,
             body=claimed.body.encode(),
             correlation_id=claimed.correlation_id,
@@ -93,7 +93,7 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
         return Outcome("done", http_status=posted.http_status)
 
     def to_instagram(claimed: Claimed) -> Outcome:
-        token = rooms.vault.open(claimed.account["access_token_sealed"])
+        token = accounts.token(rooms.vault, claimed.account)
         content = json.loads(claimed.body)
         sent = rooms.client.send(token, claimed.account["instagram_account_id"], claimed.contact, content)
         return Outcome(
@@ -103,7 +103,7 @@ def make_senders(rooms: Rooms) -> dict[str, Callable[[Claimed], Outcome]]:
     read: dict[tuple[str, str], tuple[float, Thread]] = {}  # the last thread that was read answers all doubts in it
 
     def look_up(claimed: Claimed) -> Outcome:
-        token, content = rooms.vault.open(claimed.account["access_token_sealed"]), json.loads(claimed.body)
+        token, content = accounts.token(rooms.vault, claimed.account), json.loads(claimed.body)
         contact = content.get("comment_author") if "comment_id" in content else claimed.contact
         if contact is None:
             raise Refused("nobody knows whose conversation a private reply would be in", code="in_doubt")
@@ -130,29 +130,22 @@ def make_askers(rooms: Rooms) -> dict[str, Callable[[Row], None]]:
 
     def ask_crm(account: Row) -> None:
         now_s = time.time()
-        secrets = _webhook_secrets(rooms, account, now_s)
+        secrets = accounts.webhook_secrets(rooms.vault, account, now_s)
         url, account_id = account["crm_webhook_url"], account["id"]
         crm.test(rooms.crm, url=url, secrets=secrets, account_id=account_id, now_s=now_s)
 
     def ask_instagram(account: Row) -> None:
-        token = rooms.vault.open(account["access_token_sealed"])
+        token = accounts.token(rooms.vault, account)
         rooms.client.may_write(token, account["instagram_account_id"], account["id"])
 
     return {"crm": ask_crm, "instagram": ask_instagram}
-
-
-def _webhook_secrets(rooms: Rooms, account: Row, now_s: float) -> list[str]:
-    """Return what an account's events are signed with: its secret, and for a while the one before."""
-    sealed, before = account["webhook_secret_sealed"], account["old_webhook_secret_sealed"]
-    is_kept = before is not None and now_s < epoch_s(account["old_webhook_secret_until"])
-    return [rooms.vault.open(one) for one in (sealed, before if is_kept else None) if one]
 
 
 def make_worker(rooms: Rooms) -> Any:
     """Return the one worker of this database, with what an earlier one left taken back."""
     from crmbridge.clock import Clock
     from crmbridge.delivery import Engine, Schedule
-    from crmbridge.endpoints import Limits
+    from crmbridge.health import Limits
     from crmbridge.upkeep import Upkeep
     from crmbridge.watch import Watch
     from crmbridge.worker import Job, Worker
@@ -176,7 +169,6 @@ def make_worker(rooms: Rooms) -> Any:
         for_first_tries=1,
         probe_s=delivery.probe_s,
         per_s={"instagram": delivery.instagram_sends_per_s},
-        replay_per_s=delivery.replay_per_s,
     )
     clock = Clock()
     engine = Engine(
@@ -227,8 +219,8 @@ def make_worker(rooms: Rooms) -> Any:
         Job("erase", 60, upkeep.erase),
     ]
 
-    def wake() -> None:
-        worker.wake()
+    def wake(accounts: Collection[str] | None) -> None:
+        worker.wake(accounts)
 
     helpers = make_helpers(rooms, wake)
     worker = Worker(
@@ -246,7 +238,7 @@ def make_worker(rooms: Rooms) -> Any:
     return worker
 
 
-def make_helpers(rooms: Rooms, wake: Callable[[], None]) -> list[Any]:
+def make_helpers(rooms: Rooms, wake: Wake) -> list[Any]:
     """Return the threads that ask Instagram of themselves; the first one asks for what messages do not tell."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -266,13 +258,12 @@ def make_helpers(rooms: Rooms, wake: Callable[[], None]) -> list[Any]:
     asker = Client(session, instagram.graph_url, conversations=rooms.client.conversations)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="names")
     asking, tending = Aside("asking", db, alerts), Aside("tending", db, alerts)
-    names = Names(db, asker, rooms.vault, rooms.patience, wake, pool.submit, tell=asking.tell, clock=time.time)
+    names = Names(db, asker, rooms.vault, rooms.patience.ask_s, wake, pool.submit, tell=asking.tell, clock=time.time)
     common = (db, rooms.client, rooms.vault)
     tokens = Tokens(*common, alerts, clock=time.time)
-    subscriptions = Subscriptions(*common, rooms.patience, alerts, clock=time.time)
+    subscriptions = Subscriptions(*common, alerts, clock=time.time)
     backfill = Backfill(
         *common,
-        rooms.patience,
         wake,
         clock=time.time,
         pause=tending.pause,
@@ -308,7 +299,7 @@ def make_lookout(rooms: Rooms) -> Any:
     return lookout
 
 
-def make_app(rooms: Rooms, wake: Callable[[], None], **clocks: Any) -> Any:
+def make_app(rooms: Rooms, wake: Wake, **clocks: Any) -> Any:
     """Return the web application; `wake` rings the worker, and `clocks` are those that it is to go by."""
     from crmbridge.web import (
         dlq_routes,
@@ -329,15 +320,15 @@ def make_app(rooms: Rooms, wake: Callable[[], None], **clocks: Any) -> Any:
         [
             *docs_routes.routes(config.ROOT),
             *health_routes.HealthRoutes().routes(),
-            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience, rooms.alerts),
-            *message_routes.routes(wake, rooms.patience),
+            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience.ask_s, rooms.alerts),
+            *message_routes.routes(wake),
             *event_routes.routes(),
-            *dlq_routes.routes(wake, rooms.patience),
-            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience).routes(),
+            *dlq_routes.routes(wake),
+            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience.ask_s).routes(),
             *PrivacyRoutes(
-                rooms.settings.instagram.app_secrets, rooms.settings.web.public_url, rooms.alerts, wake, rooms.patience
+                rooms.settings.instagram.app_secrets, rooms.settings.web.public_url, rooms.alerts, wake
             ).routes(),
-            *insight_routes.routes(timings),
+            *insight_routes.routes(timings, rooms.patience),
         ],
         alarm=rooms.alerts,
         timings=timings,

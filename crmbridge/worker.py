@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,10 +200,10 @@ class Worker:
 
     # --- bells ---
 
-    def wake(self) -> None:
-        """Have new rows looked at; many calls at once ring one bell."""
+    def wake(self, accounts: Collection[str] | None = None) -> None:
+        """Have new rows of these accounts, or of any, looked at; many calls at once ring one bell."""
         self._on_bell()
-        if self._engine.tell():
+        if self._engine.tell(accounts):
             return
         with self._lock:
             if self._rung:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from crmbridge import apikey, config, net, vault, wiring
 from crmbridge.alerts import Alerts
 from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
-from crmbridge.endpoints import Limits, Pace
 from crmbridge.events import instant
+from crmbridge.health import NO_ROOM, Limits, Pace
 from crmbridge.instagram import webhook
 from crmbridge.instagram.client import CONVERSATIONS_PER_S, MEDIA_PER_S
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.crm import WEBHOOK_SECRET, Received
 from crmbridge.sandbox.demo import ini
 from crmbridge.sandbox.meta import APP_SECRET
-from crmbridge.store import accounts, database, deliveries, inbound, keys, messages
+from crmbridge.store import accounts, database, dead, deliveries, endpoints, inbound, keys, messages, turn
+from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Claimed
 from crmbridge.store.inbound import Kept
@@ -96,6 +97,7 @@ class Rig:
         client.conversations = Pace(CONVERSATIONS_PER_S, lambda: self.now_s)
         client.media = Pace(MEDIA_PER_S, lambda: self.now_s)
         self.db, self.patience = self.rooms.db, self.rooms.patience
+        self.db.clock = lambda: self.now_s + self.clock_is_wrong_by_s
         self.alarm = Recorder(self.db, lambda: self.now_s)
         self.engine = self.make_engine()
         self._app: Any = None
@@ -132,16 +134,63 @@ class Rig:
         return Watch(self.db, replace(self.settings.alerts, **limits), self.alarm, clock=lambda: self.now_s)
 
     def account(self, instagram_account_id: str = SHOP_ID, **changes: Any) -> dict[str, Any]:
-        """Store an account as the API would, without asking Instagram."""
-        values = {
-            "instagram_account_id": instagram_account_id,
-            "username": "your_shop",
-            "access_token_sealed": self.rooms.vault.seal(TOKEN),
-            "webhook_secret_sealed": self.rooms.vault.seal(WEBHOOK_SECRET),
-            "crm_webhook_url": self.sandbox.crm_webhook_url,
-            **changes,
-        }
-        return accounts.create(self.db, values, instant(self.now_s))
+        """Store an account as the API would, without asking Instagram; by name its token, secret, URL and columns."""
+        ends = {"token": TOKEN, "secret": WEBHOOK_SECRET, "url": self.sandbox.crm_webhook_url}
+        ends |= {name: changes.pop(name) for name in ends.keys() & changes.keys()}
+        values = {"instagram_account_id": instagram_account_id, "username": "your_shop", **changes}
+        return accounts.create(self.db, self.rooms.vault, values, **ends)
+
+    def change_account(self, account: dict[str, Any], *, status: Any = None, **changes: Any) -> dict[str, Any]:
+        """Change an account as a person does, by name its token, secret, URL and columns; return it."""
+        vault, ends = self.rooms.vault, dict[Any, Any]()
+        for name, kind in (("secret", "crm"), ("token", "instagram")):
+            if name in changes:
+                sealed = accounts.seal(vault, account[f"{kind}_id"], changes.pop(name))
+                ends.setdefault(kind, {})["secret_sealed"] = sealed
+        if "url" in changes:
+            ends.setdefault("crm", {})["url"] = changes.pop("url")
+        return accounts.update(self.db, account["id"], changes, ends=ends, status=status)
+
+    def fail_account(self, account: dict[str, Any], code: str = "token_expired") -> None:
+        """Have Instagram have stopped an account."""
+        self.db.write(lambda tx: accounts.stop(tx, account, code, "Instagram refuses it"))
+
+    def pause(
+        self, account: dict[str, Any], *what: str, until_s: float | None = None, reason: str | None = "test"
+    ) -> None:
+        """Hold ``deliveries`` or ``sends`` back, or both, as a person does."""
+        until = None if until_s is None else instant(until_s)
+        endpoints.pause(self.db, account["id"], what or tuple(endpoints.WHAT), reason=reason, until=until)
+
+    def unpause(self, account: dict[str, Any], *what: str) -> list[bool]:
+        """End what a person holds back, of both without a word; tell of each whether there was something."""
+        return [endpoints.resume(self.db, account["id"], endpoints.WHAT[one]) for one in what or endpoints.WHAT]
+
+    def break_seal(self, kind: Target) -> None:
+        """Have what is sealed for all endpoints of a kind not open."""
+        self.by_hand("UPDATE endpoints SET secret_sealed = 'gAAAAABnot-a-seal' WHERE kind = ?", (kind,))
+
+    def settle(self, *finished: turn.Finished) -> turn.Turn:
+        """Record what calls came to, and claim nothing."""
+        terms = turn.Terms(self.now_s, 90, 5, self.patience)
+        return turn.take(self.db, finished, terms, look=(), room=lambda *_: NO_ROOM, senders=0)
+
+    def revive(self, delivery_id: str, *, force: bool = False) -> None:
+        """Have a dead delivery tried again."""
+        dead.revive(self.db, delivery_id, force=force)
+
+    def expire(self) -> dict[tuple[str, str, str], int]:
+        """End what waited past its time."""
+        return turn.expire(self.db, self.now_s, self.patience)
+
+    def due(self, kind: Target, account: dict[str, Any]) -> list[Row]:
+        """Return what an endpoint could be called for now."""
+        one, now = account["id"], instant(self.now_s)
+        return [row for rank in range(3) for row in deliveries.due(self.db, kind, one, rank, now, 99)]
+
+    def by_hand(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Change rows by hand; return how many."""
+        return self.db.write_last(lambda tx: tx.run(sql, parameters))
 
     @property
     def account_id(self) -> str:
@@ -152,7 +201,7 @@ class Rig:
         """Have the channel have told what all customers so far are called."""
         told = {"username": "their_name", "name": "Their Name", "profile_checked_at": instant(self.now_s)}
         values = {**told, "profile_due": instant(self.now_s + 86_400)}
-        self.db.write(lambda: self.db.update("contacts", values, "TRUE", []) and self.db.run("DELETE FROM questions"))
+        self.db.write(lambda tx: tx.update("contacts", values, "TRUE", []) and tx.run("DELETE FROM questions"))
 
     def hear(self, *items: Any, account: str = SHOP_ID) -> list[Kept]:
         """Keep what Meta would post: messaging items in one entry."""
@@ -161,7 +210,7 @@ class Rig:
     def hear_body(self, body: bytes) -> list[Kept]:
         """Keep a webhook body as the route does."""
         events = webhook.read(body, instant(self.now_s))
-        return inbound.keep(self.db, events, correlation_id="test", now_s=self.now_s, patience=self.patience)
+        return inbound.keep(self.db, events, correlation_id="test", ask_s=self.patience.ask_s)
 
     def say(self, text: str, mid: str, *, contact: str = CUSTOMER, at_s: float | None = None) -> list[Kept]:
         """Have a customer write: Instagram's conversation shows it, too."""
@@ -182,9 +231,10 @@ class Rig:
         self.crm.answer(500, times=1000, containing=f'"{text}"')
         self.say(text, mid, contact=contact)
         self.drain()
-        now = instant(self.now_s)
+        old = "2020-01-01T00:00:00.000Z"
+        self.by_hand("UPDATE endpoints SET aged_from = ? WHERE kind = 'crm'", (old,))
         where = "state = 'pending' AND target = 'crm' AND contact = ?"
-        self.db.write(lambda: self.db.update("deliveries", {"expires_at": now, "due": now}, where, [contact]))
+        self.by_hand(f"UPDATE deliveries SET aged_from = ?, due = ? WHERE {where}", (old, instant(self.now_s), contact))
         self.drain()
         self.crm.clear_answers()
 
@@ -230,13 +280,13 @@ class Rig:
         """Accept a send and return its message id."""
         key = f"key-{next(self._keys)}"
         request = messages.Request(account["id"], contact, key, key, {"text": text}, None, "test")
-        row, _ = messages.accept(self.db, request, self.patience, self.now_s)
+        row, _ = messages.accept(self.db, request)
         return str(row["id"])
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
         """Call the API on the rig's clock, in this process, as an administrator."""
         if self._app is None:
-            self._app = wiring.make_app(self.rooms, lambda: None, clock=lambda: self.now_s)
+            self._app = wiring.make_app(self.rooms, lambda _: None, clock=lambda: self.now_s)
             self._key, key_id, secret_hash = apikey.make()
             row = {"id": key_id, "name": "rig", "secret_hash": secret_hash, "admin": 1, "accounts": []}
             keys.create(self.db, {**row, "permissions": [], "created_at": instant(self.now_s)})
@@ -271,11 +321,14 @@ class Rig:
 
     def claim(self, row: Row, account: Row) -> Claimed:
         """Claim a due row as a worker does that then makes no call."""
-        now, lease_until = instant(self.now_s), instant(self.now_s + 90)
-        return self.db.write(lambda: deliveries.claim(self.db, row, account, "{}", now=now, lease_until=lease_until))
+        end, later = endpoints.find(self.db, account["id"], row["target"]), instant(self.now_s + 90)
+        assert end is not None
+        how: dict[str, Any] = {"lease_until": later, "expires_at": instant(self.now_s + 86_400), "endpoint": end}
+        return self.db.write(lambda tx: deliveries.claim(tx, row, account, "{}", **how))
 
     def drain(self) -> float | None:
         """Work off what is due now; return how many seconds until the next row is due."""
+        self.engine.tell()  # as the ring of every five seconds does
         next_s = self.engine.drain()
         return None if next_s is None else next_s - self.now_s
 

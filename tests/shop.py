@@ -115,7 +115,8 @@ class Shop:
         self.meta.customer_says(SHOP_ID, contact, text)
         came = self.crm.wait(1, where=lambda entry: entry.event.get("message") == text)
         this = f"event_id = '{came[0].event['event_id']}'"
-        self.change(f"UPDATE deliveries SET expires_at = '2020-01-01T00:00:00.000Z' WHERE {this}")
+        self.change("UPDATE endpoints SET aged_from = '2020-01-01T00:00:00.000Z' WHERE kind = 'crm'")
+        self.change(f"UPDATE deliveries SET aged_from = '2020-01-01T00:00:00.000Z' WHERE {this}")
         self.wait_rows(f"SELECT state FROM deliveries WHERE {this}", [("dead",)])
         self.crm.clear_answers()
 

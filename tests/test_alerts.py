@@ -20,8 +20,9 @@ from crmbridge.events import epoch_s, instant
 from crmbridge.ops import alerts as ops
 from crmbridge.ops import backup
 from crmbridge.sandbox import LoopbackServer, wire
-from crmbridge.store import accounts, copies, database, dead, pauses, turn, vitals
 from crmbridge.store import alerts as record
+from crmbridge.store import copies, database, dead, turn, vitals
+from crmbridge.store.database import Tx
 from crmbridge.upkeep import Upkeep
 from crmbridge.web import webhook_routes
 from tests import shop as shops
@@ -277,12 +278,12 @@ def test_whoever_does_not_take_it_is_told_again_alone(office: Office, hook: Hook
 
 def test_a_database_that_cannot_be_written_stops_no_alert(rig: Rig, office: Office, lines: io.StringIO) -> None:
     columns = "(kind, account_id, since, last_at, count, message, told, told_at, told_count, reopened, cleared_at"
-    rig.db.write(lambda: rig.db.run("DROP TABLE alerts"))
+    rig.db.write(lambda tx: tx.run("DROP TABLE alerts"))
     raise_some(office, 2)
     office.pass_s(30)
     assert office.posted == [("raised", "dead_letter")]
     assert "alert.unsaved" in lines.getvalue()
-    rig.db.write(lambda: rig.db.run(f"CREATE TABLE alerts {columns}, PRIMARY KEY (kind, account_id))"))
+    rig.db.write(lambda tx: tx.run(f"CREATE TABLE alerts {columns}, PRIMARY KEY (kind, account_id))"))
     office.pass_s(120)
     assert record.everything(rig.db)[0]["count"] == 2
 
@@ -352,7 +353,7 @@ def test_dead_letters_are_told_and_their_end_too(rig: Rig, office: Office) -> No
     assert ("raised", "dead_letter") in office.posted
     assert ("cleared", "dead_letter") not in office.posted
     rig.crm.answer_always(None)
-    dead.revive(rig.db, rig.db.value("SELECT id FROM deliveries WHERE state = 'dead'"), rig.now_s, rig.patience)
+    rig.revive(rig.db.value("SELECT id FROM deliveries WHERE state = 'dead'"))
     rig.drain()
     rig.watch().look()
     office.pass_s(10)
@@ -366,10 +367,10 @@ def test_ten_thousand_dead_letters_make_a_handful_of_alerts(rig: Rig, office: Of
     rig.say("the first", "mid-1")
     template = rig.db.rows("SELECT * FROM deliveries")[0]
 
-    def owe_many() -> None:
+    def owe_many(tx: Tx) -> None:
         for number in range(10_000):
             copy = {**template, "position": None, "id": f"dlv_{number:05}", "contact": f"9{number:05}"}
-            rig.db.insert("deliveries", copy)
+            tx.insert("deliveries", copy)
 
     rig.db.write(owe_many)
     rig.now_s += 25 * 3600
@@ -417,7 +418,7 @@ def test_dead_letters_are_counted_and_told_of_even_if_their_alert_was_lost(rig: 
     )
     assert (row["kind"], row["account_id"], row["count"]) == ("dead_letter", account["id"], 3)
     assert row["message"].startswith(said)
-    dead.discard(rig.db, oldest["id"], rig.now_s, by="cli")
+    dead.discard(rig.db, oldest["id"], by="cli")
     rig.watch().look()
     office.pass_s(60)
     (row,) = record.everything(rig.db)
@@ -446,9 +447,8 @@ def test_what_is_held_without_an_end_while_something_waits_is_recalled(rig: Rig,
     account = rig.account()
 
     def pause(days: float | None) -> None:
-        until = None if days is None else instant(rig.now_s + days * DAY_S)
-        now = instant(rig.now_s)
-        pauses.stop(rig.db, account["id"], ["deliveries"], reason="stocktaking", until=until, now=now)
+        until_s = None if days is None else rig.now_s + days * DAY_S
+        rig.pause(account, "deliveries", reason="stocktaking", until_s=until_s)
 
     def look(days: float) -> list[tuple[str, str]]:
         told = len(office.posted)
@@ -464,12 +464,12 @@ def test_what_is_held_without_an_end_while_something_waits_is_recalled(rig: Rig,
     pause(None)
     assert look(0) == [("raised", "held_long")]
     assert "Deliveries held since 2027-01-15T08:00:00.000Z: stocktaking." in office.letters[-1]
-    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.unpause(account, "deliveries")
     assert look(0) == [("cleared", "held_long")]
     pause(None)
     assert look(2) == []  # nothing waits
-    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
-    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.change_account(account, status="inactive")
+    rig.unpause(account, "deliveries")
     rig.say("hello", "mid-2")
     assert look(0.9) == []
     assert look(0.2) == [("raised", "held_long")]
@@ -493,7 +493,7 @@ def test_a_worker_that_is_gone_is_told_of_by_the_web_server_and_its_return_too(
     watch.worker()
     office.pass_s(10)
     assert office.posted == [("raised", "worker_dead"), ("cleared", "worker_dead")]
-    vitals.end(rig.db, "worker", rig.now_s)
+    vitals.end(rig.db, "worker")
     causes = len(rig.alerts)
     watch.worker()  # it may be a restart
     assert len(rig.alerts) == causes
@@ -536,8 +536,8 @@ def test_an_endpoint_that_nothing_waits_for_any_more_is_not_called_down(rig: Rig
     passing(rig, office, 2000)
     rig.watch().look()
     assert rig.cleared == []
-    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
-    turn.end_leftovers(rig.db, rig.now_s)
+    rig.change_account(account, url=None)
+    turn.end_leftovers(rig.db)
     rig.watch().look()
     office.pass_s(10)
     assert office.posted == [("raised", "crm_down"), ("cleared", "crm_down")]
@@ -555,14 +555,15 @@ def test_a_send_in_doubt_is_told_until_it_is_settled(rig: Rig, office: Office) -
     rig.watch().look()
     rig.meta.clear_faults()
     died = rig.db.value("SELECT id FROM deliveries WHERE state = 'dead' AND target = 'instagram'")
-    dead.revive(rig.db, died, rig.now_s, rig.patience, force=True)
+    rig.revive(died, force=True)
     rig.watch().look()
     office.pass_s(10)
     assert [posted for posted in office.posted if posted[1] == "in_doubt"][1:] == [("cleared", "in_doubt")]
 
 
 def test_a_fault_of_our_own_is_over_after_an_hour_without_one(rig: Rig, office: Office) -> None:
-    rig.account(webhook_secret_sealed="not sealed by this key")
+    rig.account()
+    rig.break_seal("crm")
     rig.say("one", "mid-1")
     rig.drain()
     office.pass_s(3500)
@@ -588,7 +589,7 @@ def test_a_disk_with_little_space_is_told_and_its_relief_too(rig: Rig, office: O
 
 def test_a_database_without_a_backup_for_two_days_is_told_until_there_is_one(rig: Rig, office: Office) -> None:
     made = datetime.datetime.fromtimestamp(rig.now_s).isoformat(" ")  # noqa: DTZ006 - as it is stored
-    rig.db.write(lambda: rig.db.run("UPDATE schema_migration SET applied = ?", (made,)))
+    rig.db.write(lambda tx: tx.run("UPDATE schema_migration SET applied = ?", (made,)))
     rig.watch().backups()
     rig.now_s += 1.9 * DAY_S
     rig.watch().backups()
@@ -671,10 +672,10 @@ def test_looking_for_silence_costs_the_same_however_much_came(rig: Rig) -> None:
     copy = rig.db.rows("SELECT * FROM inbound_events")[0]
     begin_s, minutes = epoch_s(copy["received_at"]), 5000
 
-    def hear_much() -> None:
+    def hear_much(tx: Tx) -> None:
         for minute in range(minutes):
             at = instant(begin_s + 60 * minute)
-            rig.db.insert("inbound_events", {**copy, "id": f"evt_{minute}", "dedupe_key": at, "received_at": at})
+            tx.insert("inbound_events", {**copy, "id": f"evt_{minute}", "dedupe_key": at, "received_at": at})
 
     rig.db.write(hear_much)
     steps = [0]
@@ -725,7 +726,7 @@ def test_a_token_that_ends_is_told_of_three_times_and_then_that_it_is_dead(rig: 
     assert live(4) == []
     assert live(3) == [("repeated", "token_expiring"), ("raised", "token_dead")]
     fresh = {"token_expires_at": instant(rig.now_s + 60 * DAY_S), "token_checked_at": instant(rig.now_s)}
-    accounts.update(rig.db, account["id"], fresh, instant(rig.now_s), rig.patience)
+    rig.change_account(account, **fresh)
     assert sorted(live(1)) == [("cleared", "token_dead"), ("cleared", "token_expiring")]
 
 
@@ -733,7 +734,7 @@ def test_a_deleted_account_has_no_open_alerts(rig: Rig, office: Office) -> None:
     account = rig.account()
     for kind in KINDS:
         raise_some(office, kind=kind, account=account["id"])
-    turn.delete_account(rig.db, account["id"], rig.now_s)
+    turn.delete_account(rig.db, account["id"])
     rig.watch().look()
     assert sorted(rig.cleared) == sorted(KINDS)
 

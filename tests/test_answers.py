@@ -68,7 +68,7 @@ class Desk:
         self.script = script
         self.far.answer = lambda request: {"one": self.script(), "two": [ERROR]}.get(request.event["message"], [OK])
         self.far.forget()
-        self.account = self.rig.account(str(self.number), crm_webhook_url=self.far.url)
+        self.account = self.rig.account(str(self.number), url=self.far.url)
 
     def hear(self, text: str) -> Outcome:
         """Have a customer of their own write; return what became of it: state, code, HTTP status."""
@@ -159,7 +159,7 @@ def test_two_shops_on_one_crm_host_do_not_get_each_others_answers(desk: Desk) ->
     desk.open(lambda: [HINTS, 0.4, OK])
     assert desk.hear("one") == DONE
     desk.number += 1
-    desk.account = desk.rig.account(str(desk.number), crm_webhook_url=desk.far.url.replace("/hook", "/other"))
+    desk.account = desk.rig.account(str(desk.number), url=desk.far.url.replace("/hook", "/other"))
     assert desk.hear("two") == retried("crm_error", 500)
     assert [request.path for request in desk.far.requests] == ["/hook", "/other"]
 
@@ -368,7 +368,7 @@ def test_instagram_gets_the_full_time_for_a_body_and_one_that_cannot_be_read_is_
         rig.db.close()
         rig.settings = replace(rig.settings, instagram=replace(rig.settings.instagram, graph_url=far.url))
         rig.open()
-        account = rig.account(crm_webhook_url=None)
+        account = rig.account(url=None)
         for contact, wanted in (("901", "sent"), ("902", "pending"), ("903", "pending")):
             message_id = rig.send(account, contact=contact)
             rig.drain()

@@ -777,7 +777,7 @@ def test_what_came_under_a_foreign_id_before_its_account_is_delivered_then_and_o
     item = rig.item({"message": {"mid": "mid-1", **message}})
     rig.hear(item, account="f6a1c7de")
     account = rig.account()
-    inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+    inbound.adopt(rig.db, account)
     rig.hear(item, account="f6a1c7de")
     rig.hear(item)
     rig.drain()
@@ -792,7 +792,7 @@ def test_one_webhook_does_not_take_in_all_that_waited_for_its_account(rig: Rig) 
     (late,) = rig.say("late", "mid-late")
     assert late.state == "queued"
     assert rig.db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'") == 51
-    inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+    inbound.adopt(rig.db, account)
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()][-2:] == [f"early {inbound._ADOPT_AT_ONCE + 49}", "late"]
 
@@ -827,12 +827,12 @@ def test_what_was_recovered_is_not_told_again_as_another_kind(rig: Rig) -> None:
     )  # fmt: skip
     tap = rig.item({"postback": {"mid": "mid-1", "title": "Start", "payload": "START"}})
     for pushed in (False, True):
-        inbound.keep(rig.db, [found], correlation_id="t", now_s=rig.now_s, patience=rig.patience)
+        inbound.keep(rig.db, [found], correlation_id="t")
         if pushed:
             rig.drain()
         rig.hear(tap)
         rig.drain()
         assert rig.events() == (["message.received"] if pushed else ["message.postback"])
         for table in ("inbound_events", "deliveries"):
-            rig.db.write(lambda table=table: rig.db.run(f"DELETE FROM {table}"))  # type: ignore[misc]
+            rig.db.write(lambda tx, table=table: tx.run(f"DELETE FROM {table}"))  # type: ignore[misc]
         rig.crm.reset()

@@ -1,5 +1,6 @@
 """The command line, run as a program in a folder of its own."""
 
+import contextlib
 import http.server
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from crmbridge import vault
+from crmbridge.store import accounts, database
 from tests.far import Far
 from tests.shop import QUICK, Shop, opened
 from tests.waiting import PATIENCE_S
@@ -51,10 +54,9 @@ def test_init_makes_what_is_missing_and_changes_nothing_twice(tmp_path: Path) ->
 
 
 def test_init_makes_no_new_key_for_secrets_that_are_sealed_already(made: Path) -> None:
-    columns = "id, instagram_account_id, status, status_since, created_at, updated_at, access_token_sealed"
-    values = "'acc_1', '1', 'active', '', '', '', 'gAAAA'"
-    sql = f"INSERT INTO accounts ({columns}) VALUES ({values})"
-    subprocess.run(["sqlite3", "var/bridge.db", sql], cwd=made, check=True)
+    with contextlib.closing(database.Database(made / "var" / "bridge.db")) as db:
+        keys = vault.load(made / "var" / "crmbridge.key")
+        accounts.create(db, keys, {"instagram_account_id": "1"}, token="IGAA", url=None, secret=None)
     (made / "var" / "crmbridge.key").unlink()
     done = run(made, "init")
     assert done.returncode == 1
@@ -136,7 +138,7 @@ def test_dead_deliveries_are_named_to_be_retried(made: Path) -> None:
     assert run(made, "dlq", "list", "--older-than", "2h", "--sends").stdout == "no dead letters\n"
     assert "--older-than: must be a duration" in run(made, "dlq", "list", "--older-than", "2").stderr
     asked = run(made, "dlq", "retry", "--all", "--preview")
-    assert (asked.returncode, asked.stdout.count(": 0 match, 0 to be asked for")) == (0, 2)
+    assert (asked.returncode, asked.stdout.count(": 0 match, 0 to be revived")) == (0, 2)
     unknown = run(made, "dlq", "retry", "dlv_none")
     assert (unknown.returncode, "left     dlv_none" in unknown.stdout) == (1, True)
     assert "--all" in run(made, "dlq", "retry").stderr
@@ -275,12 +277,19 @@ def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
     assert run(tmp_path, "health", "--worker", "--at", queue).returncode == 3
 
 
+def test_a_key_of_an_earlier_version_is_named_and_stops_nothing(made: Path) -> None:
+    ini = made / "crmbridge.ini"
+    ini.write_text(ini.read_text().replace("senders = 12\n", "senders = 12\nreplay_per_s = 20\n"))
+    said = run(made, "check").stdout
+    assert "[delivery] replay_per_s does nothing any more: take it out of the configuration" in said
+
+
 def test_init_shows_the_keys_that_the_configuration_does_not_have(made: Path) -> None:
     assert "new " not in run(made, "init").stdout
     ini = made / "crmbridge.ini"
-    ini.write_text(ini.read_text().replace("mentions = false\n", "").replace("replay_per_s = 20\n", ""))
+    ini.write_text(ini.read_text().replace("mentions = false\n", "").replace("instagram_sends_per_s = 50\n", ""))
     said = run(made, "init").stdout
     assert "  [instagram]\n  # Whether the CRM is told of comments" in said
-    assert "  mentions = false\n  [delivery]\n  # Dead letters a second" in said
+    assert "  mentions = false\n  [delivery]\n  # Sends a second" in said
     assert "comments = false" not in said
     assert "[web]" not in said

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from crmbridge.clock import Clock
-from crmbridge.events import instant
-from crmbridge.store import deliveries, feed, pauses, turn, vitals
+from crmbridge.store import deliveries, feed, turn, vitals
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import OTHER_ID
@@ -26,8 +25,7 @@ def test_jobs_that_run_before_the_engine_has_seen_it_end_resume_and_take_nothing
     rig.say("waits", "mid-2", contact="900000000000002")
     rig.drain()
     paused = rig.account(OTHER_ID)
-    until = instant(rig.now_s + 2 * HOUR_S)
-    pauses.stop(rig.db, paused["id"], ["deliveries"], reason=None, until=until, now=instant(rig.now_s))
+    rig.pause(paused, "deliveries", until_s=rig.now_s + 2 * HOUR_S)
     jobs = upkeep(rig)
     rig.clock_is_wrong_by_s = days * DAY_S
     for _ in range(2):
@@ -53,22 +51,22 @@ def test_a_clock_that_is_set_while_rows_expire_stops_that(rig: Rig, monkeypatch:
     rig.say("hello", "mid-1")
     rig.drain()
     rig.now_s += HOUR_S
-    look, jobs = deliveries.expired, upkeep(rig)
+    look, jobs = deliveries.older, upkeep(rig)
 
-    def look_then_set(*given: Any) -> list[str]:
-        found = look(*given)
+    def look_then_set(*given: Any) -> list[list[dict[str, Any]]]:
+        list(look(*given))
         rig.clock_is_wrong_by_s = -9 * DAY_S
         turn.follow_clock(rig.db, -9 * DAY_S, None)
         rig.clock.follow(-9 * DAY_S)
-        return found or [str(rig.db.value("SELECT id FROM deliveries"))]
+        return [rig.db.rows("SELECT id FROM deliveries")]
 
-    monkeypatch.setattr(deliveries, "expired", look_then_set)
+    monkeypatch.setattr(deliveries, "older", look_then_set)
     jobs.expire()
     assert rig.db.value("SELECT state FROM deliveries") == "pending"
 
 
 def test_retention_believes_a_clock_that_was_set_after_an_hour(rig: Rig) -> None:
-    account = rig.account(crm_webhook_url=None)
+    account = rig.account(url=None)
     rig.say("unread", "mid-1")
     rig.drain()
     jobs = upkeep(rig)
@@ -81,7 +79,7 @@ def test_retention_believes_a_clock_that_was_set_after_an_hour(rig: Rig) -> None
 
 
 def test_retention_believes_no_clock_at_once_that_is_days_off_at_the_start(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("unread", "mid-1")
     vitals.beat(rig.db, "worker", rig.now_s)
     rig.now_s += 9 * DAY_S

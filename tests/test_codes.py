@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from crmbridge import config
-from crmbridge.events import instant
 from crmbridge.instagram import codes
 from crmbridge.instagram.codes import HAPPENS, MEANINGS, Meaning
 from crmbridge.sandbox import wire
@@ -86,7 +85,7 @@ def test_every_row_does_what_it_says(one_rig: Rig, meaning: Meaning, code: int, 
         assert (shown["status"], alerts, status["retry_count"] > 0) == ("active", [], True)
         assert rig.db.value("SELECT retries FROM deliveries WHERE message_id = ?", (message_id,)) == 0
     rig.meta.clear_faults()
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, status="active")
     rig.live_through(3600)
     assert rig.status(message_id)["status"] == "sent"
 

@@ -52,7 +52,7 @@ def routes() -> dict[tuple[str, str], web_app.Route]:
     """Return the routes of the application as the command line wires it, without a database."""
     nothing: Any = None
     rooms = wiring.Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
-    app = wiring.make_app(rooms, lambda: None)
+    app = wiring.make_app(rooms, lambda _: None)
     return {(route.method, re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path)): route for route in app.routes}
 
 

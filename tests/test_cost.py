@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from bench import counting
-from crmbridge.endpoints import Limits
+from crmbridge.health import Limits
 from tests import rig as rigs
 from tests.rig import Rig
 from tests.waiting import until
 
 EIGHT, MANY = 8, 80
 # At most so many statements a message. What is to be reached: 14, 9 and 24.
-MOST = {"lone": 42, "in turns of eight": 20.5, "send": 72}
+MOST = {"lone": 26, "in turns of eight": 18.75, "send": 49}
 
 
 @pytest.fixture
@@ -124,5 +124,23 @@ def test_no_statement_on_the_way_of_a_message_is_compiled_anew(busy: Rig, counts
         busy.drain()
     hear(busy, *range(EIGHT))
     busy.drain()
-    assert counts.statements.total() > 300
+    assert counts.statements.total() > 200
     assert dict(counts.compiled) == {}
+
+
+def test_a_lone_text_costs_the_same_among_two_accounts_and_among_two_hundred(
+    busy: Rig, counts: counting.Counts
+) -> None:
+    """A turn that is told of one account looks at no other."""
+    account_id, took = busy.account_id, []
+    for others in (range(1), range(1, 199)):
+        for number in others:
+            busy.account(str(17841400000001000 + number))
+        busy.drain()
+        counts.clear()
+        hear(busy, 7)
+        busy.engine.tell({account_id})
+        busy.engine.drain()
+        took.append(a_message(counts))
+    assert busy.events() == ["message.received"] * 2
+    assert took[0] == took[1] <= MOST["lone"]

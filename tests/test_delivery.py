@@ -15,7 +15,8 @@ from crmbridge.delivery import Schedule, decide
 from crmbridge.errors import Unavailable
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, dead, deliveries, turn, vitals
+from crmbridge.sandbox.crm import WEBHOOK_SECRET
+from crmbridge.store import deliveries, turn, vitals
 from crmbridge.store.deliveries import Claimed, Outcome, Patience
 from tests import rig as rigs
 from tests.rig import SCHEDULE, START_S, Rig
@@ -49,6 +50,8 @@ def claimed(target: str, *, retries: int = 0, waits: int = 0, age_s: float = 0, 
         "expires_at": instant(START_S - age_s + DAY_S),
         "correlation_id": "x",
         "account": {},
+        "revision": 0,
+        "is_revived": False,
     }
     return Claimed(**{**known, **changes})
 
@@ -162,12 +165,12 @@ def test_an_outage_loses_nothing(rig: Rig, hours: float, crm: bool) -> None:
 @pytest.mark.parametrize("crm", [True, False], ids=["CRM", "Instagram"])
 def test_what_died_in_an_outage_of_25_hours_can_be_revived(rig: Rig, crm: bool) -> None:
     sends = _outage(rig, 25, crm=crm)
-    turn.expire(rig.db, rig.now_s, rig.patience)
+    rig.expire()
     gone = [row["id"] for row in rig.dead()]
     assert gone
     refused = {entry.event["event_id"]: entry.body for entry in rig.crm.received if entry.answered == 503}
     for delivery_id in gone:
-        dead.revive(rig.db, delivery_id, rig.now_s, rig.patience, force=True)
+        rig.revive(delivery_id, force=True)
     rig.live_through(2 * 3600)
     received = [entry.event for entry in rig.taken() if entry.event["event"] == "message.received"]
     assert sorted(event["message"] for event in received) == [f"in {number}" for number in range(10)]
@@ -285,11 +288,11 @@ def test_time_while_inactive_does_not_age_what_is_owed(rig: Rig) -> None:
     rig.crm.answer_always(503)
     rig.say("hello", "mid-1")
     rig.live_through(60)
-    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, status="inactive")
     rig.live_through(30 * 3600)
-    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.expire() == {}
     rig.crm.answer_always(None)
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, status="active")
     rig.live_through(10)
     assert rig.events() == ["message.received"]
 
@@ -311,9 +314,7 @@ def test_what_came_after_the_clock_was_set_is_right_already(rig: Rig) -> None:
     rig.account()
     rig.drain()
     rig.clock_is_wrong_by_s = 3600.0
-    rig.now_s += 3600  # what is accepted now goes by the new clock
-    rig.say("hello", "mid-1")
-    rig.now_s -= 3600
+    rig.say("hello", "mid-1")  # it is accepted by the new clock
     rig.drain()
     assert rig.events() == ["message.received"]
 
@@ -387,7 +388,7 @@ def test_three_crms_that_hang_leave_senders_for_a_fourth(tmp_path: Path) -> None
     with rigs.opened(tmp_path, patient) as rig, socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         for number in range(3):
             external = f"1784140000000001{number}"
-            rig.account(external, crm_webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+            rig.account(external, url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
             for contact in range(6):
                 item = rig.item({"message": {"mid": f"hang-{number}-{contact}", "text": "x"}}, contact=f"90{contact}")
                 rig.hear(item, account=external)
@@ -415,8 +416,7 @@ def test_questions_to_an_instagram_that_hangs_leave_senders_for_a_crm(tmp_path: 
         for number in range(12):
             user_id = f"1784140000000010{number:02}"
             rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username="a")
-            sealed = rig.rooms.vault.seal(f"IGAA{user_id}")
-            rig.send(rig.account(user_id, access_token_sealed=sealed))
+            rig.send(rig.account(user_id, token=f"IGAA{user_id}"))
         rig.drain()
         rig.meta.fault("conversations", times=99, status=503, body="", delay_s=PATIENCE_S)
         rig.now_s += 16 * 60  # they are asked whether they are well
@@ -444,8 +444,8 @@ def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -
     rig.say("one", "mid-1")
     rig.say("two", "mid-2")
     rig.drain()
-    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
-    turn.end_leftovers(rig.db, rig.now_s)
+    rig.change_account(account, url=None)
+    turn.end_leftovers(rig.db)
     assert rig.db.rows("SELECT DISTINCT state, last_code FROM deliveries") == [
         {"state": "done", "last_code": "not_pushed"}
     ]
@@ -456,27 +456,27 @@ def test_an_account_that_is_no_longer_pushed_to_owes_its_crm_nothing(rig: Rig) -
 def test_a_claim_that_lost_its_row_changes_nothing(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    (row,) = deliveries.due(rig.db, "crm", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("crm", account)
     old = rig.claim(row, account)
     rig.engine.recover()
     verdict = decide(old, Outcome("done"), schedule, rig.now_s, lambda: 1.0)
-    assert not rig.db.write(lambda: deliveries.record(rig.db, old, Outcome("done"), verdict, instant(rig.now_s)))
+    assert not rig.db.write(lambda tx: deliveries.record(tx, old, Outcome("done"), verdict))
     assert rig.db.value("SELECT state FROM deliveries") == "pending"
 
 
 def test_an_inactive_account_loses_nothing(rig: Rig) -> None:
     account = rig.account()
-    accounts.update(rig.db, account["id"], {"status": "inactive"}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, status="inactive")
     rig.say("hello", "mid-1")
     assert rig.drain() is None
     assert rig.crm.received == []
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, status="active")
     rig.drain()
     assert rig.events() == ["message.received"]
 
 
 def test_an_account_without_url_is_not_called(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("hello", "mid-1")
     assert rig.drain() is None
     assert rig.db.row("SELECT state, last_code FROM deliveries") == {"state": "done", "last_code": "not_pushed"}
@@ -485,9 +485,9 @@ def test_an_account_without_url_is_not_called(rig: Rig) -> None:
 def test_a_lane_without_a_head_is_repaired(rig: Rig) -> None:
     rig.account()
     rig.say("hello", "mid-1")
-    rig.db.write(lambda: rig.db.run("UPDATE deliveries SET ready = 0"))
+    rig.db.write(lambda tx: tx.run("UPDATE deliveries SET ready = 0"))
     assert rig.drain() is None
-    assert turn.repair(rig.db, rig.now_s) == 1
+    assert turn.repair(rig.db) == 1
     rig.drain()
     assert rig.events() == ["message.received"]
 
@@ -496,14 +496,15 @@ def test_a_row_that_cannot_be_rendered_stops_no_other(rig: Rig) -> None:
     rig.account()
     rig.say("lost", "mid-1")
     rig.say("fine", "mid-2", contact=OTHER_CUSTOMER)
-    rig.db.write(lambda: rig.db.run("UPDATE inbound_events SET payload = NULL WHERE instagram_message_id = 'mid-1'"))
+    rig.db.write(lambda tx: tx.run("UPDATE inbound_events SET payload = NULL WHERE instagram_message_id = 'mid-1'"))
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["fine"]
     assert [kind for kind, _ in rig.alerts] == ["system_fault"]
 
 
 def test_our_own_fault_alerts_and_does_not_go_on_for_ever(rig: Rig) -> None:
-    rig.account(webhook_secret_sealed="gAAAAABnot-a-seal")
+    rig.account()
+    rig.break_seal("crm")
     rig.say("hello", "mid-1")
     rig.live_through(25 * 3600)
     assert rig.db.value("SELECT state FROM deliveries") == "dead"
@@ -511,12 +512,12 @@ def test_our_own_fault_alerts_and_does_not_go_on_for_ever(rig: Rig) -> None:
 
 
 def test_a_wrong_vault_key_is_our_fault_and_burns_no_retry(rig: Rig) -> None:
-    account = rig.account(webhook_secret_sealed="gAAAAABnot-a-seal")
+    account = rig.account()
+    rig.break_seal("crm")
     rig.say("hello", "mid-1")
     assert rig.drain() == pytest.approx(60)
     row = rig.db.row("SELECT retries, state, last_code FROM deliveries")
     assert row == {"retries": 0, "state": "pending", "last_code": "misconfigured"}
-    values = {"webhook_secret_sealed": rig.rooms.vault.seal("sandbox-webhook-secret")}
-    accounts.update(rig.db, account["id"], values, instant(rig.now_s), rig.patience)
+    rig.change_account(account, secret=WEBHOOK_SECRET)
     rig.pass_s(60)
     assert rig.events() == ["message.received"]

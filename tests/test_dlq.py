@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 
 from crmbridge.errors import Conflict
-from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, dead, deliveries, inbound, pauses, turn
-from crmbridge.store.dead import Asked, Filter
+from crmbridge.store import dead, turn
+from crmbridge.store.dead import Filter, Revived
 from tests.rig import Rig
 from tests.shop import Shop
 
-NOBODY = {"account_deleted": 0, "content_gone": 0, "not_pushed": 0, "in_doubt": 0}
+NOBODY = {"account_deleted": 0, "content_gone": 0, "not_pushed": 0, "endpoint_held": 0, "in_doubt": 0}
 
 
 def die(rig: Rig, lanes: dict[str, int]) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def die(rig: Rig, lanes: dict[str, int]) -> dict[str, Any]:
             if number < messages:
                 rig.say(f"{contact} {number}", f"mid-{contact}-{number}", contact=contact)
     rig.live_through(25 * 3600)
-    turn.expire(rig.db, rig.now_s, rig.patience)
+    rig.expire()
     assert {row["state"] for row in rig.db.rows("SELECT state FROM deliveries")} == {"dead"}
     rig.crm.answer_always(None)
     rig.crm.reset()
@@ -40,8 +39,8 @@ def restart(rig: Rig) -> None:
     rig.engine = rig.make_engine()
 
 
-def ask(rig: Rig, *, preview: bool = False, force: bool = False, target: Any = "crm", **wanted: Any) -> Asked:
-    return dead.ask(rig.db, Filter(target, **wanted), rig.now_s, force=force, preview=preview)
+def revive(rig: Rig, *, preview: bool = False, target: Any = "crm", **wanted: Any) -> Revived:
+    return dead.revive_all(rig.db, Filter(target, **wanted), rig.now_s, preview=preview)
 
 
 def sequences(rig: Rig) -> dict[str, list[int]]:
@@ -55,53 +54,58 @@ def sequences(rig: Rig) -> dict[str, list[int]]:
 def test_what_died_is_asked_for_and_comes_in_order_with_the_same_id_and_bytes(rig: Rig) -> None:
     die(rig, {"801": 45, "802": 3, "803": 1})
     bodies = {row["event_id"]: row["body"] for row in rig.dead()}
-    assert ask(rig, preview=True) == Asked(49, 49, 0, NOBODY)
+    assert revive(rig, preview=True) == Revived(49, 49, NOBODY)
     assert rig.drain() is None  # a preview changes nothing
-    assert ask(rig) == Asked(49, 49, 0, NOBODY)
-    assert ask(rig) == Asked(49, 0, 49, NOBODY)
+    assert revive(rig) == Revived(49, 49, NOBODY)
+    assert revive(rig) == Revived(0, 0, NOBODY)
     rig.live_through(60)
     assert sequences(rig) == {"801": [*range(1, 46)], "802": [1, 2, 3], "803": [1]}
     taken = {entry.event["event_id"]: entry.body.decode() for entry in rig.taken()}
     assert set(taken) == set(bodies)
     assert all(taken[event_id] == body for event_id, body in bodies.items() if body)  # of those that had been tried
-    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE retry_asked_at IS NOT NULL") == 0
     assert {row["state"] for row in rig.db.rows("SELECT state FROM deliveries")} == {"done"}
 
 
-def test_replays_keep_to_their_rate_and_live_messages_do_not_wait_for_it(rig: Rig) -> None:
-    die(rig, {f"8{number:02}": 2 for number in range(40)})
+def test_what_comes_new_does_not_wait_for_hundreds_that_were_dead(rig: Rig) -> None:
+    die(rig, {f"8{number:02}": 4 for number in range(40)})
     restart(rig)
-    ask(rig)
+    revive(rig)
+    for number in range(5):
+        rig.say(f"new {number}", f"mid-new-{number}", contact=f"90{number}")
     rig.drain()
-    assert len(rig.taken()) == 20  # a burst
-    for number in range(8):
-        rig.now_s += 0.125
-        rig.say("new", f"mid-new-{number}", contact="900")
-        before = len(rig.taken())
-        rig.drain()
-        assert "new" in [entry.event["message"] for entry in rig.taken()[before : before + 3]]  # the first three calls
-    assert len(rig.taken()) == 20 + 8 + 20
-    rig.live_through(2.1)
-    assert len(rig.taken()) == 80 + 8
+    heard = [entry.event["message"] for entry in rig.taken()]
+    assert sorted(heard[:6])[-5:] == [f"new {number}" for number in range(5)]  # with one that was dead at most
+    assert len(heard) == 165
+    assert all(numbers == [1, 2, 3, 4] for contact, numbers in sequences(rig).items() if contact.startswith("8"))
 
 
-def test_what_comes_new_in_a_lane_that_is_replayed_waits_its_turn(rig: Rig) -> None:
+def test_what_comes_new_in_a_lane_that_is_revived_waits_its_turn(rig: Rig) -> None:
     die(rig, {"801": 30})
     restart(rig)
-    ask(rig)
-    rig.drain()
-    assert len(rig.taken()) == 20
+    revive(rig)
     rig.say("new", "mid-new", contact="801")
-    rig.drain()  # at once: what is new makes its conversation go ahead of the rate
+    rig.drain()
     assert sequences(rig) == {"801": [*range(1, 32)]}
 
 
-def test_replays_wait_for_an_endpoint_that_is_down_and_try_it_by_a_single_lane(rig: Rig) -> None:
+def test_something_new_has_its_conversation_go_before_all_that_was_dead(rig: Rig) -> None:
+    die(rig, {f"8{number:02}": 2 for number in range(20)})
+    restart(rig)
+    revive(rig)
+    rig.say("new", "mid-new", contact="819")
+    rig.drain()
+    heard = [entry.event["sender_id"] for entry in rig.taken()]
+    assert [number for number, contact in enumerate(heard) if contact == "819"][-1] < 12
+    assert sequences(rig)["819"] == [1, 2, 3]
+    assert len(heard) == 41
+
+
+def test_an_endpoint_that_is_down_is_tried_by_one_of_those_that_were_dead_at_a_time(rig: Rig) -> None:
     die(rig, {"801": 2, "802": 2, "803": 2})
     rig.crm.answer_always(503)
-    ask(rig)
+    revive(rig)
     rig.live_through(120)
-    assert {entry.event["sender_id"] for entry in rig.crm.received} == {"801"}
+    assert 1 <= len(rig.crm.received) <= 10
     rig.crm.answer_always(None)
     rig.crm.reset()
     rig.live_through(120)
@@ -111,14 +115,11 @@ def test_replays_wait_for_an_endpoint_that_is_down_and_try_it_by_a_single_lane(r
 def test_a_worker_that_dies_amid_a_replay_loses_nothing(rig: Rig) -> None:
     account = die(rig, {"801": 25, "802": 2})
     restart(rig)
-    ask(rig)
-    rig.drain()
-    assert len(rig.taken()) == 20
+    revive(rig)
     row = rig.db.row("SELECT * FROM deliveries WHERE state = 'pending' AND ready = 1")
     assert row is not None
-    times = {"now": instant(rig.now_s), "lease_until": instant(rig.now_s + 90)}
-    body = inbound.crm_body(rig.db, account, row)
-    rig.db.write(lambda: deliveries.claim(rig.db, row, account, body, **times))
+    rig.claim(row, account)
+    rig.by_hand("UPDATE deliveries SET body = NULL WHERE body = '{}'")
     restart(rig)
     assert rig.engine.recover() == 1
     rig.live_through(60)
@@ -128,12 +129,12 @@ def test_a_worker_that_dies_amid_a_replay_loses_nothing(rig: Rig) -> None:
 def test_what_dies_again_is_dead_again_and_may_be_asked_for_again(rig: Rig) -> None:
     die(rig, {"801": 1, "802": 1})
     rig.crm.answer_always(503)
-    ask(rig)
+    revive(rig)
     rig.live_through(52 * 3600)
-    turn.expire(rig.db, rig.now_s, rig.patience)
-    assert [(row["last_code"], row["retry_asked_at"]) for row in rig.dead()] == [("crm_error", None)] * 2
+    rig.expire()
+    assert [row["last_code"] for row in rig.dead()] == ["crm_error"] * 2
     rig.crm.clear_answers()
-    assert ask(rig, code="crm_error").asked == 2
+    assert revive(rig, code="crm_error").revived == 2
     rig.live_through(120)
     assert rig.dead() == []
 
@@ -141,7 +142,7 @@ def test_what_dies_again_is_dead_again_and_may_be_asked_for_again(rig: Rig) -> N
 def test_a_message_that_the_crm_cannot_take_holds_no_other_replay_up_for_long(rig: Rig) -> None:
     die(rig, {"801": 3, "802": 1})
     rig.crm.answer(500, times=1000, containing="801 0")
-    ask(rig)
+    revive(rig)
     rig.live_through(900)
     assert sequences(rig) == {"801": [2, 3], "802": [1]}
 
@@ -157,21 +158,25 @@ def test_a_filter_chooses_and_its_count_is_what_is_asked_for(rig: Rig) -> None:
         {"dead_after": died[-1]},
         {"dead_before": died[0]},
     ):
-        before = ask(rig, preview=True, **wanted)
-        found = ask(rig, **wanted)
-        assert found == before
-        assert found.matching == len(dead.page(rig.db, Filter("crm", **wanted), after=None, limit=200))
-        assert found.asked == rig.db.run("UPDATE deliveries SET retry_asked_at = NULL WHERE retry_asked_at IS NOT NULL")
-    assert ask(rig, target="instagram").matching == 0
+        listed = dead.page(rig.db, Filter("crm", **wanted), after=None, limit=200)
+        found = revive(rig, preview=True, **wanted)
+        assert (found.matching, found.revived) == (len(listed), len(listed))
+        assert revive(rig, **wanted) == found
+        rig.by_hand("UPDATE deliveries SET state = 'dead', finished_at = ? WHERE state = 'pending'", (died[0],))
+        for row, at in zip(dead.page(rig.db, Filter("crm"), after=None, limit=9), died, strict=True):
+            rig.by_hand("UPDATE deliveries SET finished_at = ? WHERE id = ?", (at, row["id"]))
+    assert revive(rig, target="instagram").matching == 0
 
 
-def test_a_paused_endpoint_gets_no_replay_until_it_is_resumed(rig: Rig) -> None:
-    account, now = die(rig, {"801": 3}), instant(rig.now_s)
-    rig.db.write(lambda: pauses.pause(rig.db, account["id"], "crm", reason=None, until=None, now=now))
-    ask(rig)
-    rig.live_through(3600)
-    assert rig.crm.received == []
-    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+def test_what_is_held_back_is_left_out_with_what_ends_that(rig: Rig) -> None:
+    account = die(rig, {"801": 3})
+    rig.pause(account, "deliveries")
+    assert revive(rig) == Revived(3, 0, NOBODY | {"endpoint_held": 3})
+    with pytest.raises(Conflict, match=f"crmbridge account resume {account['id']} --deliveries") as refused:
+        rig.revive(rig.dead()[0]["id"])
+    assert refused.value.code == "endpoint_held"
+    rig.unpause(account, "deliveries")
+    assert revive(rig).revived == 3
     rig.live_through(120)
     assert sequences(rig) == {"801": [1, 2, 3]}
 
@@ -179,43 +184,29 @@ def test_a_paused_endpoint_gets_no_replay_until_it_is_resumed(rig: Rig) -> None:
 def test_what_cannot_be_tried_again_is_left_out_with_its_reason(rig: Rig) -> None:
     account = die(rig, {"801": 2})
     first, second = [row["id"] for row in rig.dead()]
-    rig.db.run("UPDATE inbound_events SET payload = NULL")
-    rig.db.run("UPDATE deliveries SET body = NULL WHERE id = ?", (first,))
+    rig.by_hand("UPDATE inbound_events SET payload = NULL")
+    rig.by_hand("UPDATE deliveries SET body = NULL WHERE id = ?", (first,))
     assert dead.page(rig.db, Filter("crm"), after=None, limit=9)[0]["because"] == "content_gone"
-    rig.db.run("UPDATE deliveries SET body = '{}' WHERE id = ?", (second,))
-    assert ask(rig).left_out == NOBODY | {"content_gone": 1}
-    accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
-    turn.end_leftovers(rig.db, rig.now_s)
-    assert ask(rig) == Asked(2, 0, 0, NOBODY | {"content_gone": 1, "not_pushed": 1})
-    turn.delete_account(rig.db, account["id"], rig.now_s)
-    assert ask(rig) == Asked(2, 0, 0, NOBODY | {"account_deleted": 2})
+    rig.by_hand("UPDATE deliveries SET body = '{}' WHERE id = ?", (second,))
+    assert revive(rig, preview=True).left_out == NOBODY | {"content_gone": 1}
+    rig.change_account(account, url=None)
+    turn.end_leftovers(rig.db)
+    assert revive(rig) == Revived(2, 0, NOBODY | {"content_gone": 1, "not_pushed": 1})
+    turn.delete_account(rig.db, account["id"])
+    assert revive(rig) == Revived(2, 0, NOBODY | {"account_deleted": 2})
     with pytest.raises(Conflict) as refused:
-        dead.revive(rig.db, first, rig.now_s, rig.patience, force=True)
+        rig.revive(first, force=True)
     assert refused.value.code == "account_deleted"
-
-
-def test_content_that_goes_while_its_row_waits_stops_no_other(rig: Rig) -> None:
-    die(rig, {"801": 2})
-    ask(rig)
-    gone, _ = [row["id"] for row in rig.dead()]
-    rig.db.run(
-        "UPDATE inbound_events SET payload = NULL WHERE id = (SELECT event_id FROM deliveries WHERE id = ?)", (gone,)
-    )
-    rig.db.run("UPDATE deliveries SET body = NULL WHERE id = ?", (gone,))
-    rig.live_through(120)
-    assert [(row["id"], row["retry_asked_at"]) for row in rig.dead()] == [(gone, None)]
-    assert len(rig.taken()) == 1
 
 
 def test_what_nobody_wants_is_dead_no_more_and_stays_to_be_explained(rig: Rig) -> None:
     account = die(rig, {"801": 3, "802": 1})
     first = rig.dead()[0]
-    ask(rig)
-    dead.discard(rig.db, first["id"], rig.now_s, by="cli", preview=True)
+    dead.discard(rig.db, first["id"], by="cli", preview=True)
     assert len(rig.dead()) == 4
-    dead.discard(rig.db, first["id"], rig.now_s, by="cli")
+    dead.discard(rig.db, first["id"], by="cli")
     with pytest.raises(Conflict) as refused:
-        dead.discard(rig.db, first["id"], rig.now_s, by="cli")
+        dead.discard(rig.db, first["id"], by="cli")
     assert refused.value.code == "not_dead"
     wanted = Filter("crm", account_id=account["id"])
     assert dead.discard_all(rig.db, wanted, rig.now_s, by="cli", preview=True) == 3
@@ -223,9 +214,9 @@ def test_what_nobody_wants_is_dead_no_more_and_stays_to_be_explained(rig: Rig) -
     assert dead.discard_all(rig.db, wanted, rig.now_s, by="cli") == 3
     rig.live_through(3600)
     assert rig.taken() == []
-    ended = rig.db.rows("SELECT state, last_code, latency_ms, retry_asked_at FROM deliveries")
-    assert ended == [{"state": "done", "last_code": "discarded", "latency_ms": None, "retry_asked_at": None}] * 4
-    (told,) = explain.explain(rig.db, first["id"], rig.now_s)["stories"]
+    ended = rig.db.rows("SELECT state, last_code, latency_ms FROM deliveries")
+    assert ended == [{"state": "done", "last_code": "discarded", "latency_ms": None}] * 4
+    (told,) = explain.explain(rig.db, first["id"], rig.now_s, rig.patience)["stories"]
     assert "a person wants it no more (dlq discard, by cli)" in [
         step["text"].partition(": ")[2] for step in told["steps"]
     ]
@@ -243,12 +234,15 @@ def test_dead_sends_go_out_again_and_those_in_doubt_only_by_force(rig: Rig) -> N
     rig.live_through(25 * 3600)
     rig.meta.clear_faults()
     arrived = len(rig.meta.sent)
-    assert ask(rig, target="instagram", preview=True) == Asked(4, 3, 0, NOBODY | {"in_doubt": 1})
-    ask(rig, target="instagram")
+    assert revive(rig, target="instagram", preview=True) == Revived(4, 3, NOBODY | {"in_doubt": 1})
+    revive(rig, target="instagram")
     rig.live_through(60)
     assert [entry.text for entry in rig.meta.sent][arrived:] == [f"refused {number}" for number in range(3)]
     assert rig.status(doubtful)["status"] == "failed"
-    assert ask(rig, target="instagram", force=True).asked == 1
+    rig.revive(
+        str(rig.db.value("SELECT id FROM deliveries WHERE message_id = ? AND target = 'instagram'", (doubtful,))),
+        force=True,
+    )
     rig.live_through(60)
     assert rig.status(doubtful)["status"] == "sent"
 
@@ -263,7 +257,7 @@ def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
     first = call("GET", "webhooks?limit=2&code=crm_error").json()
     assert first["has_more"]
     one, two = first["deliveries"]
-    assert (one["http_status"], one["retryable"], one["retry_asked_at"]) == (500, True, None)
+    assert (one["http_status"], one["retryable"]) == (500, True)
     assert call("POST", f"webhooks/{one['delivery_id']}/retry").json()["state"] == "pending"
     (again,) = shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "dead 0" and entry.answered == 200)
     assert again.event["event_id"] == one["event_id"]
@@ -272,7 +266,7 @@ def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
     assert (rest["next_cursor"], rest["has_more"]) == (None, False)
 
     preview = call("POST", "webhooks/retry", {"account_id": shop.account_id, "preview": True})
-    assert (preview.status_code, preview.json()["asked"]) == (200, 2)
+    assert (preview.status_code, preview.json()["revived"]) == (200, 2)
     asked = call("POST", "webhooks/retry")
     assert (asked.status_code, asked.json()) == (202, preview.json() | {"preview": False})
     shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "dead 2" and entry.answered == 200)
@@ -280,7 +274,7 @@ def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
 
     key_id = "key_" + shop.admin_key.split("_")[1]
     assert re.search(rf"dlq\.retried delivery={one['delivery_id']} .*by={key_id}", shop.log())
-    assert re.search(rf"dlq\.retry_asked target=crm matching=2 asked=2 by={key_id}", shop.log())
+    assert re.search(rf"dlq\.retried target=crm matching=2 revived=2 by={key_id}", shop.log())
     for path, status, slug in (
         (f"webhooks/{one['delivery_id']}/retry", 409, "not_dead"),
         (f"messages/{one['delivery_id']}/retry", 404, "delivery_not_found"),
@@ -331,6 +325,6 @@ def test_an_operator_lists_previews_and_retries_by_command(shop: Shop) -> None:
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(1,)])
     assert "a person had it tried again (dlq retry, by cli)" in shop.bridge.command("explain", delivery_id)
     words = ("dlq", "retry", "--all", "--webhooks", "--code", "crm_error")
-    assert shop.bridge.command(*words, "--preview") == "webhooks: 1 match, 1 to be asked for, 0 before"
-    assert shop.bridge.command(*words) == "webhooks: 1 match, 1 asked for, 0 before"
+    assert shop.bridge.command(*words, "--preview") == "webhooks: 1 match, 1 to be revived"
+    assert shop.bridge.command(*words) == "webhooks: 1 match, 1 revived"
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'dead'", [(0,)])

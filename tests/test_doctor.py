@@ -32,7 +32,7 @@ from crmbridge.events import instant
 from crmbridge.ops import doctor, machine
 from crmbridge.sandbox import Sandbox, wire
 from crmbridge.sandbox.meta import VERIFY_TOKEN
-from crmbridge.store import database, sqlite, vitals
+from crmbridge.store import accounts, database, sqlite, vitals
 from tests.needs import require
 from tests.shop import CUSTOMER, OTHER_TOKEN, SHOP_ID, Shop
 from tests.test_cli import run
@@ -190,10 +190,12 @@ class Stage:
         return planted
 
     def meant(self, column: str, value: Any) -> Callable[[], None]:
-        """Change a column of the account; return what changes it back."""
-        ((before,),) = self.shop.rows(f"SELECT {column} FROM accounts")
-        self.execute(f"UPDATE accounts SET {column} = ?", value)
-        return lambda: self.execute(f"UPDATE accounts SET {column} = ?", before)
+        """Change a column of the account, or of an endpoint (``crm.column``); return what changes it back."""
+        table, _, column = column.rpartition(".")
+        table, kind = ("accounts", "") if not table else ("endpoints", f" WHERE kind = '{table}'")
+        ((before,),) = self.shop.rows(f"SELECT {column} FROM {table}{kind}")
+        self.execute(f"UPDATE {table} SET {column} = ?{kind}", value)
+        return lambda: self.execute(f"UPDATE {table} SET {column} = ?{kind}", before)
 
     def execute(self, sql: str, *values: Any) -> None:
         with contextlib.closing(sqlite3.connect(self.shop.database, timeout=PATIENCE_S)) as connection, connection:
@@ -205,7 +207,7 @@ class Stage:
         row = {
             "id": "dlv_planted", "target": "crm", "account_id": self.account_id, "contact": CUSTOMER, "sequence": 1,
             "event": "message.received", "state": state, "ready": 1, "due": later, "correlation_id": "test",
-            "accepted_at": now, "expires_at": later, **values,
+            "accepted_at": now, "aged_from": now, **values,
         }  # fmt: skip
         marks = ", ".join("?" * len(row))
         self.execute(f"INSERT INTO deliveries ({', '.join(row)}) VALUES ({marks})", *row.values())
@@ -330,13 +332,13 @@ in_ini("proxy_wrong", "warning", "trusted_proxy = 127.0.0.1", trusted_proxy="10.
 in_ini("not_serving", "error", "crmbridge", port=9)
 in_ini("instagram_unreached", "error", "metastatus.com", graph_url=f"{DEAD}/v27.0")
 in_ini("crm_address_refused", "error", "allow_networks", allow_networks="")
-in_account("token_missing", "error", "", "access_token_sealed", None)
-in_account("account_held", "warning", "status: active", "status", "inactive")
-in_account("account_held", "error", "new access_token", "status", "error")
+in_account("token_missing", "error", "", "instagram.secret_sealed", None)
+in_account("account_held", "warning", "status: active", "instagram.held_by", "inactive")
+in_account("account_held", "error", "new access_token", "instagram.held_by", "error")
 in_account("token_expiring", "warning", "curl -s -X PUT", "token_expires_at", instant(time.time() + 5 * 86_400))
-in_account("http_unneeded", "note", "allow_http = false", "crm_webhook_url", "https://crm.invalid/hook")
-in_account("crm_dns_failed", "error", "getent ahosts crm.invalid", "crm_webhook_url", "https://crm.invalid/hook")
-in_account("crm_connect_failed", "error", "CRM's log", "crm_webhook_url", f"{DEAD}/hook")
+in_account("http_unneeded", "note", "allow_http = false", "crm.url", "https://crm.invalid/hook")
+in_account("crm_dns_failed", "error", "getent ahosts crm.invalid", "crm.url", "https://crm.invalid/hook")
+in_account("crm_connect_failed", "error", "CRM's log", "crm.url", f"{DEAD}/hook")
 in_crm("crm_unauthorized", "error", '-H "Authorization: Bearer $ADMIN" -H "Content-Type', 401)
 in_crm("crm_not_found", "error", "correct the path", 404)
 in_crm("crm_gone", "error", "crm_webhook_url", 410)
@@ -407,8 +409,8 @@ def no_sqlite(stage: Stage, undo: contextlib.ExitStack) -> Path:
 
 @fault("database", "error", "put a backup back")
 def of_another_program(stage: Stage, undo: contextlib.ExitStack) -> None:
-    stage.execute("INSERT INTO schema_migration (name, applied) VALUES ('0004_other', '2030-01-01')")
-    undo.callback(stage.execute, "DELETE FROM schema_migration WHERE name = '0004_other'")
+    stage.execute("INSERT INTO schema_migration (name, applied) VALUES ('0001_other', '2030-01-01')")
+    undo.callback(stage.execute, "DELETE FROM schema_migration WHERE name = '0001_other'")
 
 
 @fault("data_open", "warning", "chmod -R o-rwx")
@@ -572,8 +574,9 @@ def dead_token(stage: Stage, undo: contextlib.ExitStack) -> None:
 def other_token(stage: Stage, undo: contextlib.ExitStack) -> None:
     from crmbridge import vault
 
-    sealed = vault.load(stage.folder / "var" / "crmbridge.key").seal(OTHER_TOKEN)
-    undo.callback(stage.meant("access_token_sealed", sealed))
+    ((end,),) = stage.shop.rows("SELECT id FROM endpoints WHERE kind = 'instagram'")
+    sealed = accounts.seal(vault.load(stage.folder / "var" / "crmbridge.key"), end, OTHER_TOKEN)
+    undo.callback(stage.meant("instagram.secret_sealed", sealed))
 
 
 @fault("permission_refused", "error", "App Review")
@@ -601,7 +604,7 @@ def slow_crm(stage: Stage, undo: contextlib.ExitStack) -> Path:
 
 @fault("crm_tls_failed", "error", "CRM's certificate")
 def crm_certificate(stage: Stage, undo: contextlib.ExitStack) -> None:
-    undo.callback(stage.meant("crm_webhook_url", f"https://{NAME}:{stage.proxy.port}/hook"))
+    undo.callback(stage.meant("crm.url", f"https://{NAME}:{stage.proxy.port}/hook"))
 
 
 @fault("crm_unasked", "note")

@@ -89,7 +89,7 @@ def test_every_event_is_there_whatever_became_of_its_push(rig: Rig) -> None:
 
 
 def test_the_cursor_stays_at_the_end_and_goes_on_with_what_is_new(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     assert page(rig) == feed.Page([], None, False, 0)
     rig.say("one", "mid-1")
     first = page(rig)
@@ -103,7 +103,7 @@ def test_the_cursor_stays_at_the_end_and_goes_on_with_what_is_new(rig: Rig) -> N
 
 
 def test_a_page_is_bounded_in_bytes_but_never_empty(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     for number in range(4):
         rig.hear(rig.item({"message": {"mid": f"mid-{number}", "is_unsupported": True, "more": "x" * 600_000}}))
     found = list(pages(rig))
@@ -112,12 +112,12 @@ def test_a_page_is_bounded_in_bytes_but_never_empty(rig: Rig) -> None:
 
 
 def test_what_retention_took_is_left_out_and_counted(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     for number in range(6):
         rig.say(f"text {number}", f"mid-{number}")
     start = page(rig, limit=1).next_cursor
     take = "UPDATE deliveries SET gone = 1, body = NULL WHERE position IN (1, 2, 3, 6)"
-    rig.db.write_last(lambda: rig.db.run(take))
+    rig.db.write_last(lambda tx: tx.run(take))
     found = page(rig, start, limit=1)
     assert (texts(found.events), found.has_more, found.expired) == (["text 3"], True, 2)
     rest = page(rig, found.next_cursor)
@@ -127,17 +127,17 @@ def test_what_retention_took_is_left_out_and_counted(rig: Rig) -> None:
 
 
 def test_a_cursor_outlives_its_row(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("one", "mid-1")
     cursor = page(rig).next_cursor
-    rig.db.write_last(lambda: rig.db.run("DELETE FROM deliveries"))
+    rig.db.write_last(lambda tx: tx.run("DELETE FROM deliveries"))
     assert page(rig, cursor) == feed.Page([], cursor, False, 0)
     rig.say("two", "mid-2")
     assert texts(page(rig, cursor).events) == ["two"]
 
 
 def test_a_cursor_from_before_a_restored_backup_is_refused(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("in the backup", "mid-1")
     good = page(rig)
     backup = rig.db.path.with_name("backup.db")
@@ -176,7 +176,7 @@ def test_a_malformed_cursor_is_named(rig: Rig, after: str) -> None:
 
 
 def test_several_accounts_come_in_one_order_and_none_sees_another(rig: Rig) -> None:
-    ours, theirs = rig.account(crm_webhook_url=None), rig.account(OTHER_ID, crm_webhook_url=None)
+    ours, theirs = rig.account(url=None), rig.account(OTHER_ID, url=None)
     for number in range(9):
         item = rig.item({"message": {"mid": f"mid-{number}", "text": str(number)}})
         rig.hear(item, account=SHOP_ID if number % 3 else OTHER_ID)
@@ -188,16 +188,16 @@ def test_several_accounts_come_in_one_order_and_none_sees_another(rig: Rig) -> N
 
 
 def test_an_event_that_cannot_be_rendered_stops_none_of_the_others(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     for number in range(3):
         rig.say(str(number), f"mid-{number}")
-    rig.db.write_last(lambda: rig.db.run("UPDATE inbound_events SET payload = '[]' WHERE contact <> '' AND rowid = 2"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE inbound_events SET payload = '[]' WHERE contact <> '' AND rowid = 2"))
     found = page(rig)
     assert (texts(found.events), found.expired) == (["0", "2"], 1)
 
 
 def test_on_a_full_disk_events_are_read_all_the_same(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("before", "mid-1")
     rig.db.path.with_name(rig.db.path.name + ".reserve").unlink()
     assert rig.db.is_full
@@ -220,17 +220,17 @@ def hundreds_of_steps(db: Database, work: Callable[[], object]) -> int:
 
 
 def test_a_page_costs_the_same_among_100000_events(rig: Rig) -> None:
-    first, second = rig.account(crm_webhook_url=None), rig.account(OTHER_ID, crm_webhook_url=None)
+    first, second = rig.account(url=None), rig.account(OTHER_ID, url=None)
     fill = f"""
         WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 100000)
         INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, state, ready, due,
-            correlation_id, accepted_at, expires_at, finished_at, gone)
+            correlation_id, accepted_at, aged_from, finished_at, gone)
         SELECT 'dlv_' || n, 'crm', CASE n % 2 WHEN 0 THEN '{first["id"]}' ELSE '{second["id"]}' END, '1', n,
             'message.sent', printf('evt_%026d', n), '{{}}', 'done', 1, '', '', '', '', '2027', n < 60000 FROM number"""
     rig.say("before", "mid-1")
     few = hundreds_of_steps(rig.db, lambda: page(rig, limit=20))
-    rig.db.write_last(lambda: rig.db.run(fill))
-    rig.db.write_last(lambda: rig.db.run("UPDATE deliveries SET gone = 1 WHERE position = 1"))
+    rig.db.write_last(lambda tx: tx.run(fill))
+    rig.db.write_last(lambda tx: tx.run("UPDATE deliveries SET gone = 1 WHERE position = 1"))
     cursor = page(rig, f"evt_{80_000:026}", limit=20).next_cursor
     assert hundreds_of_steps(rig.db, lambda: page(rig, cursor, limit=20)) < few + 60
     assert hundreds_of_steps(rig.db, lambda: page(rig, limit=20)) < few + 60

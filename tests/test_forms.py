@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crmbridge.events import instant
 from crmbridge.instagram import outgoing
 from crmbridge.sandbox import wire
-from crmbridge.store import deliveries, pauses, privacy
+from crmbridge.store import privacy
 from tests import rig as rigs
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID
@@ -358,8 +358,7 @@ def test_a_tag_that_is_not_approved_is_told(desk: Desk) -> None:
 
 def test_whether_the_window_is_open_is_decided_again_when_it_is_sent(desk: Desk) -> None:
     rig = desk.rig
-    now = instant(rig.now_s)
-    rig.db.write(lambda: pauses.pause(rig.db, desk.account["id"], "instagram", reason="stock", until=None, now=now))
+    rig.pause(desk.account, "sends", reason="stock")
     status, answer = desk.ask(message="waits")
     assert (status, answer["warnings"]) == (202, ["sends_paused"])
     sends = [desk.send(message=f"waits {number}") for number in range(40)]
@@ -367,8 +366,7 @@ def test_whether_the_window_is_open_is_decided_again_when_it_is_sent(desk: Desk)
     rig.live_through(30 * 3600)
     rig.say("Are you there?", "mid-other", contact=OTHER)
     alive = desk.send(message="to another", recipient_id=OTHER)
-    later = instant(rig.now_s)
-    assert pauses.resume(rig.db, desk.account["id"], "instagram", now=later, patience=rig.patience)
+    assert rig.unpause(desk.account, "sends") == [True]
     rig.live_through(60)
     assert {desk.status(one) for one in (answer["message_id"], *sends)} == {("failed", "window_closed")}
     told = {(one.text, one.payload.get("tag")) for one in rig.meta.sent}
@@ -568,7 +566,7 @@ def test_what_leaves_no_message_is_simply_repeated(desk: Desk, form: dict[str, A
 def test_an_action_whose_worker_died_is_repeated_and_no_echo_is_taken_for_it(desk: Desk) -> None:
     rig = desk.rig
     message_id = desk.send(action="mark_seen")
-    (row,) = deliveries.due(rig.db, "instagram", desk.account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", desk.account)
     rig.claim(row, desk.account)
     picture = {"type": "image", "payload": {"url": "https://cdn.example/x"}}
     echo = {"message": {"mid": "mid-typed", "attachments": [picture], "is_echo": True}}
@@ -625,7 +623,7 @@ def test_a_private_reply_in_doubt_is_never_sent_twice(desk: Desk, known: bool) -
 def test_the_echo_of_a_private_reply_may_come_before_its_answer(desk: Desk) -> None:
     rig = desk.rig
     message_id = desk.send(comment_id=COMMENT, message="By private message")
-    (row,) = deliveries.due(rig.db, "instagram", desk.account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", desk.account)
     rig.claim(row, desk.account)
     assert rig.echo("By private message", "mid-of-ours", contact=OTHER)[0].state == "held"
     assert rig.echo("Something else", "mid-typed", contact=OTHER)[0].state == "forwarded"
@@ -638,7 +636,7 @@ def test_who_is_erased_gets_no_private_reply_either(desk: Desk) -> None:
     rig = desk.rig
     desk.comment(author=OTHER)
     message_id = desk.send(comment_id=COMMENT, message="By private message")
-    privacy.erase_contact(rig.db, desk.account["id"], OTHER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, desk.account["id"], OTHER)
     rig.live_through(600)
     assert desk.status(message_id) == ("failed", "erased")
     assert rig.meta.sent == []
@@ -666,7 +664,7 @@ def test_what_may_have_gone_out_cannot_be_cancelled(desk: Desk) -> None:
     rig = desk.rig
     rig.meta.fault("messages", drop=True)
     message_id = desk.send(message="one")
-    (row,) = deliveries.due(rig.db, "instagram", desk.account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", desk.account)
     rig.claim(row, desk.account)
     assert rig.call("DELETE", f"/api/v1/messages/{message_id}")[0] == 409  # in flight
     rig.engine.recover()

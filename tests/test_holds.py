@@ -407,14 +407,14 @@ def test_for_a_day_after_a_change_the_old_secret_signs_beside_the_new_one(fresh_
     assert shop.call("PUT", path, {"webhook_secret": newest}).status_code == 200
     entry = told(newest, "once more")
     assert (signatures(new, entry), signatures(old, entry)) == ([False, True], [False, False])
-    shop.change("UPDATE accounts SET old_webhook_secret_until = '2020-01-01T00:00:00.000Z'")
+    shop.change("UPDATE endpoints SET old_secret_until = '2020-01-01T00:00:00.000Z'")
     assert signatures(newest, told(newest, "a day later")) == [True]
     assert shop.call("PUT", path, {"webhook_secret": "no longer a standard secret"}).status_code == 200
     assert signatures(newest, told("no longer a standard secret", "plain")) == [True]
 
 
 def test_a_url_that_meets_no_secret_gets_one_and_a_null_is_refused(rig: Rig) -> None:
-    account = rig.account(crm_webhook_url=None, webhook_secret_sealed=None)
+    account = rig.account(url=None, secret=None)
     answer = rig.change(account, crm_webhook_url=rig.sandbox.crm_webhook_url)
     assert answer["webhook_secret"].startswith("whsec_")
     path = f"/api/v1/accounts/{account['id']}"
@@ -544,7 +544,8 @@ def test_a_reply_to_what_is_gone_fails_alone(rig: Rig) -> None:
 def test_an_account_whose_owner_removed_the_app_is_not_asked(rig: Rig) -> None:
     account = rig.account(app_scoped_id="24000000000000001")
     rig.send(account)
-    rig.db.write(lambda: rig.db.run("UPDATE accounts SET access_token_sealed = NULL, status = 'error'"))
+    held = "held_by = 'error', held_at = '2027-01-15T08:00:00.000Z'"
+    rig.by_hand(f"UPDATE endpoints SET secret_sealed = NULL, {held} WHERE kind = 'instagram'")
     rig.live_through(DAY_S)
     assert rig.meta.calls == []
     rig.resume(account, "sends")
@@ -557,7 +558,7 @@ def test_several_accounts_that_are_stopped_within_minutes_are_one_trouble(rig: R
     held = []
     for user_id in ids:
         rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username=f"shop_{user_id}")
-        held.append(rig.account(user_id, access_token_sealed=rig.rooms.vault.seal(f"IGAA{user_id}")))
+        held.append(rig.account(user_id, token=f"IGAA{user_id}"))
     refuse(rig, 10)
     told: list[tuple[str, str]] = []
     rig.alarm.tell = lambda channel, news: told.append((news.state, news.kind))  # type: ignore[method-assign]
@@ -582,7 +583,7 @@ def test_one_account_that_stays_stopped_gets_an_alert_of_its_own(rig: Rig) -> No
     held = []
     for user_id in (SHOP_ID, OTHER_ID):
         rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username=f"shop_{user_id}")
-        held.append(rig.account(user_id, access_token_sealed=rig.rooms.vault.seal(f"IGAA{user_id}")))
+        held.append(rig.account(user_id, token=f"IGAA{user_id}"))
     refuse(rig, 10)
     for account in held:
         rig.send(account)
@@ -602,7 +603,7 @@ def test_accounts_that_were_stopped_long_before_are_no_part_of_a_trouble(rig: Ri
     held = []
     for user_id in ids:
         rig.meta.add_account(user_id, token=f"IGAA{user_id}", app_scoped_id=f"9{user_id}", username=f"shop_{user_id}")
-        held.append(rig.account(user_id, access_token_sealed=rig.rooms.vault.seal(f"IGAA{user_id}")))
+        held.append(rig.account(user_id, token=f"IGAA{user_id}"))
     refuse(rig, 190, 463)
     for account in held[:2]:
         rig.send(account)

@@ -76,7 +76,7 @@ def test_a_value_larger_than_any_that_is_written_is_refused(backup: Path) -> Non
         ("ALTER TABLE accounts ADD COLUMN more CHECK (more IS NOT '--')", "table accounts"),
         ("CREATE TABLE sqlit (tbl, idx, stat, more)", "table sqlit"),
         ("DELETE FROM schema_migration", "no version of crmbridge has these migrations"),
-        ("UPDATE schema_migration SET name = '0004_chanel' WHERE name = '0004_channel'", "has these migrations"),
+        ("UPDATE schema_migration SET name = '0002_vews' WHERE name = '0002_views'", "has these migrations"),
         ("UPDATE backup_note SET made_at = 'yesterday'", "does not tell when it was made"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ FLOORS = (
     {"errors", "events", "clock", "terminal", "answers", "urls", "dial", "__init__"},
     {"log"},
     {"config", "vault", "signing", "contract", "net", "apikey", "matching"},
-    {"endpoints"},
+    {"health"},
     {"store", "instagram", "crm"},
     {"alerts"},
     {"delivery", "upkeep", "watch", "tending", "ops"},

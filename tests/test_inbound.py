@@ -11,7 +11,7 @@ from crmbridge.errors import Forbidden, Invalid, Unauthorized
 from crmbridge.events import ChannelEvent
 from crmbridge.instagram import webhook
 from crmbridge.sandbox import wire
-from crmbridge.store import inbound
+from crmbridge.store import accounts, inbound
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
 
@@ -243,8 +243,8 @@ def test_any_signed_json_is_kept(rig: Rig, item: Any, field: Any, account: Any) 
     assert len(rig.hear_body(json.dumps(body).encode())) >= 1 + len(_KINDS) + 3
     assert rig.hear_body(json.dumps(item).encode())
     for row in rig.db.rows("SELECT * FROM deliveries WHERE body IS NULL AND state = 'pending'"):
-        inbound.crm_body(rig.db, rig.db.rows("SELECT * FROM accounts")[0], row)
-        rig.db.write(lambda row=row: rig.db.update("deliveries", {"state": "done"}, "id = ?", [row["id"]]))  # type: ignore[misc]
+        inbound.crm_body(rig.db, accounts.everyone(rig.db)[0], row)
+        rig.db.write(lambda tx, row=row: tx.update("deliveries", {"state": "done"}, "id = ?", [row["id"]]))  # type: ignore[misc]
 
 
 def test_the_same_fact_twice_is_forwarded_once_whatever_the_envelope_says(rig: Rig) -> None:
@@ -312,10 +312,10 @@ def test_events_of_an_unknown_account_wait_for_it(rig: Rig) -> None:
     rig.say("first", "mid-1", at_s=START_S - 9)
     assert rig.drain() is None
     account = rig.account()
-    assert inbound.adopt(rig.db, account, rig.now_s, rig.patience) == 2
+    assert inbound.adopt(rig.db, account) == 2
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["first", "second"]
-    assert inbound.adopt(rig.db, account, rig.now_s, rig.patience) == 0
+    assert inbound.adopt(rig.db, account) == 0
 
 
 def test_what_came_before_the_account_goes_before_what_comes_after(rig: Rig) -> None:

@@ -213,7 +213,7 @@ def slow_key(served: Served, cost: int = SLOW) -> str:
     key = served.make_key()
     secret_hash = bcrypt.hashpw(key[len(head_of(key)) : -6].encode(), bcrypt.gensalt(cost)).decode()
     changed = ("UPDATE api_keys SET secret_hash = ? WHERE id = ?", (secret_hash, "key_" + key.split("_")[1]))
-    served.rig.db.write(lambda: served.rig.db.run(*changed))
+    served.rig.db.write(lambda tx: tx.run(*changed))
     return key
 
 

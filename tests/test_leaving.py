@@ -8,7 +8,7 @@ import pytest
 
 from crmbridge.events import instant
 from crmbridge.store import accounts, deliveries, messages, turn
-from crmbridge.store.database import Row
+from crmbridge.store.database import Row, Tx
 from crmbridge.store.deliveries import Debt
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
@@ -20,25 +20,25 @@ MANY = 700
 
 def owe_much(rig: Rig, account: dict[str, Any], number: int = MANY) -> None:
     """Have events and sends wait, twenty to a lane, and as many dead events be asked for again."""
-    now, later = instant(rig.now_s), instant(rig.now_s + 86_400)
+    now = instant(rig.now_s)
 
-    def job() -> None:
+    def job(tx: Tx) -> None:
         for count in range(number):
             contact, name = f"c{count // 20}", f"{account['id']}{count}"
             event = Debt("crm", account["id"], contact, "message.received", "test", event_id=f"evt_{name}")
-            deliveries.owe(rig.db, event, now=now, expires_at=later, body="{}", sequence=count, push=True)
+            deliveries.owe(tx, event, body="{}", sequence=count, push=True)
             row = {"id": f"msg_{name}", "account_id": account["id"], "recipient_id": contact, "idempotency_key": name}
-            rig.db.insert(
+            tx.insert(
                 "outbound_messages",
                 {**row, "request_hash": "", "content": '{"text": "hi"}', "status": "pending", "correlation_id": "test",
                  "created_at": now},
             )  # fmt: skip
             send = Debt("instagram", account["id"], contact, "message.send", "test", message_id=row["id"])
-            deliveries.owe(rig.db, send, now=now, expires_at=later, body=None, sequence=count, push=True)
+            deliveries.owe(tx, send, body=None, sequence=count, push=True)
             dead = Debt("crm", account["id"], contact, "message.received", "test", event_id=f"evt_dead{name}")
-            died = deliveries.owe(rig.db, dead, now=now, expires_at=later, body="{}", sequence=count, push=True)
-            asked = {"state": "dead", "finished_at": now, "retry_asked_at": now}
-            rig.db.update("deliveries", asked, "id = ?", [died])
+            died = deliveries.owe(tx, dead, body="{}", sequence=count, push=True)
+            asked = {"state": "dead", "finished_at": now}
+            tx.update("deliveries", asked, "id = ?", [died])
 
     rig.db.write(job)
 
@@ -62,7 +62,7 @@ def states(rig: Rig, account: dict[str, Any]) -> list[tuple[str, str, str | None
     found = rig.db.rows(
         """
         SELECT target, state, last_code, COUNT(*) AS number FROM deliveries WHERE account_id = ?
-            AND retry_asked_at IS NULL GROUP BY 1, 2, 3 ORDER BY 1, 2, 3""",
+            GROUP BY 1, 2, 3 ORDER BY 1, 2, 3""",
         (account["id"],),
     )
     return [(row["target"], row["state"], row["last_code"], row["number"]) for row in found]
@@ -83,13 +83,14 @@ def test_a_deleted_account_ends_in_small_writes(rig: Rig, monkeypatch: pytest.Mo
     account, other = rig.account(), rig.account(OTHER_ID)
     owe_much(rig, account)
     owe_much(rig, other, 3)
-    assert largest_write(rig, monkeypatch, lambda: turn.delete_account(rig.db, account["id"], rig.now_s)) <= 1000
+    assert largest_write(rig, monkeypatch, lambda: turn.delete_account(rig.db, account["id"])) <= 1000
     assert states(rig, account) == ENDED
     assert rig.db.rows("SELECT status, error_code, COUNT(*) AS number FROM outbound_messages GROUP BY 1, 2") == [
         {"status": "failed", "error_code": "account_deleted", "number": MANY},
         {"status": "pending", "error_code": None, "number": 3},
     ]
-    assert states(rig, other) == [("crm", "pending", None, 3), ("instagram", "pending", None, 3)]
+    owed = [("crm", "pending", None, 3), ("instagram", "pending", None, 3)]
+    assert states(rig, other) == [("crm", "dead", None, 3), *owed]
     assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE notes LIKE '% dead account_deleted%'") == 2 * MANY
     message = messages.status(rig.db, f"msg_{account['id']}1")
     assert message
@@ -106,9 +107,9 @@ def test_a_deletion_that_was_broken_off_serves_nothing_and_goes_on(rig: Rig, mon
     with monkeypatch.context() as patch:
         patch.setattr(rig.db, "write_last", die)
         with pytest.raises(KeyboardInterrupt):
-            turn.delete_account(rig.db, account["id"], rig.now_s)
-    row = rig.db.row("SELECT access_token_sealed, webhook_secret_sealed, deleted_at FROM accounts")
-    assert row == {"access_token_sealed": None, "webhook_secret_sealed": None, "deleted_at": instant(rig.now_s)}
+            turn.delete_account(rig.db, account["id"])
+    assert rig.db.row("SELECT deleted_at FROM accounts") == {"deleted_at": instant(rig.now_s)}
+    assert rig.db.rows("SELECT * FROM endpoints") == []
     assert rig.drain() is None
     assert turn.expire(rig.db, rig.now_s + 90_000, rig.patience) == {}
     assert (rig.crm.received, rig.meta.sent) == ([], [])
@@ -121,7 +122,7 @@ def test_without_a_url_what_waits_is_left_to_be_read_in_small_writes(rig: Rig, m
     owe_much(rig, account)
 
     def stop() -> None:
-        accounts.update(rig.db, account["id"], {"crm_webhook_url": None}, instant(rig.now_s), rig.patience)
+        rig.change_account(account, url=None)
         sweep(rig)
 
     assert largest_write(rig, monkeypatch, stop) <= 1000
@@ -138,11 +139,11 @@ def test_without_a_url_nothing_is_called_or_given_up_and_with_one_again_the_rest
     rig.say("two", "mid-2")
     for url in (None, account["crm_webhook_url"]):
         assert rig.crm.received == []
-        accounts.update(rig.db, account["id"], {"crm_webhook_url": url}, instant(rig.now_s), rig.patience)
+        rig.change_account(account, url=url)
         if url is None:
             assert rig.drain() is None
             assert turn.expire(rig.db, rig.now_s + 90_000, rig.patience) == {}
-    turn.end_leftovers(rig.db, rig.now_s)
+    turn.end_leftovers(rig.db)
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["one", "two"]
 
@@ -150,7 +151,7 @@ def test_without_a_url_nothing_is_called_or_given_up_and_with_one_again_the_rest
 def test_a_step_of_ending_costs_the_same_however_much_waits(rig: Rig) -> None:
     account = rig.account()
     owe_much(rig, account, 6000)
-    accounts.erase(rig.db, account["id"], instant(rig.now_s))
+    rig.db.write(lambda tx: accounts.erase(tx, account["id"]))
     endpoints: list[Row] = []
     assert hundreds_of_steps(rig.db, lambda: endpoints.extend(deliveries.unserved(rig.db))) < 10
     assert [endpoint["target"] for endpoint in endpoints] == ["crm", "instagram"]

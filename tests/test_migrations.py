@@ -63,11 +63,11 @@ def test_an_older_version_runs_on_what_a_newer_one_added(code: Path) -> None:
 
 
 def test_a_step_of_another_program_is_refused(code: Path) -> None:
-    plant(code, "0004_nobodys", GOOD)
-    assert at(code, "migrate").stdout == "applied 0004_nobodys\n"
-    (code / FOLDER / "0004_nobodys.py").unlink()
+    plant(code, "0001_nobodys", GOOD)
+    assert at(code, "migrate").stdout == "applied 0001_nobodys\n"
+    (code / FOLDER / "0001_nobodys.py").unlink()
     refused = at(code, "key", "list")
-    assert (refused.returncode, "not of this program's making (it has 0004_nobodys)" in refused.stderr) == (1, True)
+    assert (refused.returncode, "not of this program's making (it has 0001_nobodys)" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("fault", ["SELECT nonsense FROM nowhere", "INSERT INTO api_keys SELECT * FROM api_keys"])
@@ -132,3 +132,11 @@ def test_nothing_is_migrated_under_a_running_process(code: Path) -> None:
             refused = at(code, *words)
             assert (refused.returncode, "is being migrated or restored" in refused.stderr) == (1, True)
     assert at(code, "migrate").stdout == "applied 0007_shoes\n"
+
+
+def test_a_database_of_the_first_edition_is_refused_with_a_plain_sentence(code: Path) -> None:
+    with contextlib.closing(sqlite3.connect(code / "var" / "bridge.db")) as db, db:
+        db.execute("INSERT INTO schema_migration (name, applied) VALUES ('0001_initial', '2026-01-01')")
+    refused = at(code, "key", "list")
+    assert refused.returncode == 1
+    assert "it was made by the first edition, which was never released" in refused.stderr

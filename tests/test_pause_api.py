@@ -106,7 +106,7 @@ def test_the_command_line_pauses_shows_and_resumes(fresh_shop: Shop) -> None:
     assert listed[1].startswith("  deliveries held since 2")
     assert listed[1].endswith("Z: tea")
     shop.bridge.command("account", "pause", shop.account_id, "--deliveries")
-    (since,) = shop.rows("SELECT since FROM pauses WHERE reason = 'tea' AND until IS NULL")
+    (since,) = shop.rows("SELECT paused_at FROM endpoints WHERE paused_reason = 'tea' AND paused_until IS NULL")
     warned = (
         f"warning: {shop.account_id} (your_shop) deliveries are paused since {since[0]}: tea; crmbridge account resume"
     )

@@ -1,46 +1,20 @@
 """Holds on a set clock: an account's deliveries or sends wait, and nothing of it ages, is lost or changes its order."""
 
-import itertools
 import threading
-from collections.abc import Iterator
-from typing import Any
 
-import peewee
 import pytest
 
-from crmbridge.endpoints import NO_ROOM
-from crmbridge.events import epoch_s, instant
+from crmbridge.events import instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, deliveries, pauses, turn
+from crmbridge.store import accounts, endpoints, turn
 from crmbridge.store.contacts import Target
 from crmbridge.store.deliveries import Outcome, Verdict
 from crmbridge.upkeep import Upkeep
 from tests import waiting
-from tests.rig import START_S, Rig, opened
+from tests.rig import START_S, Rig
 
 DAY_S, HOUR_S = 86_400, 3600
-
-
-def pause(rig: Rig, account: dict[str, Any], *targets: Target, until_s: float | None = None) -> None:
-    until = None if until_s is None else instant(until_s)
-
-    def job() -> None:
-        for target in targets or pauses.TARGETS:
-            pauses.pause(rig.db, account["id"], target, reason="test", until=until, now=instant(rig.now_s))
-
-    rig.db.write(job)
-
-
-def resume(rig: Rig, account: dict[str, Any], *targets: Target) -> list[bool]:
-    now = instant(rig.now_s)
-    return [
-        pauses.resume(rig.db, account["id"], target, now=now, patience=rig.patience)
-        for target in targets or pauses.TARGETS
-    ]
-
-
-def set_status(rig: Rig, account: dict[str, Any], status: str) -> None:
-    accounts.update(rig.db, account["id"], {"status": status}, instant(rig.now_s), rig.patience)
+NAMES = {kind: name for name, kind in endpoints.WHAT.items()}
 
 
 def upkeep(rig: Rig) -> Upkeep:
@@ -55,7 +29,7 @@ def upkeep(rig: Rig) -> Upkeep:
 
 def test_thirty_hours_of_pause_lose_and_kill_nothing_and_keep_the_order(rig: Rig) -> None:
     account, contacts = rig.account(), [f"90000000000000{number}" for number in range(10)]
-    pause(rig, account)
+    rig.pause(account)
     wanted: dict[str, list[str]] = {contact: [] for contact in contacts}
     for number in range(500):
         contact = contacts[number % 10]
@@ -64,12 +38,12 @@ def test_thirty_hours_of_pause_lose_and_kill_nothing_and_keep_the_order(rig: Rig
         wanted[contact].append(str(number))
         if number % 50 == 0:
             rig.live_through(3 * HOUR_S)
-            assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+            assert rig.expire() == {}
     assert rig.now_s == START_S + 30 * HOUR_S
     assert (rig.crm.received, rig.meta.sent) == ([], [])
-    assert resume(rig, account) == [True, True]
+    assert rig.unpause(account) == [True, True]
     rig.live_through(60)
-    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.expire() == {}
     assert rig.db.rows("SELECT DISTINCT state FROM deliveries") == [{"state": "done"}]
     for contact in contacts:
         heard = [
@@ -82,94 +56,104 @@ def test_thirty_hours_of_pause_lose_and_kill_nothing_and_keep_the_order(rig: Rig
         assert sent == wanted[contact]
 
 
-@pytest.mark.parametrize("target", pauses.TARGETS)
+@pytest.mark.parametrize("target", endpoints.KINDS)
 def test_one_is_held_and_the_other_goes_on(rig: Rig, target: Target) -> None:
     account = rig.account()
-    pause(rig, account, target)
+    rig.pause(account, NAMES[target])
     rig.say("hello", "mid-1")
     rig.send(account, "reply")
     assert rig.drain() is None
     assert bool(rig.crm.received) == (target == "instagram")
     assert bool(rig.meta.sent) == (target == "crm")
-    resume(rig, account, target)
+    rig.unpause(account, NAMES[target])
     rig.drain()
     assert rig.events()[0] == "message.received"
     assert len(rig.meta.sent) == 1
 
 
-CHANGES = ("pause", "resume", "inactive", "error", "active")
-
-
-@pytest.mark.parametrize("target", pauses.TARGETS)
-@pytest.mark.parametrize("changes", list(itertools.product(CHANGES, repeat=3)), ids="-".join)
-def test_time_held_twice_counts_once(small: Rig, changes: tuple[str, ...], target: Target) -> None:
-    rig, account = small, small.account(f"1784140{next(_numbers)}")
-    rig.now_s = START_S
-    rig.hear(rig.item({"message": {"mid": "mid-1", "text": "hello"}}), account=account["instagram_account_id"])
-    rig.send(account, "reply")
-    before = "SELECT expires_at FROM deliveries WHERE account_id = ? AND target = ?"
-    expires_s = epoch_s(rig.db.value(before, (account["id"], target)))
-    held_s, is_paused, status = 0.0, False, "active"
-    for number, change in enumerate([*changes, "resume", "active"]):
-        passing_s = float(HOUR_S * 2**number)
-        rig.now_s += passing_s
-        held_s += passing_s if is_paused or pauses.blocks(status, target) else 0
-        if change == "pause":
-            pause(rig, account, target)
-        elif change == "resume":
-            assert resume(rig, account, target) == [is_paused]
-        else:
-            set_status(rig, account, change)
-        is_paused = (is_paused or change == "pause") and change != "resume"
-        status = status if change in ("pause", "resume") else change
-    assert epoch_s(rig.db.value(before, (account["id"], target))) - expires_s == held_s
-
-
-_numbers = itertools.count(1_000_000_000)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """One rig for many accounts."""
-    with opened(tmp_path_factory.mktemp("rig")) as rig:
-        yield rig
-
-
-def test_what_came_during_a_hold_gets_its_full_time_and_no_more(rig: Rig) -> None:
+@pytest.mark.parametrize("ended", ["pause", "hold", "status"])
+def test_what_is_let_go_gets_its_full_time_and_no_more(rig: Rig, ended: str) -> None:
     account = rig.account()
-    pause(rig, account)
-    rig.now_s += 100 * HOUR_S
+    rig.crm.answer_always(503)
     rig.say("hello", "mid-1")
-    rig.now_s += HOUR_S
-    resume(rig, account)
-    assert rig.db.value("SELECT expires_at FROM deliveries") == instant(rig.now_s + DAY_S)
+    rig.live_through(23 * HOUR_S)
+    if ended == "pause":
+        rig.pause(account, "deliveries")
+    elif ended == "status":
+        rig.change_account(account, status="inactive")
+    else:
+        rig.crm.answer_always(410)
+        rig.live_through(2 * HOUR_S)
+        rig.crm.answer_always(503)
+        assert rig.held(account)["deliveries"]["by"] == "gone"
+    rig.now_s += 50 * HOUR_S
+    assert rig.expire() == {}
+    if ended == "pause":
+        rig.unpause(account, "deliveries")
+    elif ended == "status":
+        rig.change_account(account, status="active")
+    else:
+        rig.resume(account, "deliveries")
+    rig.live_through(24 * HOUR_S - 60)
+    assert rig.db.value("SELECT state FROM deliveries") == "pending"
+    rig.live_through(HOUR_S)
+    assert rig.db.value("SELECT state FROM deliveries") == "dead"
 
 
-def test_a_crash_within_a_resume_costs_no_time(rig: Rig) -> None:
+def test_two_locks_open_one_by_one(rig: Rig) -> None:
     account = rig.account()
-    for number in range(pauses._AT_ONCE + 1):
-        rig.say("hello", f"mid-{number}", contact=f"9{number:015}")
-    pause(rig, account)
-    rig.now_s += 30 * HOUR_S
-    # The latest end is moved first, so that the oldest row is in the second step.
-    broken = "BEFORE UPDATE OF expires_at ON deliveries WHEN NEW.position = 1 BEGIN SELECT RAISE(ABORT, 'broken'); END"
-    rig.db.write(lambda: rig.db.run(f"CREATE TRIGGER broken {broken}"))
-    with pytest.raises(peewee.IntegrityError, match="broken"):
-        resume(rig, account, "crm")
-    moved = rig.db.value("SELECT COUNT(*) FROM deliveries WHERE expires_at > ?", (instant(rig.now_s),))
-    assert moved == pauses._AT_ONCE
+    rig.crm.answer(410)
+    rig.say("hello", "mid-1")
     rig.drain()
-    assert rig.crm.received == []  # still held
-    rig.db.write(lambda: rig.db.run("DROP TRIGGER broken"))
-    assert resume(rig, account, "crm") == [True]
-    ends = rig.db.rows("SELECT DISTINCT expires_at FROM deliveries")
-    assert ends == [{"expires_at": instant(rig.now_s + DAY_S)}]
+    rig.pause(account, "deliveries", reason="stocktaking")
+    shown = rig.call("GET", f"/api/v1/accounts/{account['id']}")[1]
+    assert (shown["paused"]["deliveries"]["reason"], shown["held"]["deliveries"]["by"]) == ("stocktaking", "gone")
+    assert rig.unpause(account, "deliveries") == [True]
+    assert rig.held(account)["deliveries"]["by"] == "gone"
+    assert rig.drain() is None
+    rig.resume(account, "deliveries")
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_stronger_cause_takes_a_weaker_ones_place_and_is_ended_by_its_own_remedy(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer(410)
+    rig.say("hello", "mid-1")
+    rig.drain()
+    rig.change_account(account, status="inactive")
+    assert rig.held(account)["deliveries"]["by"] == "inactive"
+    rig.resume(account, held=True)  # only an activation ends it
+    assert rig.held(account)["deliveries"]["by"] == "inactive"
+    assert rig.drain() is None
+    rig.change_account(account, status="active")
+    rig.drain()
+    assert rig.events() == ["message.received"]
+
+
+def test_a_hold_keeps_nothing_longer_than_a_week_after_the_last_act_of_a_person(rig: Rig) -> None:
+    account = rig.account()
+    rig.crm.answer_always(410)
+    rig.say("hello", "mid-1")
+    rig.drain()
+    rig.now_s += 6 * DAY_S
+    assert rig.expire() == {}
+    rig.resume(account, "deliveries")  # and the CRM is gone again
+    rig.drain()
+    rig.now_s += 6 * DAY_S
+    assert rig.expire() == {}
+    rig.pause(account, "deliveries")
+    rig.now_s += 30 * DAY_S
+    assert rig.expire() == {}  # a person's pause stops that clock
+    rig.unpause(account, "deliveries")
+    rig.now_s += 7 * DAY_S + 1
+    assert rig.expire() == {("crm", "held_too_long", account["id"]): 1}
 
 
 def test_a_pause_ends_by_itself_when_its_time_has_come(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    pause(rig, account, until_s=rig.now_s + 30 * HOUR_S)
+    rig.pause(account, until_s=rig.now_s + 30 * HOUR_S)
     rig.live_through(30 * HOUR_S - 1)
     assert not upkeep(rig).resume()
     rig.now_s += 1
@@ -183,42 +167,22 @@ def test_a_pause_ends_by_itself_when_its_time_has_come(rig: Rig) -> None:
 def test_a_pause_follows_a_clock_that_is_set(rig: Rig, hours: int) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    pause(rig, account, until_s=rig.now_s + 40 * HOUR_S)
+    rig.pause(account, until_s=rig.now_s + 40 * HOUR_S)
     rig.live_through(20 * HOUR_S)
     rig.clock_is_wrong_by_s = hours * HOUR_S
     rig.live_through(20 * HOUR_S - 1)
     assert not upkeep(rig).resume()
     rig.now_s += 1
     assert upkeep(rig).resume()
-    ends_s = epoch_s(rig.db.value("SELECT expires_at FROM deliveries"))
-    assert ends_s == rig.now_s + rig.clock_is_wrong_by_s + DAY_S
     rig.drain()
     assert rig.events() == ["message.received"]
 
 
-def test_what_is_paused_while_it_is_about_to_be_given_up_lives(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    account = rig.account()
-    rig.crm.answer_always(503)
-    rig.say("hello", "mid-1")
-    rig.drain()
-    rig.now_s += 25 * HOUR_S
-    look = deliveries.expired
-
-    def look_then_pause(*given: Any) -> list[str]:
-        found = look(*given)
-        pause(rig, account)
-        return found
-
-    monkeypatch.setattr(deliveries, "expired", look_then_pause)
-    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
-    assert rig.db.value("SELECT state FROM deliveries") == "pending"
-
-
 def test_a_new_pause_keeps_the_beginning_of_the_old_one(rig: Rig) -> None:
     account, began = rig.account(), instant(rig.now_s)
-    pause(rig, account, "crm")
+    rig.pause(account, "deliveries")
     rig.now_s += 60
-    pause(rig, account, "crm", until_s=rig.now_s + 60)
+    rig.pause(account, "deliveries", until_s=rig.now_s + 60)
     _, shown = rig.call("GET", f"/api/v1/accounts/{account['id']}")
     until = instant(rig.now_s + 60)
     assert shown["paused"] == {"deliveries": {"reason": "test", "since": began, "until": until}, "sends": None}
@@ -233,11 +197,11 @@ def test_a_resumed_crm_that_was_down_is_asked_at_once(rig: Rig) -> None:
     wait_s = rig.drain()
     assert wait_s is not None
     rig.pass_s(wait_s)  # the next probe is a minute away
-    pause(rig, account)
+    rig.pause(account)
     assert rig.pass_s(1) is None
     rig.crm.answer_always(None)
     asked = len(rig.crm.received)
-    resume(rig, account)
+    rig.unpause(account)
     rig.drain()
     assert len(rig.crm.received) - asked == 3
     assert rig.events() == ["message.received"] * 3
@@ -246,15 +210,15 @@ def test_a_resumed_crm_that_was_down_is_asked_at_once(rig: Rig) -> None:
 def test_a_call_in_flight_finishes_and_its_echo_settles_a_held_send(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
-    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", account)
     rig.claim(row, account)
-    pause(rig, account)
+    rig.pause(account)
     rig.engine.recover()  # the worker died in the call
     rig.live_through(HOUR_S)
     assert rig.status(message_id)["status"] == "pending"
     rig.echo("hello", "mid-9")
     assert rig.status(message_id)["status"] == "delivered"
-    resume(rig, account)
+    rig.unpause(account)
     rig.live_through(HOUR_S)
     assert rig.meta.sent == []
 
@@ -262,23 +226,23 @@ def test_a_call_in_flight_finishes_and_its_echo_settles_a_held_send(rig: Rig) ->
 def test_a_worker_that_starts_while_paused_goes_on_after_it(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    pause(rig, account)
+    rig.pause(account)
     rig.drain()
     rig.engine.stop(0)
     rig.engine = rig.make_engine()
     rig.engine.recover()
     rig.live_through(30 * HOUR_S)
     assert rig.crm.received == []
-    resume(rig, account)
+    rig.unpause(account)
     rig.drain()
     assert rig.events() == ["message.received"]
 
 
 def test_a_deleted_account_leaves_no_pause(rig: Rig) -> None:
     account = rig.account()
-    pause(rig, account)
-    turn.delete_account(rig.db, account["id"], rig.now_s)
-    assert pauses.everyone(rig.db) == {}
+    rig.pause(account)
+    turn.delete_account(rig.db, account["id"])
+    assert rig.db.rows("SELECT * FROM endpoints") == []
 
 
 # --- what stops an account ---
@@ -296,7 +260,7 @@ def test_a_crm_that_is_gone_pauses_the_deliveries_and_loses_nothing(rig: Rig) ->
     assert (held["deliveries"]["by"], held["sends"]) == ("gone", None)
     assert [kind for kind, _ in rig.alerts] == ["crm_gone"]
     rig.live_through(30 * HOUR_S)
-    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.expire() == {}
     assert len(rig.crm.received) == called
     rig.send(account, "sends go on", contact="900000000000009")
     rig.drain()
@@ -349,16 +313,13 @@ def test_a_410_to_one_message_alone_pauses_once_and_then_is_an_ordinary_refusal(
 def test_a_410_of_a_url_that_was_changed_meanwhile_pauses_nothing(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    (row,) = deliveries.due(rig.db, "crm", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("crm", account)
     claimed = rig.claim(row, account)
-    accounts.update(
-        rig.db, account["id"], {"crm_webhook_url": "https://new.example/"}, instant(rig.now_s), rig.patience
-    )
+    rig.change_account(account, url="https://new.example/")
     gone = Outcome("retry", "crm_gone", http_status=410, counts=False, stops="crm_gone")
     finished = turn.Finished(claimed, gone, Verdict("pending", instant(rig.now_s)))
-    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
-    turn.take(rig.db, [finished], terms, room=lambda _: NO_ROOM, senders=0)
-    assert pauses.everyone(rig.db) == {}
+    rig.settle(finished)
+    assert rig.held(account)["deliveries"] is None
 
 
 @pytest.mark.parametrize(("code", "subcode", "alert"), [(190, 463, "token_dead"), (200, 2534041, "account_error")])
@@ -370,7 +331,7 @@ def test_an_account_error_holds_all_sends_as_they_are(rig: Rig, code: int, subco
     second = rig.send(account, "two")
     rig.say("deliveries go on", "mid-1", contact="900000000000009")
     rig.live_through(30 * HOUR_S)
-    assert turn.expire(rig.db, rig.now_s, rig.patience) == {}
+    assert rig.expire() == {}
     assert len([call for call in rig.meta.calls if call.method == "POST"]) == 1
     assert rig.events() == ["message.received"]
     assert [kind for kind, _ in rig.alerts] == [alert]
@@ -381,7 +342,7 @@ def test_an_account_error_holds_all_sends_as_they_are(rig: Rig, code: int, subco
     assert rig.status(second)["status"] == "pending"
     assert rig.db.rows("SELECT DISTINCT retries, waits FROM deliveries") == [{"retries": 0, "waits": 0}]
     rig.meta.clear_faults()
-    set_status(rig, account, "active")
+    rig.change_account(account, status="active")
     rig.drain()
     assert [entry.text for entry in rig.meta.sent] == ["one", "two"]
     assert rig.cleared == [alert]
@@ -403,12 +364,10 @@ def test_what_may_be_about_one_person_or_message_holds_no_other(rig: Rig, code: 
 def test_an_error_of_a_token_that_was_changed_meanwhile_stops_nothing(rig: Rig) -> None:
     account = rig.account()
     rig.send(account, "hello")
-    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", account)
     claimed = rig.claim(row, account)
-    fresh = {"access_token_sealed": rig.rooms.vault.seal("another")}
-    accounts.update(rig.db, account["id"], fresh, instant(rig.now_s), rig.patience)
+    rig.change_account(account, token="another")
     dead = Outcome("retry", "token_expired", counts=False, stops="token_dead")
     finished = turn.Finished(claimed, dead, Verdict("pending", instant(rig.now_s)))
-    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
-    assert turn.take(rig.db, [finished], terms, room=lambda _: NO_ROOM, senders=0).stopped == []
+    assert rig.settle(finished).stopped == []
     assert accounts.found(rig.db, account["id"])["status"] == "active"

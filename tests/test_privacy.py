@@ -54,7 +54,7 @@ def test_nothing_of_an_erased_customer_is_left_and_all_of_the_other(rig: Rig) ->
     account = fill(rig)
     before = dump(rig.db.path)
     assert before.count(CUSTOMER) == before.count(OTHER) > 20
-    erased = privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    erased = privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     assert (erased.events, erased.messages) == (4, 3)
     after = dump(rig.db.path)
     assert f"'{CUSTOMER}'" not in after
@@ -70,7 +70,7 @@ def test_what_is_owed_about_an_erased_customer_goes_nowhere(rig: Rig) -> None:
     pending = rig.db.rows(
         "SELECT id FROM outbound_messages WHERE status = 'pending' AND recipient_id = ? ORDER BY id", (CUSTOMER,)
     )
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     rig.crm.answer_always(None)
     rig.meta.clear_faults()
     rig.live_through(3600)
@@ -88,7 +88,7 @@ def test_a_repetition_is_still_known_and_a_new_message_begins_a_new_conversation
     account = rig.account()
     rig.say("hello", "mid-1")
     rig.drain()
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     assert [kept.state for kept in rig.say("hello", "mid-1")] == ["duplicate"]
     rig.say("hello again", "mid-2")
     rig.drain()
@@ -109,7 +109,7 @@ def test_a_call_in_flight_at_an_erasure_changes_nothing_after_it(rig: Rig) -> No
     thread = threading.Thread(target=drain)
     thread.start()
     rig.meta.wait_sent(1)
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     rig.meta.close()  # it answers at last
     thread.join()
     rig.drain()
@@ -123,9 +123,9 @@ def test_an_erasure_of_many_holds_no_lock_for_long(rig: Rig) -> None:
     account = rig.account()
     for number in range(450):
         rig.say("hello", f"mid-{number}")
-    erased = privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    erased = privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     assert erased == privacy.Erased(deliveries=450, messages=0, events=450)
-    assert privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience) == privacy.Erased()
+    assert privacy.erase_contact(rig.db, account["id"], CUSTOMER) == privacy.Erased()
 
 
 def test_erase_at_the_command_line(fresh_shop: Shop) -> None:
@@ -187,7 +187,7 @@ def test_a_removed_app_ends_the_token_and_a_new_one_heals_the_account(fresh_shop
     for _ in range(2):
         assert shop.meta.owner_asks("deauthorize", SHOP_ID).status == 200
     shop.meta.clock = time.time
-    (token, status), *_ = shop.rows("SELECT access_token_sealed, status FROM accounts")
+    (token, status), *_ = shop.rows("SELECT secret_sealed, held_by FROM endpoints WHERE kind = 'instagram'")
     assert (token, status) == (None, "error")
     assert shop.rows("SELECT kind, account_id FROM erasures") == [("deauthorized", shop.account_id)]
     shop.wait_log("alert.token_dead")
@@ -231,7 +231,7 @@ def test_an_owner_who_is_not_here_is_answered_all_the_same(shop: Shop) -> None:
     assert [answer.status_code for answer in answers] == [200, 200]
     code = answers[0].json()["confirmation_code"]
     assert "Nothing was stored" in requests.get(f"{shop.url}/privacy/deletion/{code}", timeout=PATIENCE_S).text
-    assert shop.rows("SELECT COUNT(*) FROM accounts WHERE status = 'active'") == [(1,)]
+    assert shop.rows("SELECT COUNT(*) FROM connected WHERE status = 'active'") == [(1,)]
 
 
 @pytest.mark.parametrize("path", ["/privacy/deletion", "/privacy/deauthorize"])
@@ -240,7 +240,7 @@ def test_nobody_but_meta_can_ask(shop: Shop, path: str) -> None:
     for form in ({}, {"signed_request": wrong}, {"signed_request": ["", wrong]}):
         answer = requests.post(shop.url + path, data=form, timeout=PATIENCE_S)
         assert answer.status_code == 401, answer.text
-    assert shop.rows("SELECT COUNT(*) FROM accounts WHERE status = 'active'") == [(1,)]
+    assert shop.rows("SELECT COUNT(*) FROM connected WHERE status = 'active'") == [(1,)]
     assert shop.rows("SELECT COUNT(*) FROM erasures WHERE account_id IS NOT NULL") == [(0,)]
 
 
@@ -248,7 +248,7 @@ def test_all_of_an_account_is_erased_after_its_request(rig: Rig) -> None:
     account = fill(rig)
     other = rig.account("17841400000000002")
     rig.hear(rig.item({"message": {"mid": "mid-9", "text": "blue lamp"}}), account="17841400000000002")
-    accounts.update(rig.db, account["id"], {"app_scoped_id": SHOP_SCOPED_ID}, instant(rig.now_s), rig.patience)
+    rig.change_account(account, app_scoped_id=SHOP_SCOPED_ID)
     found = privacy.find_account(rig.db, SHOP_SCOPED_ID)
     assert found is not None
     assert privacy.request_deletion(rig.db, found, "code", rig.now_s)
@@ -293,7 +293,7 @@ def test_what_was_erased_leaves_no_trace_in_the_file(rig: Rig) -> None:
     subprocess.run(checkpoint, check=True, capture_output=True)
     assert b"needle" in path.read_bytes()
     rig.db.value("PRAGMA secure_delete = OFF")  # not every SQLite has it on
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     rig.db.close_thread()
     subprocess.run(checkpoint, check=True, capture_output=True)
     assert b"needle" not in path.read_bytes()
@@ -303,7 +303,7 @@ def test_a_message_of_an_erased_customer_tells_its_end_only(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
     rig.drain()
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     status = messages.status(rig.db, message_id)
     assert status is not None
     assert (status["status"], status["metadata"]) == ("sent", None)
@@ -321,7 +321,7 @@ def test_meta_repeating_what_was_erased_brings_nothing_back(rig: Rig) -> None:
     rig.hear(*items)
     rig.drain()
     told = len(rig.taken())
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     assert [kept.state for kept in rig.hear(*items)] == ["duplicate"] * len(items)
     rig.drain()
     assert len(rig.taken()) == told

@@ -66,7 +66,7 @@ def test_the_queue_may_be_deleted_while_stopped(tmp_path: Path) -> None:
 def test_a_queue_that_another_program_locks_holds_up_neither_webhooks_nor_the_sweep(fresh_shop: Shop) -> None:
     shop = fresh_shop
     queue = shop.database.with_name("queue.db")
-    pause = "INSERT INTO pauses SELECT id, 'crm', 'operator', NULL, created_at, NULL FROM accounts"
+    pause = "UPDATE endpoints SET paused_at = aged_from WHERE kind = 'crm'"
     with contextlib.closing(sqlite3.connect(queue, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         for number in range(10):
@@ -75,7 +75,7 @@ def test_a_queue_that_another_program_locks_holds_up_neither_webhooks_nor_the_sw
         shop.crm.wait(10, timeout_s=30)
         shop.change(pause)
         shop.meta.customer_says(SHOP_ID, "900", "found by the sweep")
-        shop.change("DELETE FROM pauses")  # nobody rings for it
+        shop.change("UPDATE endpoints SET paused_at = NULL")  # nobody rings for it
         shop.crm.wait(1, timeout_s=60, where=lambda entry: entry.event.get("message") == "found by the sweep")
         shop.kill()
         shop.start()

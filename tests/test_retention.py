@@ -14,9 +14,9 @@ from crmbridge.events import instant
 from crmbridge.ops import check
 from crmbridge.sandbox import wire
 from crmbridge.store import dead as dlq
-from crmbridge.store import deliveries, feed, inbound, messages, retention, story, turn
+from crmbridge.store import feed, inbound, messages, retention, story, turn
 from crmbridge.store.accounts import everyone
-from crmbridge.store.database import Database
+from crmbridge.store.database import Database, Tx
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import OTHER_ID, SHOP_ID, Shop
@@ -81,10 +81,8 @@ def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tri
     rig.live_through(1.1 * DAY_S)
     assert column(rig, "SELECT DISTINCT state FROM deliveries WHERE event <> 'message.failed'") == ["dead"]
     prune(rig, 6.5)
-    dlq.ask(rig.db, dlq.Filter("crm"), rig.now_s, force=False, preview=False)
-    dlq.revive(
-        rig.db, str(rig.db.value("SELECT id FROM deliveries WHERE target = 'instagram'")), rig.now_s, rig.patience
-    )
+    dlq.revive_all(rig.db, dlq.Filter("crm"), rig.now_s, preview=False)
+    rig.revive(str(rig.db.value("SELECT id FROM deliveries WHERE target = 'instagram'")))
     prune(rig, 20)
     rig.say("still there?", "mid-2")  # opens the window for the answer
     rig.crm.answer_always(None)
@@ -98,7 +96,7 @@ def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tri
 
 
 def test_what_an_account_without_url_has_not_read_yet_lives_as_long(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("read me", "mid-1")
     prune(rig, 6)
     assert len(feed.page(rig.db, everyone(rig.db), after=None, limit=9).events) == 1
@@ -114,13 +112,13 @@ def test_what_an_account_without_url_has_not_read_yet_lives_as_long(rig: Rig) ->
 def test_a_held_echo_keeps_its_text_until_its_send_is_settled(rig: Rig) -> None:
     account = rig.account()
     rig.send(account, "in flight")
-    (row,) = deliveries.due(rig.db, "instagram", account["id"], "9999", 1)
+    (row,) = rig.due("instagram", account)
     rig.claim(row, account)
     rig.echo("typed in the app", "mid-echo")
     prune(rig, 30)
     assert column(rig, "SELECT state FROM inbound_events") == ["held"]
     assert column(rig, "SELECT payload IS NOT NULL FROM inbound_events") == [1]
-    turn.delete_account(rig.db, account["id"], rig.now_s)
+    turn.delete_account(rig.db, account["id"])
     assert rig.db.rows("SELECT state, payload FROM inbound_events") == [{"state": "noted", "payload": None}]
 
 
@@ -170,16 +168,16 @@ def _fill(db: Database, account_id: str, number: int, finished_at: str, *, size:
     first = int(db.value("SELECT COALESCE(MAX(position), 0) FROM deliveries"))
     event_id = f"printf('evt_%026d', n + {first})"
 
-    def job() -> None:
-        db.run(f"""
+    def job(tx: Tx) -> None:
+        tx.run(f"""
             INSERT INTO inbound_events (id, account_id, instagram_account_id, contact, kind, dedupe_key, state, payload,
                 occurred_at, received_at, correlation_id)
             {rows} SELECT {event_id}, '{account_id}', '{SHOP_ID}', '1', 'message.received', {event_id}, 'forwarded',
                 '{{"text": "' || hex(zeroblob({size // 2})) || '", "message_type": "text"}}', {at}, {at}, 'test'
             FROM number""")
-        db.run(f"""
+        tx.run(f"""
             INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, state, ready, due,
-                correlation_id, accepted_at, expires_at, finished_at)
+                correlation_id, accepted_at, aged_from, finished_at)
             {rows} SELECT 'dlv_' || (n + {first}), 'crm', '{account_id}', '1', n, 'message.received', {event_id},
                 '{{"message": "' || hex(zeroblob({size // 2})) || '"}}', 'done', 1, {at}, 'test', {at}, {at}, {at}
             FROM number""")
@@ -251,7 +249,7 @@ def test_over_its_size_no_text_goes_that_is_young_or_would_free_nothing(
 def test_what_is_owed_goes_for_no_size(rig: Rig) -> None:
     account = rig.account()
     _fill(rig.db, account["id"], 400, "2026-01-01T00:00:00.000Z", size=6000)
-    rig.db.write_last(lambda: rig.db.run("UPDATE deliveries SET state = 'pending', finished_at = NULL"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE deliveries SET state = 'pending', finished_at = NULL"))
     prune(rig, max_mb=1)
     assert rig.alerts[-1][0] == "database_large"
     assert count(rig, "deliveries WHERE gone = 0 AND body IS NOT NULL") == 400
@@ -336,10 +334,10 @@ def test_what_may_go_is_found_by_its_index_alone(rig: Rig, kind: retention._Kind
 def test_a_step_costs_the_same_however_much_is_old(rig: Rig, kind: retention._Kind) -> None:
     account = rig.account()
     _fill(rig.db, account["id"], 20_000, "2026-01-01T00:00:00.000Z", size=10)
-    rig.db.write_last(lambda: rig.db.run("UPDATE inbound_events SET state = 'noted' WHERE rowid % 2 = 0"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE inbound_events SET state = 'noted' WHERE rowid % 2 = 0"))
     keys = [next(iter(row.values())) for row in rig.db.rows(f"{kind.sql} LIMIT 50", kind.parameters)]
     taken = list[int]()
-    steps = hundreds_of_steps(rig.db, lambda: taken.append(rig.db.write_last(lambda: kind.take(rig.db, keys))))
+    steps = hundreds_of_steps(rig.db, lambda: taken.append(rig.db.write_last(lambda tx: kind.take(tx, keys))))
     assert taken == [50]
     assert steps < 200
 
@@ -364,7 +362,7 @@ def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
         rig.hear(rig.item({"message": {"mid": f"mid-{name}", "is_deleted": True}}))
         rig.drain()
         inbound.replace_announcement(rig.db, account["id"], f"mid-new-{name}")
-        inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+        inbound.adopt(rig.db, account)
         story.of_message(rig.db, message_id)
         for kind, found in story.meanings(rig.db, f"mid-{name}"):
             assert kind == "event"
@@ -373,7 +371,7 @@ def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
     work("before")
     few = hundreds_of_steps(rig.db, lambda: work("few"))
     _fill(rig.db, account["id"], 20_000, "2026-01-01T00:00:00.000Z", size=10)
-    rig.db.write_last(lambda: rig.db.run("UPDATE inbound_events SET instagram_message_id = 'm-' || id"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE inbound_events SET instagram_message_id = 'm-' || id"))
     assert hundreds_of_steps(rig.db, lambda: work("many")) < 2 * few + 100
 
 

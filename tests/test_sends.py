@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 
 from crmbridge.delivery import Schedule, decide
-from crmbridge.endpoints import NO_ROOM
 from crmbridge.errors import Conflict
-from crmbridge.events import instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, dead, deliveries, pauses, turn
+from crmbridge.store import endpoints, turn
 from crmbridge.store.deliveries import Outcome, Patience
 from tests.rig import LIMITS, SCHEDULE, Rig
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, TOKEN
@@ -125,7 +123,7 @@ def test_sends_of_one_account_are_paced(rig: Rig) -> None:
 def test_audio_and_video_of_an_account_begin_at_most_ten_times_a_second_and_hold_up_no_text(rig: Rig) -> None:
     account = rig.account()
     rig.meta.add_account(OTHER_ID, token=OTHER_TOKEN, app_scoped_id=OTHER_SCOPED_ID, username="other_shop")
-    other = rig.account(OTHER_ID, access_token_sealed=rig.rooms.vault.seal(OTHER_TOKEN))
+    other = rig.account(OTHER_ID, token=OTHER_TOKEN)
     waits_s: list[float] = []
     rig.rooms.client.pause = waits_s.append
     for number in range(24):
@@ -267,7 +265,7 @@ def test_a_worker_that_dies_in_every_call_does_not_send_forever(rig: Rig) -> Non
     account = rig.account()
     message_id = rig.send(account, "hello")
     for _ in range(10):
-        for row in deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1):
+        for row in rig.due("instagram", account):
             rig.claim(row, account)
         rig.engine.recover()
         rig.now_s += 40
@@ -288,9 +286,7 @@ def test_a_look_up_that_comes_too_late_changes_nothing(rig: Rig) -> None:
     assert rig.status(first)["attempts"][-1]["outcome"] == "abandoned"
     outcome = Outcome("done", external_id="the id of another message")
     finished = turn.Finished(late, outcome, decide(late, outcome, schedule, rig.now_s, lambda: 1.0))
-    found = turn.take(
-        rig.db, [finished], turn.Terms(rig.now_s, 90, 5, rig.patience), room=lambda endpoint: NO_ROOM, senders=0
-    )
+    found = rig.settle(finished)
     assert found.fenced == [late]
     assert rig.status(first)["instagram_message_id"] == mid
 
@@ -300,14 +296,12 @@ def test_a_look_up_that_fails_by_our_own_fault_ends_in_doubt_too(rig: Rig) -> No
     message_id = rig.send(account, "hello")
     rig.meta.fault("messages", after_effect=True, drop=True)
     rig.drain()
-    accounts.update(
-        rig.db, account["id"], {"access_token_sealed": "gAAAAABnot-a-seal"}, instant(rig.now_s), rig.patience
-    )
+    rig.break_seal("instagram")
     rig.live_through(25 * 3600)
     assert rig.status(message_id)["error"]["code"] == "in_doubt"
     (row,) = [row for row in rig.dead() if row["target"] == "instagram"]
     with pytest.raises(Conflict, match="twice"):
-        dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
+        rig.revive(row["id"])
 
 
 def test_two_that_it_may_be_are_left_to_a_person(rig: Rig) -> None:
@@ -359,14 +353,13 @@ def test_answers_that_may_follow_a_delivery_are_in_doubt(rig: Rig, fault: dict) 
 def test_an_echo_before_the_answer_waits_and_then_confirms(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "hello")
-    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", account)
     held = rig.claim(row, account)
     assert rig.echo("hello", "mid-of-ours")[0].state == "held"
     assert rig.echo("typed in the app", "mid-of-the-app")[0].state == "held"
     outcome = Outcome("done", external_id="mid-of-ours")
     verdict = decide(held, outcome, schedule, rig.now_s, lambda: 1.0)
-    terms = turn.Terms(rig.now_s, 90, 5, rig.patience)
-    turn.take(rig.db, [turn.Finished(held, outcome, verdict)], terms, room=lambda endpoint: NO_ROOM, senders=0)
+    rig.settle(turn.Finished(held, outcome, verdict))
     assert rig.status(message_id)["status"] == "delivered"
     rig.drain()
     assert rig.events() == ["message.sent", "message.delivered", "message.echo"]
@@ -378,12 +371,12 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
     rig.meet()
     rig.say("hello", "mid-1")
     message_id = rig.send(account, "reply")
-    for target in pauses.TARGETS:
-        (row,) = deliveries.due(rig.db, target, account["id"], instant(rig.now_s), 1)
+    for target in endpoints.KINDS:
+        (row,) = rig.due(target, account)
         rig.claim(row, account)
     assert rig.drain() == pytest.approx(90)  # leased: nobody else takes them
     assert rig.engine.recover() == 2
-    rig.db.run("UPDATE deliveries SET body = NULL WHERE target = 'crm'")
+    rig.by_hand("UPDATE deliveries SET body = NULL WHERE target = 'crm'")
     rig.drain()
     assert rig.events() == ["message.received"]
     assert rig.meta.sent == []
@@ -397,7 +390,7 @@ def test_a_worker_that_died_in_a_call_repeats_crm_events_but_not_sends(rig: Rig)
 def test_an_echo_that_came_before_the_worker_died_settles_the_send_at_once(rig: Rig) -> None:
     account = rig.account()
     message_id = rig.send(account, "reply")
-    (row,) = deliveries.due(rig.db, "instagram", account["id"], instant(rig.now_s), 1)
+    (row,) = rig.due("instagram", account)
     rig.claim(row, account)
     assert rig.echo("reply", "mid-of-ours")[0].state == "held"
     rig.engine.recover()
@@ -413,8 +406,8 @@ def test_a_send_in_doubt_is_revived_only_by_force(rig: Rig) -> None:
     rig.live_through(25 * 3600)
     (row,) = [row for row in rig.dead() if row["message_id"] == message_id and row["target"] == "instagram"]
     with pytest.raises(Conflict, match="twice"):
-        dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
-    dead.revive(rig.db, row["id"], rig.now_s, rig.patience, force=True)
+        rig.revive(row["id"])
+    rig.revive(row["id"], force=True)
     rig.drain()
     assert rig.status(message_id)["status"] == "sent"
     assert len(rig.meta.sent) == 2

@@ -3,7 +3,6 @@
 import pytest
 
 from crmbridge.sandbox import wire
-from crmbridge.store import dead
 from crmbridge.web.app import Timings
 from tests.rig import Rig
 from tests.shop import Shop
@@ -29,7 +28,7 @@ def test_a_late_delivery_has_its_latency_and_one_warning(rig: Rig, caplog: pytes
 
 
 def test_what_was_done_without_a_call_has_no_latency(rig: Rig) -> None:
-    rig.account(crm_webhook_url=None)
+    rig.account(url=None)
     rig.say("hello", "mid-1")
     rig.pass_s(10)
     assert rig.db.value("SELECT latency_ms FROM deliveries") is None
@@ -56,7 +55,7 @@ def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
     row = rig.db.row("SELECT * FROM deliveries ORDER BY position")
     assert row is not None
     assert row["state"] == "dead"
-    dead.revive(rig.db, row["id"], rig.now_s, rig.patience)
+    rig.revive(row["id"])
     rig.say("still there?", "mid-3")  # opens the window for the answer
     rig.send(account)
     rig.meta.fault("messages", status=403, body=wire.error_body(10, "outside of allowed window.", subcode=2534022))

@@ -15,6 +15,7 @@ import pytest
 from crmbridge import vault
 from crmbridge.alerts import telling
 from crmbridge.sandbox import wire
+from crmbridge.store import accounts
 from tests.shop import CUSTOMER, SHOP_ID, SHOP_SCOPED_ID, Shop
 from tests.test_cli import made, run
 from tests.typed import typed
@@ -139,7 +140,7 @@ def test_the_log_and_the_operators_lists_hold_the_origin_of_a_crm_alone(hushed: 
     shop.crm.wait(2)
     # What no call can be made to, as an older version may have stored it: a library would quote it whole.
     for number, port in enumerate(("99999", HIDDEN)):
-        shop.change(f"UPDATE accounts SET crm_webhook_url = 'http://127.0.0.1:{port}/{HIDDEN}'")
+        shop.change(f"UPDATE endpoints SET url = 'http://127.0.0.1:{port}/{HIDDEN}' WHERE kind = 'crm'")
         shop.meta.customer_says(SHOP_ID, f"90000000000077{number}", "hello")
         tried = (
             "SELECT COUNT(DISTINCT delivery_id) FROM delivery_attempts WHERE outcome = 'retry' AND code <> 'crm_error'"
@@ -153,7 +154,7 @@ def test_the_log_and_the_operators_lists_hold_the_origin_of_a_crm_alone(hushed: 
     story = json.dumps(shop.rows("SELECT error FROM delivery_attempts"))
     assert HIDDEN not in told + story
     assert "public_url=https://bridge.invalid" in told
-    shop.change(f"UPDATE accounts SET crm_webhook_url = 'https://crm.example.com:444/{HIDDEN}'")
+    shop.change(f"UPDATE endpoints SET url = 'https://crm.example.com:444/{HIDDEN}' WHERE kind = 'crm'")
     for words in lists:
         _, said = typed(shop.bridge.folder, *words)
         assert "https://crm.example.com:444" in said
@@ -187,9 +188,13 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path: Path, text:
 
 def seal(shop: Shop, **columns: str) -> None:
     """Seal secrets into the account, as an older version may have taken them."""
-    sealer = vault.load(shop.bridge.folder / "var" / "crmbridge.key")
+    sealer, ends = (
+        vault.load(shop.bridge.folder / "var" / "crmbridge.key"),
+        dict(shop.rows("SELECT kind, id FROM endpoints")),
+    )
     for column, secret in columns.items():
-        shop.change(f"UPDATE accounts SET {column}_sealed = '{sealer.seal(secret)}'")
+        end = ends["crm" if column == "webhook_secret" else "instagram"]
+        shop.change(f"UPDATE endpoints SET secret_sealed = '{accounts.seal(sealer, end, secret)}' WHERE id = '{end}'")
 
 
 def look(shop: Shop, secret: str) -> list[tuple[str, ...]]:
@@ -220,7 +225,7 @@ def words_of_meta(shop: Shop, token: str) -> tuple[str, str]:
     refusal = wire.error_body(190, f"Malformed access token {token} of al", subcode=463)
     shop.meta.fault("/me", times=2, status=400, body=refusal)
     seal(shop, access_token=token)
-    shop.change("UPDATE accounts SET status = 'active'")
+    shop.change("UPDATE endpoints SET held_by = NULL")
     found = json.loads(typed(shop.bridge.folder, "doctor", "--json")[1])["findings"]
     (said,) = [one["what"] for one in found if one["slug"] == "token_refused"]
     answer = shop.call("PUT", f"/api/v1/accounts/{shop.account_id}", {"access_token": token}, key=shop.admin_key)
@@ -254,7 +259,8 @@ def test_names_and_reasons_are_left_out_of_the_bundle_by_place_however_short_the
         db.execute("UPDATE accounts SET username = 'al', subscription_ok = 0, subscription_error = ?", (said,))
         values = (one, "2027-01-15T08:00:00.000Z", "2027-01-15T08:00:00.000Z")
         db.execute("INSERT INTO alerts VALUES ('crm_down', ?, ?, ?, 1, 'al fails', 1, '', 1, 0, NULL)", values)
-        db.execute("INSERT INTO pauses VALUES (?, 'instagram', 'operator', 'al', ?, NULL)", values[:2])
+        paused = "UPDATE endpoints SET paused_at = ?, paused_reason = 'al' WHERE kind = 'instagram'"
+        db.execute(paused, values[1:2])
     seal(shop, webhook_secret="al", access_token="s")
     shop.meta.fault("/me", times=9, status=400, body=wire.error_body(190, "Session of Lena", subcode=463))
     files = bundle(shop, "one.tar.gz")

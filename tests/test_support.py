@@ -82,7 +82,7 @@ def planted(fresh_shop: Shop) -> Shop:
     reason = f"{plant['reason']} {plant['mail']}"
     shop.bridge.command("account", "pause", shop.account_id, "--deliveries", "--reason", reason)
     shop.change(
-        f"UPDATE accounts SET crm_webhook_url = 'https://{plant['crm_user']}:x@crm.invalid/{plant['crm_path']}'"
+        f"UPDATE endpoints SET url = 'https://{plant['crm_user']}:x@crm.invalid/{plant['crm_path']}' WHERE kind = 'crm'"
     )
     shop.change(f"UPDATE contacts SET name = '{plant['name']}', username = '{plant['username']}'")
     alert = f"'crm_down', '{shop.account_id}', '2027-01-15T08:00:00.000Z', '', 1, '{reason} of {CUSTOMER}'"

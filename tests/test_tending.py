@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
 from crmbridge.ops import backfill
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, contacts, database, pauses, privacy, questions, turn, vitals
-from crmbridge.store.deliveries import Patience
+from crmbridge.store import accounts, contacts, database, privacy, questions, turn, vitals
 from crmbridge.tending.backfill import OUTAGE_S, Backfill
 from crmbridge.tending.names import Names
 from crmbridge.tending.subscriptions import Subscriptions
@@ -37,15 +37,14 @@ class Tended:
             return rig.now_s
 
         client.pause = self.pause
-        self.patience = Patience(rig.patience.crm_s, rig.patience.instagram_s, ask_s=1.0)
-        rig.patience = self.patience
+        rig.patience = replace(rig.patience, ask_s=1.0)
         self.wakes = 0
-        self.names = Names(db, client, vault, self.patience, self.wake, self.waiting.append, clock=clock)
+        self.names = Names(db, client, vault, 1.0, self.wake, self.waiting.append, clock=clock)
         self.tokens = Tokens(db, client, vault, rig.alarm, clock=clock)
-        self.subscriptions = Subscriptions(db, client, vault, self.patience, rig.alarm, clock=clock)
-        self.backfill = Backfill(db, client, vault, self.patience, self.wake, clock=clock, pause=self.pause)
+        self.subscriptions = Subscriptions(db, client, vault, rig.alarm, clock=clock)
+        self.backfill = Backfill(db, client, vault, self.wake, clock=clock, pause=self.pause)
 
-    def wake(self) -> None:
+    def wake(self, _: Any) -> None:
         self.wakes += 1
 
     def pause(self, seconds: float) -> None:
@@ -228,21 +227,19 @@ def test_the_shops_own_messages_and_receipts_ask_for_nobody(tended: Tended) -> N
 
 def test_nothing_is_asked_for_an_account_that_is_held(tended: Tended) -> None:
     rig = tended.rig
-    account, now = rig.account(), instant(rig.now_s)
-    accounts.update(rig.db, account["id"], {"status": "error"}, now, rig.patience)
+    account = rig.account()
+    rig.fail_account(account)
     rig.say("hello", "m1")
     tended.ask()
     rig.pass_s(1)
     assert rig.events() == ["message.received"]
     assert not rig.meta.calls
-    accounts.update(rig.db, account["id"], {"status": "active"}, now, rig.patience)
+    rig.change_account(account, status="active")
     rig.now_s += 61
     rig.say("hello again", "m2")
     tended.ask()
     assert tended.asked(f"/{CUSTOMER}") == 1
-    rig.db.write(
-        lambda: pauses.pause(rig.db, account["id"], "instagram", reason=None, until=None, now=instant(rig.now_s))
-    )
+    rig.pause(account, "sends")
     rig.say("hello", "x1", contact="900000000000003")
     tended.ask()
     assert tended.asked("/900000000000003") == 0
@@ -255,7 +252,7 @@ def test_a_dead_token_gives_its_account_a_rest_and_leaves_others_alone(tended: T
     rig = tended.rig
     rig.account()
     rig.meta.add_account(OTHER_ID, token=OTHER_TOKEN, app_scoped_id="24000000000000002", username="other_shop")
-    rig.account(OTHER_ID, access_token_sealed=rig.rooms.vault.seal(OTHER_TOKEN))
+    rig.account(OTHER_ID, token=OTHER_TOKEN)
     rig.meta.accounts[SHOP_ID].tokens.clear()
     for number in range(5):
         rig.say("hello", f"m{number}", contact=f"90000000000000{number}")
@@ -355,7 +352,7 @@ def with_token(rig: Rig, age_s: float, refresh_in_s: float = DAY_S) -> dict[str,
 def token(rig: Rig, account: dict[str, Any]) -> str:
     found = accounts.find(rig.db, account["id"])
     assert found is not None
-    return rig.rooms.vault.open(found["access_token_sealed"])
+    return accounts.token(rig.rooms.vault, found)
 
 
 def test_a_token_lives_on_for_a_year_by_weekly_refreshing(tended: Tended) -> None:
@@ -408,8 +405,7 @@ def test_a_dead_token_is_an_alert_and_a_fresh_one_its_end(tended: Tended) -> Non
     assert TOKEN not in rig.alerts[0][1]
     assert accounts.found(rig.db, account["id"])["status"] == "error"
     rig.meta.accounts[SHOP_ID].tokens["IGAAnew"] = rig.now_s - DAY_S
-    new = {"access_token_sealed": rig.rooms.vault.seal("IGAAnew"), "token_refresh_at": None, "status": "active"}
-    accounts.update(rig.db, account["id"], new, instant(rig.now_s), rig.patience)
+    rig.change_account(account, token="IGAAnew", token_refresh_at=None, status="active")
     tended.tokens.refresh()
     assert rig.cleared == ["token_dead"]
 
@@ -417,11 +413,11 @@ def test_a_dead_token_is_an_alert_and_a_fresh_one_its_end(tended: Tended) -> Non
 def test_a_token_that_was_put_meanwhile_is_not_overwritten(tended: Tended) -> None:
     rig = tended.rig
     account = with_token(rig, age_s=DAY_S)
-    old, new = account["access_token_sealed"], rig.rooms.vault.seal("IGAAput")
     now = instant(rig.now_s)
-    accounts.update(rig.db, account["id"], {"access_token_sealed": new}, now, rig.patience)
-    assert not accounts.renew_token(rig.db, account["id"], old, rig.rooms.vault.seal("IGAAfresh"), now, now, now)
-    accounts.refresh_later(rig.db, account["id"], old, now)
+    rig.change_account(account, token="IGAAput")
+    fresh = accounts.seal(rig.rooms.vault, account["instagram_id"], "IGAAfresh")
+    assert not accounts.renew_token(rig.db, account, fresh, expires_at=now, refresh_at=now)
+    accounts.refresh_later(rig.db, account, now)
     assert token(rig, account) == "IGAAput"
 
 
@@ -507,7 +503,7 @@ def test_own_sends_are_confirmed_and_never_doubled(tended: Tended) -> None:
     lost = rig.send(account, "its answer is lost")
     rig.meta.fault("messages", after_effect=True, drop=True)
     rig.drain()
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     tended.backfill.fill()
     assert [rig.status(one)["status"] for one in (message_id, lost)] == ["delivered", "delivered"]
     rig.live_through(HOUR_S)
@@ -523,7 +519,7 @@ def test_a_backfill_keeps_to_two_calls_a_second_and_reads_all_pages(tended: Tend
         rig.meta.customer_says(SHOP_ID, f"90000000000001{number}", "hello", told="never")
         rig.now_s += 60
     began_s = rig.now_s
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - HOUR_S), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - HOUR_S))
     tended.backfill.fill()
     times = [call.at for call in rig.meta.calls]
     assert len(times) == 4 + 10
@@ -543,7 +539,7 @@ def test_a_conversation_with_more_than_instagram_shows_is_named(
         rig.now_s += 1
         rig.meta.customer_says(SHOP_ID, CUSTOMER, f"hello {number}", told="never")
     rig.meta.customer_says(SHOP_ID, "900000000000002", "only this", told="never")
-    questions.ask_backfill(rig.db, account["id"], instant(began_s), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(began_s))
     tended.backfill.fill()
     named = [
         record.facts  # type: ignore[attr-defined]
@@ -560,7 +556,7 @@ def test_it_stops_at_conversations_that_are_older_than_the_gap(tended: Tended) -
     for number in range(10):
         rig.meta.customer_says(SHOP_ID, f"90000000000001{number}", "hello", told="never")
         rig.now_s += HOUR_S
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 1.5 * HOUR_S), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 1.5 * HOUR_S))
     tended.backfill.fill()
     rig.pass_s(2)
     assert len(rig.taken()) == 1
@@ -584,7 +580,7 @@ def test_every_kind_of_content_is_recovered_in_the_webhooks_shape(tended: Tended
     rig.meta.customer_says(SHOP_ID, CUSTOMER, "your story!", mid="r2", reply_to=story, told="never")
     rig.now_s += 1
     rig.meta.customer_says(SHOP_ID, CUSTOMER, attachments=[{"type": "like_heart"}], mid="h1", told="never")
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     tended.backfill.fill()
     rig.pass_s(2)
     events = [entry.event for entry in rig.taken()]
@@ -598,7 +594,7 @@ def test_every_kind_of_content_is_recovered_in_the_webhooks_shape(tended: Tended
     # What was told in another form is not told again.
     rig.hear(rig.item({"message": {"mid": "p1", "attachments": [{"type": "like_heart"}]}}))
     rig.meta.customer_says(SHOP_ID, CUSTOMER, attachments=[{"type": "like_heart"}], mid="p1", told="never")
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     tended.backfill.fill()
     rig.pass_s(2)
     assert [entry.event["instagram_message_id"] for entry in rig.taken()].count("p1") == 1
@@ -608,7 +604,7 @@ def test_a_backfill_that_fails_is_tried_again_and_given_up_in_the_end(tended: Te
     rig = tended.rig
     account = rig.account()
     rig.meta.customer_says(SHOP_ID, CUSTOMER, "hello", told="never")
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     rig.meta.fault("conversations", times=1, status=503)
     tended.backfill.fill()
     tended.backfill.fill()
@@ -618,7 +614,7 @@ def test_a_backfill_that_fails_is_tried_again_and_given_up_in_the_end(tended: Te
     rig.pass_s(2)
     assert rig.events() == ["message.received"]
     rig.meta.fault("conversations", times=99, status=503)
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     for _ in range(30):
         tended.backfill.fill()
         rig.now_s += HOUR_S
@@ -636,9 +632,9 @@ def test_short_gaps_need_no_backfill_and_two_gaps_are_one(tended: Tended) -> Non
     second = instant(rig.now_s)
     rig.now_s += OUTAGE_S + 1
     tended.backfill.notice()
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s))
     assert [row["since"] for row in questions.backfills(rig.db, instant(rig.now_s))] == [second]
-    questions.ask_backfill(rig.db, account["id"], first, instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], first)
     assert [row["since"] for row in questions.backfills(rig.db, instant(rig.now_s))] == [first]
 
 
@@ -705,10 +701,10 @@ def test_nothing_is_asked_about_who_was_erased_or_for_who_left(rig: Rig) -> None
     account = rig.account()
     rig.say("hello", "m1")
     rig.say("hello", "m2", contact="900000000000002")
-    privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
     left = questions.due(rig.db, instant(rig.now_s), but=(), limit=9)
     assert [question["subject"] for question in left] == ["900000000000002"]
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s), instant(rig.now_s))
-    turn.delete_account(rig.db, account["id"], rig.now_s)
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s))
+    turn.delete_account(rig.db, account["id"])
     assert questions.due(rig.db, instant(rig.now_s), but=(), limit=9) == []
     assert questions.backfills(rig.db, instant(rig.now_s)) == []

@@ -54,10 +54,13 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         shop.close()
         now = instant(1_800_000_000)
         with contextlib.closing(sqlite3.connect(shop.database)) as db, db:
-            db.execute("UPDATE accounts SET status = 'error', status_reason = ?", (EVIL,))
+            db.execute(
+                "UPDATE endpoints SET held_by = 'error', held_at = aged_from, held_reason = ? WHERE kind <> 'crm'",
+                (EVIL,),
+            )
             db.execute("UPDATE alerts SET message = ?", (EVIL,))
             db.execute("UPDATE api_keys SET name = ?", (EVIL,))
-            db.execute("INSERT INTO pauses VALUES (?, 'crm', 'operator', ?, ?, NULL)", (shop.account_id, EVIL, now))
+            db.execute("UPDATE endpoints SET paused_at = ?, paused_reason = ? WHERE kind = 'crm'", (now, EVIL))
             db.execute("UPDATE contacts SET name = ?, username = ?", (EVIL, EVIL))
         yield shop
 

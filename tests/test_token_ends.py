@@ -10,7 +10,6 @@ import pytest
 
 from crmbridge.events import epoch_s, instant
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts
 from crmbridge.tending.tokens import Tokens
 from tests.rig import START_S, Recorder, Rig
 from tests.shop import SHOP_ID, SHOP_SCOPED_ID, TOKEN, Shop
@@ -150,8 +149,7 @@ def test_a_token_that_is_refused_everywhere_is_dead_and_nothing_less(keeper: Sho
 def test_an_account_without_a_token_has_none_that_ends(keeper: Shopkeeper) -> None:
     keeper.refuse(2)
     assert keeper.live(2.25) == ["token_not_renewed"]
-    now = instant(keeper.rig.now_s)
-    accounts.update(keeper.rig.db, keeper.id, {"access_token_sealed": None}, now, keeper.rig.patience)
+    keeper.rig.by_hand("UPDATE endpoints SET secret_sealed = NULL WHERE kind = 'instagram'")
     assert keeper.live(70) == []
     assert keeper.rig.cleared == ["token_not_renewed"]
     assert keeper.shown()["token_expires_at"] is None
@@ -232,7 +230,7 @@ def test_check_and_doctor_tell_of_it_without_a_call(fresh_shop: Shop) -> None:
     shop.change(f"UPDATE accounts SET token_refusals = 0, token_expires_at = '{instant(time.time() - DAY_S)}'")
     checked, found = told()
     assert re.search(r"the access token has 0 day\(s\) left: it ends at \d", found["token_expiring"]["what"])
-    shop.change("UPDATE accounts SET access_token_sealed = NULL")
+    shop.change("UPDATE endpoints SET secret_sealed = NULL WHERE kind = 'instagram'")
     assert told()[1] == {}
 
 

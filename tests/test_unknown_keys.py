@@ -308,8 +308,8 @@ def test_it_goes_with_retention_and_erasure_and_is_never_logged(
         rig.drain()
         rig.drain()
         if erased and name != "mention":  # a mention names nobody
-            privacy.erase_contact(rig.db, account["id"], CUSTOMER, rig.now_s, rig.patience)
-            rig.db.write(lambda: rig.db.run("DELETE FROM inbound_events"))  # it may be told once more
+            privacy.erase_contact(rig.db, account["id"], CUSTOMER)
+            rig.db.write(lambda tx: tx.run("DELETE FROM inbound_events"))  # it may be told once more
         else:
             prune(rig, 8)
         for table in ("inbound_events", "deliveries"):
@@ -330,13 +330,13 @@ def recovered(rig: Rig, *messages: dict[str, Any]) -> list[dict[str, Any]]:
     rig.meta.customer_says(SHOP_ID, CUSTOMER, "x", mid="x", told="never")
     page = {"messages": {"data": [{**known, "id": f"m{number}", **one} for number, one in enumerate(messages)]}}
     rig.meta.fault(f"aWdfZAG06{CUSTOMER}", status=200, body=page)
-    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60), instant(rig.now_s))
+    questions.ask_backfill(rig.db, account["id"], instant(rig.now_s - 60))
     rooms = rig.rooms
 
     def pause(seconds: float) -> None:
         rig.now_s += seconds
 
-    Backfill(rig.db, rooms.client, rooms.vault, rig.patience, lambda: None, clock=lambda: rig.now_s, pause=pause).fill()
+    Backfill(rig.db, rooms.client, rooms.vault, lambda _: None, clock=lambda: rig.now_s, pause=pause).fill()
     rig.drain()
     return [entry.event for entry in rig.taken()]
 

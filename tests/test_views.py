@@ -13,8 +13,8 @@ from crmbridge import config
 from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, dead, overview, pauses
-from crmbridge.store.database import Row
+from crmbridge.store import overview
+from crmbridge.store.database import Row, Tx
 from crmbridge.store.sqlite import shifted
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
@@ -138,7 +138,7 @@ def test_what_is_held_says_how_it_is_let_go_and_has_no_end(rig: Rig) -> None:
     rig.say("one", "mid-1")
     rig.drain()
     for what in ("sends", "deliveries"):
-        pauses.stop(rig.db, paused["id"], [what], reason="new CRM", until=None, now=instant(rig.now_s))
+        rig.pause(paused, what, reason="new CRM")
     rig.send(paused)
     rig.meta.fault("messages", status=400, body=wire.error_body(190, "expired", subcode=463))
     rig.send(failed)
@@ -146,12 +146,12 @@ def test_what_is_held_says_how_it_is_let_go_and_has_no_end(rig: Rig) -> None:
     rig.now_s += 3600
     found = {row["account_id"]: row for row in rig.db.rows("SELECT * FROM stuck")}
     assert set(found) == {gone["id"], paused["id"], failed["id"]}
-    assert {row[end] for row in found.values() for end in ("next_try", "gives_up_at")} == {None}
+    assert {row[end] for row in found.values() for end in ("next_try",)} == {None}
     assert found[paused["id"]]["to_type"] == f"crmbridge account resume {paused['id']} --sends"
     put, resume = f"PUT /api/v1/accounts/{gone['id']}", f"crmbridge account resume {gone['id']} --deliveries"
     mend = f"mend crm_webhook_url ({put}), or {resume}"
     assert found[gone["id"]]["to_type"] == mend
-    (told,) = explain.explain(rig.db, found[gone["id"]]["id"], rig.now_s)["stories"]
+    (told,) = explain.explain(rig.db, found[gone["id"]]["id"], rig.now_s, rig.patience)["stories"]
     assert told["to_type"] == [mend]
     assert "token_expired" in found[failed["id"]]["why"]
 
@@ -195,7 +195,7 @@ def test_no_explanation_reads_a_whole_table(rig: Rig, monkeypatch: pytest.Monkey
     rig.drain()
     monkeypatch.setattr(rig.db, "rows", noting)
     for given in ("mid-1", "key-0", "nothing", CUSTOMER, account["id"], message_id, "test"):
-        explain.explain(rig.db, given, rig.now_s)
+        explain.explain(rig.db, given, rig.now_s, rig.patience)
     monkeypatch.undo()
     assert len(asked) > 50
     assert not [(sql, found) for sql, given in asked if (found := scans(rig, sql, given))]
@@ -214,13 +214,13 @@ def scans(rig: Rig, query: str, parameters: Sequence[Any]) -> list[str]:
 def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
     account = rig.account()
 
-    def fill() -> None:
+    def fill(tx: Tx) -> None:
         for number in range(1, 101):
             values = {"contact": "c", "sequence": number, "event": "e", "ready": 1, "due": "", "correlation_id": "x"}
             values |= {"id": f"dlv_{number}", "target": "crm", "account_id": account["id"], "state": "done"}
-            rig.db.insert("deliveries", {**values, "accepted_at": "", "expires_at": "", "latency_ms": number})
-        rig.db.run("UPDATE deliveries SET finished_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-59 minutes')")
-        rig.db.run("UPDATE deliveries SET finished_at = '2020-01-01T00:00:00.000Z' WHERE latency_ms > 50")
+            tx.insert("deliveries", {**values, "accepted_at": "", "aged_from": "", "latency_ms": number})
+        tx.run("UPDATE deliveries SET finished_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-59 minutes')")
+        tx.run("UPDATE deliveries SET finished_at = '2020-01-01T00:00:00.000Z' WHERE latency_ms > 50")
 
     rig.db.write(fill)
     (row,) = overview.accounts(rig.db)
@@ -234,15 +234,15 @@ def test_what_was_held_or_revived_lifts_no_percentile(rig: Rig) -> None:
     account = rig.account()
     rig.lose("dead for hours", "mid-1")
     rig.now_s += 2 * 3600
-    dead.revive(rig.db, rig.dead()[0]["id"], rig.now_s, rig.patience)
+    rig.revive(rig.dead()[0]["id"])
     rig.drain()
-    pauses.stop(rig.db, account["id"], ["deliveries"], reason="new CRM", until=None, now=instant(rig.now_s))
+    rig.pause(account, "deliveries", reason="new CRM")
     rig.say("held by a pause", "mid-2", contact="802")
     rig.send(account, "held by the account's status")
-    accounts.update(rig.db, account["id"], {"status": "error"}, instant(rig.now_s), rig.patience)
+    rig.fail_account(account)
     rig.now_s += 2 * 3600
-    accounts.update(rig.db, account["id"], {"status": "active"}, instant(rig.now_s), rig.patience)
-    pauses.resume(rig.db, account["id"], "crm", now=instant(rig.now_s), patience=rig.patience)
+    rig.change_account(account, status="active")
+    rig.unpause(account, "deliveries")
     rig.drain()
     rig.now_s += 1
     rig.say("at once", "mid-3", contact="803")
@@ -252,11 +252,11 @@ def test_what_was_held_or_revived_lifts_no_percentile(rig: Rig) -> None:
     (held,) = rig.db.rows("SELECT held FROM slow WHERE contact = '802'")
     assert held["held"] == f"{instant(START_S + 7200)} to {instant(START_S + 14_400)}: new CRM"
 
-    def to_the_last_hour() -> None:
+    def to_the_last_hour(tx: Tx) -> None:
         by = f"{time.time() - 60 - rig.now_s:+.3f}"
         for table, columns in (("deliveries", ("accepted_at", "finished_at")), ("past_holds", ("since", "ended_at"))):
             moved = ", ".join(f"{column} = {shifted(column)}" for column in columns)
-            rig.db.run(f"UPDATE {table} SET {moved}", [by] * len(columns))
+            tx.run(f"UPDATE {table} SET {moved}", [by] * len(columns))
 
     rig.db.write(to_the_last_hour)
     counted = rig.db.rows("SELECT target, count, max_ms FROM latency_last_hour ORDER BY target")

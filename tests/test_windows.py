@@ -8,7 +8,7 @@ import pytest
 
 from crmbridge.events import ChannelEvent, instant
 from crmbridge.sandbox import wire
-from crmbridge.store import inbound, pauses, privacy
+from crmbridge.store import inbound, privacy
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID
 
@@ -298,7 +298,7 @@ def test_an_ad_counts_as_well_when_its_message_was_found_before_it_was_told(desk
         "message.received", SHOP_ID, CUSTOMER, instant(rig.now_s), "message:mid-new", external_id="mid-new",
         text="hello", message_type="text", extra={"recovered": True}, opens="window",
     )  # fmt: skip
-    inbound.keep(rig.db, [found], correlation_id="t", now_s=rig.now_s, patience=rig.patience)
+    inbound.keep(rig.db, [found], correlation_id="t")
     assert desk.both() == (202, instant(rig.now_s + DAY_S))
     rig.hear(rig.item(message(text="hello", referral=AD)))
     assert desk.both() == (202, instant(rig.now_s + 7 * DAY_S))
@@ -324,14 +324,13 @@ def test_a_clock_some_seconds_apart_changes_no_time(desk: Desk) -> None:
 
 @pytest.mark.parametrize("acts_meanwhile", [False, True])
 def test_a_send_that_waits_goes_by_the_window_of_its_turn(desk: Desk, acts_meanwhile: bool) -> None:
-    rig, account_id = desk.rig, desk.account["id"]
-    pauses.stop(rig.db, account_id, ["sends"], reason="x", until=None, now=instant(rig.now_s))
+    rig = desk.rig
+    rig.pause(desk.account, "sends", reason="x")
     message_id = rig.send(desk.account, "waits")
     rig.live_through(SINCE_S)
     if acts_meanwhile:
         rig.hear(rig.item(ACTS["reaction"][0]))
-    later = instant(rig.now_s)
-    assert pauses.resume(rig.db, account_id, "instagram", now=later, patience=rig.patience)
+    assert rig.unpause(desk.account, "sends") == [True]
     rig.live_through(60)
     found = rig.status(message_id)
     assert (found["status"], (found["error"] or {}).get("code")) == (
@@ -376,7 +375,7 @@ def test_what_is_taken_back_has_opened_the_window_all_the_same(desk: Desk) -> No
             rig.hear(rig.item(json.loads(json.dumps(item)), at_s=acted_s + (item is unsent)))
             rig.now_s += number
         assert desk.both() == (202, instant(acted_s + DAY_S))
-        rig.db.write(lambda: rig.db.run("DELETE FROM inbound_events WHERE instagram_message_id = 'mid-new'"))
+        rig.db.write(lambda tx: tx.run("DELETE FROM inbound_events WHERE instagram_message_id = 'mid-new'"))
         rig.now_s += 2 * DAY_S
 
 
@@ -385,7 +384,7 @@ def test_an_act_that_came_before_its_account_counts_when_the_account_is_there(ri
     acted_s = rig.now_s
     rig.now_s += SINCE_S
     account = rig.account()
-    inbound.adopt(rig.db, account, rig.now_s, rig.patience)
+    inbound.adopt(rig.db, account)
     assert asked(rig, account, CUSTOMER) == (202, instant(acted_s + 7 * DAY_S), [])
 
 
@@ -393,6 +392,6 @@ def test_whose_data_were_erased_is_unknown_again(desk: Desk) -> None:
     rig = desk.rig
     ad = rig.item(message(text="Tell me more", referral=AD))
     rig.hear(ad)
-    privacy.erase_contact(rig.db, desk.account["id"], CUSTOMER, rig.now_s, rig.patience)
+    privacy.erase_contact(rig.db, desk.account["id"], CUSTOMER)
     rig.hear(ad)
     assert asked(rig, desk.account, CUSTOMER) == (202, None, ["recipient_unknown"])

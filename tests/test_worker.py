@@ -23,7 +23,7 @@ class FakeEngine:
         self.next_s: float | None = None
         self.changed = threading.Condition()
 
-    def tell(self) -> bool:
+    def tell(self, accounts: object = None) -> bool:
         return False
 
     def drain(self) -> float | None:

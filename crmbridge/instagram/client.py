@@ -11,9 +11,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from crmbridge import __version__, net
-from crmbridge.endpoints import Pace
 from crmbridge.errors import AttemptFailed, InDoubt, Invalid, Refused, Retry, Unavailable
 from crmbridge.events import Shown, Thread, epoch_s
+from crmbridge.health import Pace
 from crmbridge.instagram import codes, outgoing
 
 # Calls a second for one account, by Instagram's limits ("Rate limits").

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from crmbridge import log, terminal
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
-from crmbridge.store import accounts, dead, pauses
+from crmbridge.store import accounts, dead, endpoints
 from crmbridge.store.database import Database
-from crmbridge.store.deliveries import Patience
 
 
 def show(db: Database) -> None:
@@ -18,8 +17,8 @@ def show(db: Database) -> None:
         target = log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else "(pull)"
         name = row["username"] or "-"
         terminal.say(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
-        for what, target in pauses.WHAT.items():
-            hold = pauses.hold(db, row, target)
+        for what, kind in endpoints.WHAT.items():
+            hold = endpoints.locked(db, row["id"], kind)
             if hold:
                 until = f" until {hold['until']}" if hold["until"] else ""
                 why = f": {hold['reason']}" if hold["reason"] else ""
@@ -41,27 +40,27 @@ def pause(
         raise Misconfigured(f"{'--for' if lasts is not None else '--until'} {error}") from None
     if reason is not None and not (reason.isprintable() and 0 < len(reason) <= 255):
         raise Misconfigured("--reason must be printable text of at most 255 characters")
-    pauses.stop(db, account_id, what or list(pauses.WHAT), reason=reason, until=until, now=instant(now_s))
-    for name in what or pauses.WHAT:
+    endpoints.pause(db, account_id, what or list(endpoints.WHAT), reason=reason, until=until)
+    for name in what or endpoints.WHAT:
         terminal.say(f"paused {name} of {account_id}" + (f" until {until}" if until else ""))
 
 
-def resume(db: Database, account_id: str, what: Sequence[str], patience: Patience, *, held: bool) -> None:
+def resume(db: Database, account_id: str, what: Sequence[str], *, held: bool) -> None:
     """Let what was paused go on, of the two or both; where nothing was, or if `held`, also what an answer holds."""
     _require(db, account_id)
-    for name in what or pauses.WHAT:
-        target, now_s = pauses.WHAT[name], time.time()
-        was_paused = pauses.resume(db, account_id, target, now=instant(now_s), patience=patience)
+    for name in what or endpoints.WHAT:
+        target = endpoints.WHAT[name]
+        was_paused = endpoints.resume(db, account_id, target)
         if was_paused:
             terminal.say(f"resumed {name} of {account_id}")
         account = accounts.found(db, account_id)
         may_release = held or not was_paused
-        was_held, again = dead.release(db, account, target, now_s, patience) if may_release else (False, 0)
+        was_held, again = dead.release(db, account, target) if may_release else (False, 0)
         if again:
             terminal.say(f"{again} event(s) of {account_id} that a 401 ended are sent again")
         if was_held:
             terminal.say(f"released {name} of {account_id}")
-        elif (left := pauses.hold(db, account, target)) is not None:
+        elif (left := endpoints.locked(db, account_id, target)) is not None:
             terminal.say(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
         elif not was_paused and not again:
             terminal.say(f"{name} of {account_id} were not paused")

@@ -19,7 +19,7 @@ def ask(db: Database, account_id: str | None, since: str, now_s: float | None = 
     if not chosen:
         raise Misconfigured(f"there is no account {account_id}" if account_id else "there are no accounts")
     for row in chosen:
-        questions.ask_backfill(db, row["id"], begin, instant(now_s))
+        questions.ask_backfill(db, row["id"], begin)
         terminal.say(f"asked    {row['id']}  since {begin}")
 
 

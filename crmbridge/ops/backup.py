@@ -21,7 +21,7 @@ _DRAFT = ".part"
 _MB = 10**6
 _SPARE_BYTES = 2 * _MB
 _SHORTEST = 8
-INI_MARK = "crmbridge.ini\n"  # so that no other sealed secret is taken for one
+INI_PLACE = ("backup_note", "sealed_ini")
 
 
 def run(
@@ -113,7 +113,7 @@ def _seal(note: dict[str, str | None], key_file: Path, ini: Path | None, secret:
     if ini is None:
         return None
     try:
-        note["sealed_ini"] = vault.load(key_file).seal(INI_MARK + ini.read_text(encoding="utf-8-sig"))
+        note["sealed_ini"] = vault.load(key_file).seal(ini.read_text(encoding="utf-8-sig"), *INI_PLACE)
     except (Misconfigured, OSError, UnicodeDecodeError) as error:  # the rows count for more
         return str(error)
     return None

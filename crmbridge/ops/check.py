@@ -16,7 +16,7 @@ from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Misconfigured
 from crmbridge.events import epoch_s
 from crmbridge.instagram import reading
-from crmbridge.store import accounts, alerts, database, holds, overview, pauses, retention, vitals
+from crmbridge.store import accounts, alerts, database, endpoints, overview, retention, vitals
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters: Unicode leaves them to programs
 _UNMARKED = {ord(_BEGIN): None, ord(_END): None}
@@ -188,7 +188,7 @@ def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]
         text = f"{named(account)}: the access token has {max(left_days, 0):.0f} day(s) left: {until}"
         yield Finding("warning", "token_expiring", text, todo=put, account_id=account["id"])
     if keys is not None:
-        keys.open(account["access_token_sealed"])
+        accounts.token(keys, account)
 
 
 def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
@@ -200,19 +200,19 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         todo = "a new access_token, or status: active" if account["status"] == "error" else "status: active"
         text = f"{about} is {account['status']} since {account['status_since']}, its {what} held{why}"
         yield Finding("warning", "account_held", text, todo=f"{put} with {todo}", account_id=account["id"])
-    for what, target in pauses.WHAT.items():
-        hold = pauses.everyone(db).get((target, account["id"]))
-        if hold is None:
+    for what, kind in endpoints.WHAT.items():
+        hold = endpoints.locked(db, account["id"], kind)
+        if hold is None or hold["cause"] != "operator":
             continue
         text = f"{about} {what} are paused since {hold['since']}" + (f" until {hold['until']}" if hold["until"] else "")
         text += f": {theirs(hold['reason'])}" if hold["reason"] else ""
-        todo = pauses.to_type(account["id"], target, hold["cause"])
+        todo = endpoints.to_type(account["id"], kind, hold["cause"])
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
-    held = holds.find(db, account["id"], "crm")
-    if held is not None and held["trial_since"] is None:
+    held = endpoints.find(db, account["id"], "crm")
+    if held is not None and held["held_by"] in ("gone", "unauthorized"):
         asked = f"is asked again at {held['ask_at']}" if held["ask_at"] else "is not asked again by itself"
-        text = f"{about} deliveries are held since {held['since']}: {held['reason']}; it {asked}"
-        todo = pauses.to_type(account["id"], "crm", held["cause"])
+        text = f"{about} deliveries are held since {held['held_at']}: {held['held_reason']}; it {asked}"
+        todo = endpoints.to_type(account["id"], "crm", held["held_by"])
         yield Finding("warning", "deliveries_held", text, todo=todo, account_id=account["id"])
     if account["subscription_ok"] == 0:
         said = theirs(account["subscription_error"] or "")

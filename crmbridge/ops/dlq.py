@@ -10,7 +10,6 @@ from crmbridge.events import epoch_s
 from crmbridge.store import dead
 from crmbridge.store.database import Database, Row
 from crmbridge.store.dead import Filter
-from crmbridge.store.deliveries import Patience
 from crmbridge.store.overview import NAMES
 
 _PAGE = 200
@@ -55,7 +54,7 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f}s"
 
 
-def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool, preview: bool) -> int:
+def retry(db: Database, names: Sequence[str], *, force: bool, preview: bool) -> int:
     """Owe the named deliveries again, at once; print what became of each; return 1 when one was left as it was.
 
     With `preview`, only print what would become of them.
@@ -65,7 +64,7 @@ def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool
         if preview:
             dead.retryable(db, delivery_id, force=force)
         else:
-            dead.revive(db, delivery_id, time.time(), patience, force=force, by=_BY)
+            dead.revive(db, delivery_id, force=force, by=_BY)
 
     return _each(db, names, revive, "would be revived" if preview else "revived ")
 
@@ -73,7 +72,7 @@ def retry(db: Database, names: Sequence[str], patience: Patience, *, force: bool
 def discard(db: Database, names: Sequence[str], *, preview: bool) -> int:
     """End the named deliveries for good; print what became of each; return 1 when one was left as it was."""
     said = "would be discarded" if preview else "discarded"
-    return _each(db, names, lambda name: dead.discard(db, name, time.time(), by=_BY, preview=preview), said)
+    return _each(db, names, lambda name: dead.discard(db, name, by=_BY, preview=preview), said)
 
 
 def _each(db: Database, names: Sequence[str], what: Callable[[str], None], said: str) -> int:
@@ -91,16 +90,14 @@ def _each(db: Database, names: Sequence[str], what: Callable[[str], None], said:
     return left
 
 
-def retry_all(db: Database, wanted: Sequence[Filter], *, force: bool, preview: bool) -> None:
+def retry_all(db: Database, wanted: Sequence[Filter], *, preview: bool) -> None:
     """Have all that match tried again, behind live traffic, and print how many; with `preview`, only count them."""
     for one in wanted:
-        found = dead.ask(db, one, time.time(), force=force, preview=preview, by=_BY)
+        found = dead.revive_all(db, one, time.time(), preview=preview, by=_BY)
         reasons = ", ".join(f"{number} {because}" for because, number in found.left_out.items() if number)
-        asked = "to be asked for" if preview else "asked for"
-        terminal.say(
-            f"{NAMES[one.target]}: {found.matching} match, {found.asked} {asked}, {found.already_asked} before"
-            + (f", left out: {reasons}" if reasons else "")
-        )
+        revived = "to be revived" if preview else "revived"
+        left = f", left out: {reasons}" if reasons else ""
+        terminal.say(f"{NAMES[one.target]}: {found.matching} match, {found.revived} {revived}{left}")
 
 
 def discard_all(db: Database, wanted: Sequence[Filter], *, preview: bool) -> None:

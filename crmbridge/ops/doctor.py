@@ -31,7 +31,7 @@ from crmbridge.events import epoch_s, instant
 from crmbridge.instagram.client import Client, Refusal
 from crmbridge.ops import check, health, machine, owner
 from crmbridge.ops.check import Finding
-from crmbridge.store import accounts, database, overview, pauses, vitals
+from crmbridge.store import accounts, database, endpoints, overview, vitals
 from crmbridge.store.database import Row
 
 LOG = Path("/var/log/crmbridge/crmbridge.log")
@@ -275,13 +275,12 @@ def _queues(report: Report) -> Iterator[Finding]:
     db = report.look.db
     if db is None:
         return
-    rows = {row["id"]: row for row in accounts.everyone(db)}
     for row in overview.accounts(db):
         one = row["account_id"]
         for target, name in overview.NAMES.items():
             oldest, late = row[f"oldest_pending_{name.removesuffix('s')}_at"], row["latency"][name]
             age_s = time.time() - epoch_s(oldest) if oldest else 0
-            if age_s > _OLD_S and pauses.hold(db, rows[one], target) is None:
+            if age_s > _OLD_S and endpoints.locked(db, one, target) is None:
                 far = "the CRM" if target == "crm" else "Instagram"
                 yield Finding("warning", f"{name}_wait", f"{one}: {name} to {far} wait for {age_s / 60:.0f} min",
                               "what waits for 24 hours is given up and dies", f"crmbridge explain {one}", one
@@ -320,13 +319,13 @@ def _calls(report: Report, rows: list[Row], stranger: machine.Listener | None) -
     jobs["public_url"] = lambda: _public(given, lambda: _last_probe(report), asked)
     jobs["bridge"] = lambda: _bridge(given, stranger, asked)
     for row in rows:
-        held = pauses.hold(db, row, "crm") if db is not None else None
+        held = endpoints.locked(db, row["id"], "crm") if db is not None else None
         keys = report.look.keys
         if keys is None:
             break
         with contextlib.suppress(BridgeError):  # `check` told that it does not open
-            token = keys.open(row["access_token_sealed"]) if row["access_token_sealed"] else ""
-            secret = keys.open(row["webhook_secret_sealed"]) if row["webhook_secret_sealed"] else None
+            token = accounts.token(keys, row) if row["access_token_sealed"] else ""
+            secret = accounts.webhook_secret(keys, row)
             if token and row["status"] != "inactive":
                 jobs[f"Instagram for {row['id']}"] = _with(_instagram, given, client, row, token)
             jobs[f"CRM of {row['id']}"] = _with(_crm, given, row, secret, held)

@@ -7,10 +7,9 @@ from crmbridge.errors import Misconfigured
 from crmbridge.events import instant
 from crmbridge.store import accounts, privacy
 from crmbridge.store.database import Database
-from crmbridge.store.deliveries import Patience
 
 
-def run(db: Database, contact: str, account_id: str | None, patience: Patience) -> int:
+def run(db: Database, contact: str, account_id: str | None) -> int:
     """Erase a customer and print how much there was; return 1 when there was nothing.
 
     Raises Misconfigured for an account that never was here.
@@ -22,7 +21,7 @@ def run(db: Database, contact: str, account_id: str | None, patience: Patience) 
         raise Misconfigured("--contact needs the customer's id, the sender_id of an event")
     total, now_s = privacy.Erased(), time.time()
     for one in known if account_id is None else [account_id]:
-        erased = privacy.erase_contact(db, one, contact, now_s, patience)
+        erased = privacy.erase_contact(db, one, contact)
         if erased != privacy.Erased():
             terminal.say(f"{one}: erased " + ", ".join(f"{rows} {name}" for name, rows in vars(erased).items()))
         total += erased

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from crmbridge import log, terminal
-from crmbridge.events import instant
+from crmbridge.events import epoch_s, instant
 from crmbridge.instagram import reading
-from crmbridge.store import accounts, alerts, overview, pauses, story
+from crmbridge.store import accounts, alerts, endpoints, overview, story
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
+from crmbridge.store.deliveries import Patience
 from crmbridge.store.story import Kind, Life, Owed
 
 _SHOWN_AT_ONCE = 3
@@ -65,9 +66,9 @@ class Story:
             self.to_type.append(command)
 
 
-def run(db: Database, given: str) -> int:
+def run(db: Database, given: str, patience: Patience) -> int:
     """Print what an id means; return 0, or 1 when nothing here has it."""
-    found = explain(db, given, time.time())
+    found = explain(db, given, time.time(), patience)
     if not found["stories"] and not found["others"]:
         terminal.say(
             f"nothing here has the id {given}: it may be mistyped, of another server, or gone by retention",
@@ -81,24 +82,25 @@ def run(db: Database, given: str) -> int:
     return 0
 
 
-def explain(db: Database, given: str, now_s: float) -> dict[str, Any]:
+def explain(db: Database, given: str, now_s: float, patience: Patience) -> dict[str, Any]:
     """Return the stories of an id, or where it means many things, `others`: each with the command that tells it."""
     meanings = story.meanings(db, given)
     if len(meanings) > _SHOWN_AT_ONCE:
         others = [{"kind": kind, "id": known, "to_type": f"crmbridge explain {known}"} for kind, known in meanings]
         return {"id": given, "stories": [], "others": others}
-    return {"id": given, "stories": [asdict(_tell(db, *meaning, instant(now_s))) for meaning in meanings], "others": []}
+    stories = [asdict(_tell(db, *meaning, instant(now_s), patience)) for meaning in meanings]
+    return {"id": given, "stories": stories, "others": []}
 
 
-def _tell(db: Database, kind: Kind, known: str, now: str) -> Story:
+def _tell(db: Database, kind: Kind, known: str, now: str, patience: Patience) -> Story:
     if kind == "account":
         return _account(db, known, now)
     if kind == "conversation":
         return _conversation(db, known)
     if kind == "message":
-        found = _message(story.of_message(db, known), now)
+        found = _message(story.of_message(db, known), now, patience)
     else:
-        found = _event(story.of_event(db, known), now)
+        found = _event(story.of_event(db, known), now, patience)
     found.steps.sort(key=lambda step: step.at)  # stable: what happened at once stays in order of cause
     return found
 
@@ -128,7 +130,7 @@ def _wrapped(head: str, text: str) -> list[str]:
 # --- messages and events ---
 
 
-def _message(life: Life, now: str) -> Story:
+def _message(life: Life, now: str, patience: Patience) -> Story:
     message = life.message
     assert message is not None  # noqa: S101
     found = Story(
@@ -150,19 +152,19 @@ def _message(life: Life, now: str) -> Story:
         found.tell(heard["received_at"], "heard", f"Instagram {what}: {heard['id']}, {heard['state']}{_repeats(heard)}")
     for owed in life.owed:
         if owed.row["target"] == "instagram":
-            _deliver(found, owed, now)
+            _deliver(found, owed, now, patience)
     for change in life.transitions[1:]:  # the first is its acceptance
         if change["reason"] != "revived":  # told with the delivery
             found.tell(change["at"], "status", f"status {change['status']}: {_how(life, change)}")
     for owed in life.owed:
         if owed.row["target"] == "crm":
-            _deliver(found, owed, now)
+            _deliver(found, owed, now, patience)
     if message["content"] is None:
         found.next.append("its text is gone by retention")
     return found
 
 
-def _event(life: Life, now: str) -> Story:
+def _event(life: Life, now: str, patience: Patience) -> Story:
     event = life.event
     assert event is not None  # noqa: S101
     found = Story(
@@ -201,7 +203,7 @@ def _event(life: Life, now: str) -> Story:
     elif event["payload"] is None:
         found.next.append("its text is gone by retention")
     for owed in life.owed:
-        _deliver(found, owed, now)
+        _deliver(found, owed, now, patience)
     return found
 
 
@@ -250,7 +252,7 @@ _BY_A_PERSON = {
 }
 
 
-def _deliver(found: Story, owed: Owed, now: str) -> None:
+def _deliver(found: Story, owed: Owed, now: str, patience: Patience) -> None:
     """Tell a delivery: when it was owed, each call, what befell it between them, and what comes next."""
     row, to = owed.row, _FAR_SIDE[owed.row["target"]]
     is_send = row["target"] == "instagram"
@@ -280,7 +282,7 @@ def _deliver(found: Story, owed: Owed, now: str) -> None:
                 "account_deleted": "given up: the account was deleted",
             }.get(code[0], f"given up: {code[0]}")  # fmt: skip
             found.tell(at, word, f"{name} to {to} {ended}")
-    _foresee(found, owed, name, now)
+    _foresee(found, owed, name, now, patience)
 
 
 def _attempt(attempt: Row, target: str) -> str:
@@ -297,7 +299,7 @@ def _attempt(attempt: Row, target: str) -> str:
     return f"{head}: {', '.join(parts)}" + ("" if is_told else f" ({_problem(attempt['code'], text)})")
 
 
-def _foresee(found: Story, owed: Owed, name: str, now: str) -> None:
+def _foresee(found: Story, owed: Owed, name: str, now: str, patience: Patience) -> None:
     row = owed.row
     if row["state"] == "dead":
         _say_dead(found, row, name)
@@ -319,7 +321,9 @@ def _foresee(found: Story, owed: Owed, name: str, now: str) -> None:
         found.next.append(f"{name}: look-up {row['look_ups'] + 1} in Instagram's conversation at {row['due']}")
     else:
         overdue = row["due"] < now
-        text = f"{name}: attempt {row['attempts'] + 1} at {row['due']}, given up after {row['expires_at']}"
+        ends_at = instant(epoch_s(owed.aged_from) + patience.of(row["target"]))
+        ends_at = min(ends_at, owed.send_before or ends_at)
+        text = f"{name}: attempt {row['attempts'] + 1} at {row['due']}, given up after {ends_at}"
         found.next.append(text + ("; due, but its endpoint rests or is busy, or no worker runs" if overdue else ""))
         if overdue:
             found.advise("crmbridge check")
@@ -337,16 +341,13 @@ def _say_held(found: Story, hold: Row, what: str, account_id: str, target: Targe
         f"{what} held since {hold['since']}{until}, without ageing: {hold['reason'] or 'no reason given'}"
     )
     if hold["cause"] not in ("inactive", "error"):  # what the account's status holds goes on when that is mended
-        found.advise(pauses.to_type(account_id, target, hold["cause"]))
+        found.advise(endpoints.to_type(account_id, target, hold["cause"]))
     else:
         found.next.append(f"PUT /api/v1/accounts/{account_id} with a new access_token, or status active, lets it go on")
 
 
 def _say_dead(found: Story, row: Row, name: str) -> None:
     doubtful = row["target"] == "instagram" and row["last_code"] == "in_doubt"
-    if row["retry_asked_at"] is not None:
-        found.next.append(f"{name} is dead; since {row['retry_asked_at']} it waits to be let in behind live traffic")
-        return
     found.next.append(f"{name} is dead since {row['finished_at']}: nothing happens by itself")
     if row["gone"]:
         found.next.append("it cannot be tried again: its content is gone by retention")
@@ -354,7 +355,7 @@ def _say_dead(found: Story, row: Row, name: str) -> None:
     if doubtful:
         found.next.append("it may have arrived: look into Instagram before it is sent again")
     if row["last_code"] == "crm_unauthorized":
-        found.advise(pauses.to_type(row["account_id"], "crm", "unauthorized"))
+        found.advise(endpoints.to_type(row["account_id"], "crm", "unauthorized"))
         return
     found.advise(f"crmbridge dlq retry {row['id']}" + (" --force" if doubtful else ""))
 
@@ -384,9 +385,9 @@ def _account(db: Database, account_id: str, now: str) -> Story:
         for target, name in overview.NAMES.items():
             facts[f"pending_{name}"], facts[f"dead_{name}"] = seen[f"pending_{name}"], seen[f"dead_{name}"]
             facts[f"{name}_last_hour"] = overview.said(seen["latency"][name])
-            for past in pauses.past(db, account_id, target, begin="", end="9999")[-_PAST_HOLDS:]:
+            for past in endpoints.past(db, account_id, target, begin="", end="9999")[-_PAST_HOLDS:]:
                 _tell_held(found, past, _WHAT[target], "")
-            hold = pauses.hold(db, row, target)
+            hold = endpoints.locked(db, account_id, target)
             if hold is not None:
                 _say_held(found, hold, f"{_WHAT[target]} are", account_id, target)
             if seen[f"dead_{name}"]:

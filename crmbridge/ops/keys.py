@@ -65,6 +65,6 @@ def revoke(db: Database, named: str) -> None:
     """End a key, named by its id or by itself. Raises Misconfigured when there is no such key."""
     whole = apikey.split(named)
     key_id = whole.id if whole else named
-    if not keys.revoke(db, key_id, instant(time.time())):
+    if not keys.revoke(db, key_id):
         raise Misconfigured(f"there is no key {key_id[:20]}; 'crmbridge key list' shows them")
     terminal.say(f"revoked {key_id}")

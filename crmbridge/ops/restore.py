@@ -19,9 +19,8 @@ from crmbridge.config import Settings
 from crmbridge.errors import Misconfigured
 from crmbridge.events import instant
 from crmbridge.ops import owner
-from crmbridge.ops.backup import INI_MARK, passphrase, sync_folder
+from crmbridge.ops.backup import INI_PLACE, passphrase, sync_folder
 from crmbridge.store import copies, database
-from crmbridge.store.deliveries import Patience
 
 _MB = 10**6
 _SPARE_BYTES = 16 * _MB  # for the draft's own reserve, lock and log
@@ -64,7 +63,7 @@ def _run(settings: Settings, source: Path, ini: Path | None, secret: Callable[[]
         places = chosen.store.path, chosen.vault.key_file
         if places == (place, key_file):
             _tell_contents(source, found)
-            steps, sends = apart(lambda: _make_ready(draft, found.made_at, chosen, now_s), _WORK_MB)
+            steps, sends = apart(lambda: _make_ready(draft, found.made_at, now_s), _WORK_MB)
             terminal.say(*(f"  migrated {step}" for step in steps))
             if new_key:
                 with owner.acting(owner.beside(key_file, whose)):
@@ -149,13 +148,11 @@ def _look(draft: Path) -> dict[str, Any]:
     return dataclasses.asdict(copies.look_through(draft, from_elsewhere=True))
 
 
-def _make_ready(draft: Path, made_at: str, settings: Settings, now_s: float) -> tuple[list[str], int]:
+def _make_ready(draft: Path, made_at: str, now_s: float) -> tuple[list[str], int]:
     """Bring the draft up to date and make it fit to go on; return the migrations, and the sends it will look for."""
-    delivery = settings.delivery
-    patience = Patience(delivery.crm_give_up_s, delivery.instagram_give_up_s)
     with contextlib.closing(database.Database(draft)) as db:
         steps = db.migrate()
-        sends = copies.prepare(db, made_at, patience, now_s)
+        sends = copies.prepare(db, made_at, now_s)
     copies.close_down(draft)
     return steps, sends
 
@@ -196,9 +193,7 @@ def _configuration(
             raise Misconfigured(f"no configuration at {ini}, and none in this backup: put one there first")
         return settings, None, ""
     try:
-        mark, _, text = vault.Vault(keys).open(found.sealed_ini).partition("\n")
-        if mark + "\n" != INI_MARK:
-            raise Misconfigured("it is something else")
+        text = vault.Vault(keys).open(found.sealed_ini, *INI_PLACE)
         theirs = config.read(text, ini)
     except Misconfigured as error:
         if not is_there:

@@ -1,150 +1,227 @@
-"""The accounts that are configured here; secrets come and go sealed."""
+"""The accounts that are configured here, as people see them: where their things go, and whether they are in use."""
 
-from typing import Any
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from crmbridge.errors import Conflict, NotFound
-from crmbridge.events import new_id
-from crmbridge.store import holds, pauses
-from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Patience
+from crmbridge.errors import Conflict, Misconfigured, NotFound
+from crmbridge.events import epoch_s, new_id
+from crmbridge.store import endpoints
+from crmbridge.store.contacts import Target
+from crmbridge.store.database import Database, Reads, Row, Tx
+from crmbridge.vault import Vault
 
 _LIVE = "deleted_at IS NULL"
 REFUSED_OFTEN = 2  # so many refusals of a fresh token running are no accident
+_SELECT = """
+    SELECT accounts.*, crm.id AS crm_id, crm.url AS crm_webhook_url, crm.secret_sealed AS webhook_secret_sealed,
+        crm.old_secret_sealed AS old_webhook_secret_sealed, crm.old_secret_until AS old_webhook_secret_until,
+        instagram.id AS instagram_id, instagram.secret_sealed AS access_token_sealed,
+        CASE WHEN instagram.held_by IN ('inactive', 'error') THEN instagram.held_by ELSE 'active' END AS status,
+        instagram.held_reason AS status_reason, COALESCE(instagram.held_at, instagram.aged_from) AS status_since
+    FROM accounts LEFT JOIN endpoints AS crm ON crm.account_id = accounts.id AND crm.kind = 'crm'
+        LEFT JOIN endpoints AS instagram ON instagram.account_id = accounts.id AND instagram.kind = 'instagram'"""
 
 
-def find(db: Database, account_id: str) -> Row | None:
+def find(db: Reads, account_id: str) -> Row | None:
     """Return an account, or None when it is unknown or deleted."""
-    return db.row(f"SELECT * FROM accounts WHERE id = ? AND {_LIVE}", (account_id,))
+    return db.row(f"{_SELECT} WHERE accounts.id = ? AND {_LIVE}", (account_id,))
 
 
-def find_external(db: Database, instagram_account_id: str) -> Row | None:
+def find_any(db: Reads, account_id: str | None) -> Row | None:
+    """Return an account, a deleted one too, which has no secrets and goes nowhere, or None."""
+    return db.row(f"{_SELECT} WHERE accounts.id = ?", (account_id,))
+
+
+def find_external(db: Reads, instagram_account_id: str) -> Row | None:
     """Return the account that has this id at Instagram, or None."""
-    return db.row(f"SELECT * FROM accounts WHERE instagram_account_id = ? AND {_LIVE}", (instagram_account_id,))
+    return db.row(f"{_SELECT} WHERE instagram_account_id = ? AND {_LIVE}", (instagram_account_id,))
 
 
-def everyone(db: Database) -> list[Row]:
+def everyone(db: Reads) -> list[Row]:
     """Return all accounts, oldest first."""
-    return db.rows(f"SELECT * FROM accounts WHERE {_LIVE} ORDER BY id")
+    return db.rows(f"{_SELECT} WHERE {_LIVE} ORDER BY accounts.id")
 
 
-def ids(db: Database) -> list[str]:
+def some(db: Reads, account_ids: Sequence[str]) -> list[Row]:
+    """Return those of the accounts that are here."""
+    marks = ", ".join("?" * len(account_ids))
+    return db.rows(f"{_SELECT} WHERE accounts.id IN ({marks}) AND {_LIVE}", account_ids)
+
+
+def ids(db: Reads) -> list[str]:
     """Return the ids of all accounts, deleted ones too, oldest first."""
     return [row["id"] for row in db.rows("SELECT id FROM accounts ORDER BY id")]
 
 
-def page(db: Database, *, after: str, limit: int, only: list[str] | None) -> list[Row]:
+def page(db: Reads, *, after: str, limit: int, only: list[str] | None) -> list[Row]:
     """Return up to `limit` accounts with ids above `after`, of the ids in `only` where that is given."""
     chosen, parameters = "", [after]
     if only is not None:
-        chosen = f" AND id IN ({', '.join('?' * len(only))})"
+        chosen = f" AND accounts.id IN ({', '.join('?' * len(only))})"
         parameters += only
-    sql = f"SELECT * FROM accounts WHERE id > ?{chosen} AND {_LIVE} ORDER BY id LIMIT ?"
+    sql = f"{_SELECT} WHERE accounts.id > ?{chosen} AND {_LIVE} ORDER BY accounts.id LIMIT ?"
     return db.rows(sql, (*parameters, limit))
 
 
-def create(db: Database, values: dict[str, Any], now: str) -> Row:
+def create(db: Database, vault: Vault, values: Row, *, token: str, url: str | None, secret: str | None) -> Row:
     """Store a new account. Raises Conflict when its Instagram account is already here."""
 
-    def job() -> Row:
-        taken = find_external(db, values["instagram_account_id"])
+    def job(tx: Tx) -> Row:
+        taken = find_external(tx, values["instagram_account_id"])
         if taken:
             raise Conflict(
                 f"The Instagram account {values['instagram_account_id']} is already here, as {taken['id']}.",
                 code="account_exists",
             )
-        row = {
-            **values,
-            "id": new_id("acc"),
-            "status": "active",
-            "status_since": now,
-            "created_at": now,
-            "updated_at": now,
-        }
-        db.insert("accounts", row)
-        return found(db, row["id"])
+        account_id, crm, instagram = new_id("acc"), endpoints.fresh_id(), endpoints.fresh_id()
+        tx.insert("accounts", {**values, "id": account_id, "created_at": tx.now, "updated_at": tx.now})
+        sealed = seal(vault, crm, secret) if secret else None
+        endpoints.create(tx, account_id, "crm", crm, {"url": url, "secret_sealed": sealed})
+        endpoints.create(tx, account_id, "instagram", instagram, {"secret_sealed": seal(vault, instagram, token)})
+        return found(tx, account_id)
 
     return db.write(job)
 
 
-def update(db: Database, account_id: str, values: dict[str, Any], now: str, patience: Patience) -> Row:
-    """Change columns of an account and return it; what its status held back gets that time back.
+def update(
+    db: Database,
+    account_id: str,
+    values: Row,
+    *,
+    ends: Mapping[Target, Row] | None = None,
+    status: Literal["active", "inactive"] | None = None,
+) -> Row:
+    """Change columns of an account, of its endpoints, and whether it is in use; return it.
 
-    Without a URL for the CRM what it was still to get waits for `turn.end_leftovers`.
+    To be ``active`` ends what an error of the account holds back, too. Without a URL for the CRM what it was still to
+    get waits for `turn.end_leftovers`.
     """
 
-    def job() -> Row:
-        before, changed = found(db, account_id), {**values, "updated_at": now}
-        if values.get("status", before["status"]) != before["status"]:
-            changed["status_since"] = now
-            pauses.note_end_of_status(db, before, now)
-            if values["status"] == "active":
-                holds.begin_trial(db, account_id, "instagram", now, by_answer=False)
-        db.update("accounts", changed, "id = ?", [account_id])
-        return found(db, account_id)
+    def job(tx: Tx) -> Row:
+        found(tx, account_id)
+        tx.update("accounts", {**values, "updated_at": tx.now}, "id = ?", [account_id])
+        for kind, changed in (ends or {}).items():
+            endpoints.change(tx, account_id, kind, changed)
+        for row in endpoints.of_accounts(tx, [account_id]):
+            if status == "inactive":
+                endpoints.hold(tx, account_id, row["kind"], "inactive", code=None, reason=None, revision=None)
+            elif status == "active" and row["held_by"] in ("inactive", "error"):
+                endpoints.release(tx, row, by_person=True)
+        return found(tx, account_id)
 
-    if "status" in values:
-        how: dict[str, Any] = {"ends": "status", "status": values["status"], "now": now, "patience": patience}
-        return pauses.lift(db, account_id, pauses.TARGETS, job, **how)
-    return db.write(job)
+    return db.write_last(job) if status else db.write(job)
 
 
-def to_refresh(db: Database, now: str) -> list[Row]:
+# --- secrets ---
+
+
+def seal(vault: Vault, endpoint_id: str, secret: str, column: str = "secret_sealed") -> str:
+    """Return a secret sealed for the column of an endpoint's row."""
+    return vault.seal(secret, "endpoints", column, endpoint_id)
+
+
+def token(vault: Vault, account: Row) -> str:
+    """Return an account's access token. Raises Misconfigured."""
+    return vault.open(account["access_token_sealed"], "endpoints", "secret_sealed", account["instagram_id"])
+
+
+def webhook_secret(vault: Vault, account: Row) -> str | None:
+    """Return what an account's events are signed with. Raises Misconfigured."""
+    sealed = account["webhook_secret_sealed"]
+    return vault.open(sealed, "endpoints", "secret_sealed", account["crm_id"]) if sealed else None
+
+
+def webhook_secrets(vault: Vault, account: Row, now_s: float) -> list[str]:
+    """Return what an account's events are signed with: its secret, and for a while the one before."""
+    secrets, before = [webhook_secret(vault, account)], account["old_webhook_secret_sealed"]
+    if before is not None and now_s < epoch_s(account["old_webhook_secret_until"]):
+        with contextlib.suppress(Misconfigured):  # the present one is what counts
+            secrets.append(vault.open(before, "endpoints", "old_secret_sealed", account["crm_id"]))
+    return [secret for secret in secrets if secret]
+
+
+# --- tokens ---
+
+
+def to_refresh(db: Reads, now: str) -> list[Row]:
     """Return the accounts whose token's time for a fresh one has come."""
-    due = "access_token_sealed IS NOT NULL AND (token_refresh_at IS NULL OR token_refresh_at <= ?)"
-    return db.rows(f"SELECT * FROM accounts WHERE {due} AND {_LIVE} ORDER BY id", (now,))
+    due = "instagram.secret_sealed IS NOT NULL AND (token_refresh_at IS NULL OR token_refresh_at <= ?)"
+    return db.rows(f"{_SELECT} WHERE {due} AND {_LIVE} ORDER BY accounts.id", (now,))
 
 
-def renew_token(
-    db: Database, account_id: str, old_sealed: str, new_sealed: str, expires_at: str, refresh_at: str, now: str
-) -> bool:
-    """Put a fresh token in the place of the old one; False when there is another one by now, which stays."""
-    fresh = {"access_token_sealed": new_sealed, "token_checked_at": now, "token_expires_at": expires_at}
-    values = {**fresh, "token_refresh_at": refresh_at, "token_refusals": 0, "updated_at": now}
-    return bool(db.write_last(lambda: db.update("accounts", values, *_with_token(account_id, old_sealed))))
+def renew_token(db: Database, account: Row, fresh_sealed: str, *, expires_at: str, refresh_at: str) -> bool:
+    """Put a fresh token in the place of the one an account had; False when there is another by now, which stays.
 
-
-def refresh_later(db: Database, account_id: str, sealed: str, at: str) -> None:
-    """Ask for a fresh token no sooner than then, unless there is another one by now."""
-    db.write_last(lambda: db.update("accounts", {"token_refresh_at": at}, *_with_token(account_id, sealed)))
-
-
-def refuse_token(db: Database, account_id: str, sealed: str, again_at: str) -> int:
-    """Note that a fresh token was refused, to be asked for again then; return how often that was so running.
-
-    Returns 0 when there is another token by now.
+    It is the same token for whoever waits for an answer: the endpoint's revision stays.
     """
-    where, key = _with_token(account_id, sealed)
 
-    def job() -> int:
-        db.run(
-            f"UPDATE accounts SET token_refusals = token_refusals + 1, token_refresh_at = ? WHERE {where}",
-            (again_at, *key),
-        )
-        return int(db.value(f"SELECT token_refusals FROM accounts WHERE {where}", key) or 0)
+    def job(tx: Tx) -> bool:
+        old = account["access_token_sealed"]
+        here = "account_id = ? AND kind = 'instagram' AND secret_sealed = ?"
+        if not tx.update("endpoints", {"secret_sealed": fresh_sealed}, here, [account["id"], old]):
+            return False
+        fresh = {"token_checked_at": tx.now, "token_expires_at": expires_at, "token_refresh_at": refresh_at}
+        tx.update("accounts", {**fresh, "token_refusals": 0, "updated_at": tx.now}, "id = ?", [account["id"]])
+        return True
 
     return db.write_last(job)
 
 
+def refresh_later(db: Database, account: Row, at: str) -> None:
+    """Ask for a fresh token no sooner than then, unless there is another one by now."""
+    where, key = _with_token(account)
+    db.write_last(lambda tx: tx.update("accounts", {"token_refresh_at": at}, where, key))
+
+
+def refuse_token(db: Database, account: Row, again_at: str) -> int:
+    """Note that a fresh token was refused, to be asked for again then; return how often that was so running.
+
+    Returns 0 when there is another token by now.
+    """
+    where, key = _with_token(account)
+
+    def job(tx: Tx) -> int:
+        tx.run(
+            f"UPDATE accounts SET token_refusals = token_refusals + 1, token_refresh_at = ? WHERE {where}",
+            (again_at, *key),
+        )
+        return int(tx.value(f"SELECT token_refusals FROM accounts WHERE {where}", key) or 0)
+
+    return db.write_last(job)
+
+
+def stop(tx: Tx, account: Row, code: str, reason: str) -> bool:
+    """Hold an account's sends back, unless it has another token by now; tell whether that is news."""
+    where, key = _with_token(account)
+    if not tx.value(f"SELECT 1 FROM accounts WHERE {where}", key):
+        return False
+    return endpoints.hold(tx, account["id"], "instagram", "error", code=code, reason=reason, revision=None)
+
+
+def lose(db: Database, account_id: str, reason: str) -> None:
+    """Drop an account's token, which is good for nothing any more, and hold its sends back."""
+
+    def job(tx: Tx) -> None:
+        lost = {"token_expires_at": None, "subscription_ok": 0, "subscription_error": reason, "updated_at": tx.now}
+        tx.update("accounts", lost, "id = ?", [account_id])
+        endpoints.hold(tx, account_id, "instagram", "error", code="token_missing", reason=reason, revision=None)
+        endpoints.change(tx, account_id, "instagram", {"secret_sealed": None})
+
+    db.write_last(job)
+
+
+def _with_token(account: Row) -> tuple[str, list[str]]:
+    same = "SELECT 1 FROM endpoints WHERE account_id = accounts.id AND kind = 'instagram' AND secret_sealed = ?"
+    return f"id = ? AND {_LIVE} AND EXISTS ({same})", [account["id"], account["access_token_sealed"]]
+
+
 def ask_no_more(db: Database, account_id: str, until: str) -> None:
     """Note that an account's customers are not asked for until then, so that no message waits for their names."""
-    db.write_last(lambda: db.update("accounts", {"ask_again_at": until}, "id = ?", [account_id]))
+    db.write_last(lambda tx: tx.update("accounts", {"ask_again_at": until}, "id = ?", [account_id]))
 
 
-def stop(db: Database, account_id: str, sealed: str, code: str, reason: str, now: str) -> bool:
-    """Put an active account in error, unless it has another token by now; runs inside a write. Tell whether it was."""
-    changed = {"status": "error", "status_reason": reason, "status_since": now, "updated_at": now}
-    where, key = _with_token(account_id, sealed)
-    if not db.update("accounts", changed, f"{where} AND status = 'active'", key):
-        return False
-    holds.begin(db, account_id, "error", code=code, reason=reason, now=now)
-    return True
-
-
-def _with_token(account_id: str, sealed: str) -> tuple[str, list[str]]:
-    return f"id = ? AND access_token_sealed = ? AND {_LIVE}", [account_id, sealed]
-
-
-def found(db: Database, account_id: str) -> Row:
+def found(db: Reads, account_id: str) -> Row:
     """Return an account; raises NotFound when it was deleted meanwhile."""
     row = find(db, account_id)
     if row is None:
@@ -152,11 +229,7 @@ def found(db: Database, account_id: str) -> Row:
     return row
 
 
-def erase(db: Database, account_id: str, now: str) -> None:
-    """Mark an account as deleted and erase its secrets; runs inside a write."""
-    db.run(
-        """
-        UPDATE accounts SET access_token_sealed = NULL, webhook_secret_sealed = NULL, crm_webhook_url = NULL,
-            status = 'inactive', status_reason = 'deleted', updated_at = ?, deleted_at = ? WHERE id = ?""",
-        (now, now, account_id),
-    )
+def erase(tx: Tx, account_id: str) -> None:
+    """Mark an account as deleted and drop its endpoints with their secrets."""
+    endpoints.forget(tx, account_id)
+    tx.update("accounts", {"updated_at": tx.now, "deleted_at": tx.now}, "id = ?", [account_id])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from crmbridge.events import epoch_s, instant
 from crmbridge.store.contacts import Target
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Database, Reads, Row, Tx
 
 _HOUR_S = 3600
 _SAVE = """
@@ -15,7 +15,7 @@ _SAVE = """
         told_count = excluded.told_count, reopened = excluded.reopened, cleared_at = excluded.cleared_at"""
 
 
-def everything(db: Database) -> list[Row]:
+def everything(db: Reads) -> list[Row]:
     """Return the alerts, the longest open first, then those that ended."""
     return db.rows("SELECT * FROM alerts ORDER BY cleared_at IS NOT NULL, since, kind, account_id")
 
@@ -23,28 +23,28 @@ def everything(db: Database) -> list[Row]:
 def save(db: Database, rows: Sequence[Row]) -> None:
     """Store alerts as they are now, in one commit, even on a full disk."""
 
-    def job() -> None:
+    def job(tx: Tx) -> None:
         for row in rows:
-            db.run(_SAVE, tuple(row.values()))
+            tx.run(_SAVE, tuple(row.values()))
 
     db.write_last(job)
 
 
-def has_dead(db: Database, target: Target, account_id: str) -> bool:
+def has_dead(db: Reads, target: Target, account_id: str) -> bool:
     """Tell whether an account has dead deliveries; of its sends only those that ended in doubt count."""
     doubt = " AND last_code = 'in_doubt'" if target == "instagram" else ""
     sql = f"SELECT 1 FROM deliveries WHERE state = 'dead' AND target = ? AND account_id = ?{doubt} LIMIT 1"
     return db.value(sql, (target, account_id)) is not None
 
 
-def dead_letters(db: Database, account_id: str) -> tuple[int, Row | None]:
+def dead_letters(db: Reads, account_id: str) -> tuple[int, Row | None]:
     """Return how many deliveries to an account's CRM are dead, and the one that died first."""
     where = "FROM deliveries WHERE state = 'dead' AND target = 'crm' AND account_id = ?"
     oldest = db.row(f"SELECT id, finished_at, last_error {where} ORDER BY finished_at, position LIMIT 1", (account_id,))
     return (int(db.value(f"SELECT COUNT(*) {where}", (account_id,))), oldest) if oldest else (0, None)
 
 
-def has_pending(db: Database, target: Target, account_id: str, before: str = "~") -> bool:
+def has_pending(db: Reads, target: Target, account_id: str, before: str = "~") -> bool:
     """Tell whether anything is owed at an endpoint, accepted before then."""
     sql = (
         "SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND accepted_at < ? LIMIT 1"
@@ -52,13 +52,13 @@ def has_pending(db: Database, target: Target, account_id: str, before: str = "~"
     return db.value(sql, (target, account_id, before)) is not None
 
 
-def last_heard(db: Database, account_id: str) -> str | None:
+def last_heard(db: Reads, account_id: str) -> str | None:
     """Return when the channel last told something about an account."""
     found = db.value("SELECT MAX(received_at) FROM inbound_events WHERE account_id = ?", (account_id,))
     return str(found) if found else None
 
 
-def active_hours(db: Database, account_id: str, since: str) -> list[int]:
+def active_hours(db: Reads, account_id: str, since: str) -> list[int]:
     """Return the hours since then in which the channel told something, as whole hours since the epoch, in order.
 
     Goes from hour to hour by the index, so that a busy account costs no more than a quiet one.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from crmbridge.events import new_id
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Reads, Row, Tx
 
 ERASED = "erased_"  # how a contact begins who was erased
 Target = Literal["crm", "instagram"]
@@ -17,19 +17,19 @@ _NEXT = {
 }
 
 
-def next_sequence(db: Database, target: Target, account_id: str, contact: str, now: str) -> int:
+def next_sequence(db: Reads, target: Target, account_id: str, contact: str, now: str) -> int:
     """Give out the next number of a lane; the contact is made at its first mention."""
     return int(db.value(_NEXT[target], (account_id, contact, new_id("cnv"), now)))
 
 
-def acted(db: Database, account_id: str, contact: str, *, at: str | None, until: str | None) -> None:
+def acted(tx: Tx, account_id: str, contact: str, *, at: str | None, until: str | None) -> None:
     """Note when a customer last opened the window, and until when it may be open beyond its usual length.
 
     An earlier time than the one that is known changes nothing. Runs inside a write, after `next_sequence`.
     """
     for column, time in (("last_wrote_at", at), ("window_until", until)):
         if time is not None:
-            db.run(
+            tx.run(
                 f"""
                 UPDATE contacts SET {column} = ? WHERE account_id = ? AND contact = ?
                     AND ({column} IS NULL OR {column} < ?)""",
@@ -37,22 +37,22 @@ def acted(db: Database, account_id: str, contact: str, *, at: str | None, until:
             )
 
 
-def name(db: Database, account_id: str, contact: str, username: str) -> None:
+def name(tx: Tx, account_id: str, contact: str, username: str) -> None:
     """Note what a customer is called; runs inside a write."""
-    db.update("contacts", {"username": username}, "account_id = ? AND contact = ?", [account_id, contact])
+    tx.update("contacts", {"username": username}, "account_id = ? AND contact = ?", [account_id, contact])
 
 
-def find(db: Database, account_id: str, contact: str) -> Row:
+def find(db: Reads, account_id: str, contact: str) -> Row:
     """Return the contact's conversation_id, username, name, last_wrote_at and window_until."""
     return _columns(db, account_id, contact, ("conversation_id", "username", "name", "last_wrote_at", "window_until"))
 
 
-def profile(db: Database, account_id: str, contact: str) -> Row:
+def profile(db: Reads, account_id: str, contact: str) -> Row:
     """Return when the contact's names were asked for, when they are to be again, and how often that failed in a row."""
     return _columns(db, account_id, contact, ("profile_checked_at", "profile_due", "profile_failures"))
 
 
-def _columns(db: Database, account_id: str, contact: str, names: Sequence[str]) -> Row:
+def _columns(db: Reads, account_id: str, contact: str, names: Sequence[str]) -> Row:
     found = db.row(
         f"SELECT {', '.join(names)} FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
     )

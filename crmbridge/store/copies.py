@@ -18,13 +18,13 @@ from typing import Any
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
 from crmbridge.store import accounts, deliveries, questions, schema, sqlite
-from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import SEND, Patience
+from crmbridge.store.database import Database, Row, Tx
+from crmbridge.store.deliveries import SEND
 
 _STEP_PAGES = 256
 _SYNC_STEPS = 16  # a sync of everything at the end would hold up the others' commits
 _MOST_REST_S = 0.5
-_TABLES = ("accounts", "contacts", "inbound_events", "outbound_messages", "deliveries")
+_TABLES = ("accounts", "endpoints", "contacts", "inbound_events", "outbound_messages", "deliveries")
 _SIDE = ("-wal", "-shm", "-journal")
 _KEPT_NOTES = 100
 _ADMINS = 20
@@ -145,8 +145,8 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
             strange=strange,
             secrets=[
                 str(sealed)
-                for name in ("access_token_sealed", "webhook_secret_sealed")
-                for (sealed,) in copy.execute(f"SELECT {name} FROM accounts WHERE {name} IS NOT NULL")
+                for column in ("secret_sealed", "old_secret_sealed")
+                for (sealed,) in copy.execute(f"SELECT {column} FROM endpoints WHERE {column} IS NOT NULL")
             ],
             admins=[
                 [str(value) for value in row]
@@ -200,10 +200,10 @@ def _named(path: Path) -> Iterator[None]:
 def remember(db: Database, row: Row) -> None:
     """Note a backup, or a try that failed; a database of an older version has no place for it."""
 
-    def job() -> None:
-        if db.value("SELECT 1 FROM sqlite_master WHERE name = 'backups'"):
-            db.insert("backups", row)
-            db.run("DELETE FROM backups WHERE position <= (SELECT MAX(position) FROM backups) - ?", (_KEPT_NOTES,))
+    def job(tx: Tx) -> None:
+        if tx.value("SELECT 1 FROM sqlite_master WHERE name = 'backups'"):
+            tx.insert("backups", row)
+            tx.run("DELETE FROM backups WHERE position <= (SELECT MAX(position) FROM backups) - ?", (_KEPT_NOTES,))
 
     db.write_last(job)
 
@@ -221,7 +221,7 @@ def made_s(db: Database) -> float:
 # --- to take the database's place ---
 
 
-def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int:
+def prepare(db: Database, made_at: str, now_s: float) -> int:
     """Make a copy fit to go on where the original may have gone further; return how many sends it asks about.
 
     What was owed then may have been done since. A CRM tells a repeated event by its id; a send is looked for in the
@@ -229,14 +229,14 @@ def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int
     """
     if epoch_s(made_at) > now_s:  # the clock was ahead then: when it really was, nothing tells
         made_at = instant(now_s - _UNSURE_S)
-    now, gap_s = instant(now_s), now_s - epoch_s(made_at)
+    now = instant(now_s)
     owed = "state = 'pending' AND target = 'instagram' AND event = ?"
 
-    def job() -> int:
-        for row in db.rows(f"SELECT * FROM deliveries WHERE {owed} AND claim_id IS NOT NULL", (SEND,)):
-            deliveries.release(db, row, due=now, in_doubt=True, now=now)
-        deliveries.note(db, owed, [SEND], "restored", now)
-        sends = db.run(
+    def job(tx: Tx) -> int:
+        for row in tx.rows(f"SELECT * FROM deliveries WHERE {owed} AND claim_id IS NOT NULL", (SEND,)):
+            deliveries.release(tx, row, due=now, in_doubt=True)
+        deliveries.note(tx, owed, [SEND], "restored")
+        sends = tx.run(
             f"""
             UPDATE deliveries SET in_doubt = 1, look_ups = 0, attempts = attempts + 1, due = ?,
                 tried_at = MIN(COALESCE(tried_at, ?), ?), last_code = 'restored' WHERE {owed}""",
@@ -248,26 +248,21 @@ def prepare(db: Database, made_at: str, patience: Patience, now_s: float) -> int
             "error_message": "a backup was put back: looked for",
         }
         waiting = "status = 'pending' AND id IN (SELECT message_id FROM deliveries WHERE in_doubt = 1)"
-        db.update("outbound_messages", doubt, waiting, [])
-        # Nobody but a person says that what had died is to be sent once more.
-        db.run("UPDATE deliveries SET retry_asked_at = NULL WHERE state = 'dead' AND target = 'instagram'")
-        for target in ("crm", "instagram"):  # it could not be tried meanwhile
-            later = sqlite.shifted_at_most("expires_at")
-            where = "state = 'pending' AND target = ? AND expires_at < ?"
-            full = instant(now_s + patience.of(target))
-            db.run(f"UPDATE deliveries SET expires_at = {later} WHERE {where}", (f"{gap_s:+.3f}", full, target, full))
+        tx.update("outbound_messages", doubt, waiting, [])
+        # It could not be tried meanwhile.
+        tx.run("UPDATE endpoints SET aged_from = ?, acted_at = ?", (now, now))
         # More than was given out since, also when this is restored once more: no conversation has an event each second.
         number = int(now_s - _BEGIN_S)
-        db.run("UPDATE contacts SET crm_sequence = MAX(crm_sequence + ?, ?)", (_GAP, number))
+        tx.run("UPDATE contacts SET crm_sequence = MAX(crm_sequence + ?, ?)", (_GAP, number))
         missing = "NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'deliveries')"
-        db.run(f"INSERT INTO sqlite_sequence (name, seq) SELECT 'deliveries', 0 WHERE {missing}")  # never had a row
+        tx.run(f"INSERT INTO sqlite_sequence (name, seq) SELECT 'deliveries', 0 WHERE {missing}")  # never had a row
         skip = "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'deliveries'"
-        db.run(skip, (number * 1000,))  # so a CRM's cursor from the time since then stays good
-        db.run("DROP TABLE IF EXISTS backup_note")
+        tx.run(skip, (number * 1000,))  # so a CRM's cursor from the time since then stays good
+        tx.run("DROP TABLE IF EXISTS backup_note")
         return sends
 
     for account in accounts.everyone(db):
-        questions.ask_backfill(db, account["id"], made_at, now)
+        questions.ask_backfill(db, account["id"], made_at)
     return db.write_last(job)
 
 

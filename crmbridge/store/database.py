@@ -1,10 +1,11 @@
 """One open database: reads from any thread, writes one at a time, requests that meet share a commit."""
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,9 +14,11 @@ from playhouse.migrations import Runner
 
 from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
+from crmbridge.events import instant
 from crmbridge.store import schema, sqlite
 
 T = TypeVar("T")
+K = TypeVar("K")
 Row = dict[str, Any]
 _COMMIT_TOGETHER = 64
 IS_IT_MOUNTED = "is its disk mounted (df)? If it is lost: crmbridge restore FILE"
@@ -25,52 +28,11 @@ _OURS = (peewee.IntegrityError, peewee.ProgrammingError, peewee.DataError)
 _LOOK_FOR_SPACE_S = 2.0
 
 
-class _Ticket(Generic[T]):
-    """A write that waits for its commit; its thread sleeps until it is committed or may lead the next commit."""
+class Reads:
+    """Queries in plain SQL with ``?`` marks, on the calling thread's connection. They raise Unavailable."""
 
-    def __init__(self, job: Callable[[], T]) -> None:
-        self.job = job
-        self.done = False
-        self.poked = threading.Event()
-        self._result: T
-        self._error: BaseException | None = None  # of the last try
-
-    def run(self) -> None:
-        self._result = self.job()
-
-    def settle(self, error: BaseException | None = None) -> None:
-        self._error = error
-        self.done = True
-        self.poked.set()
-
-    def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-class Database:
-    """The bridge's tables behind plain SQL with ``?`` marks.
-
-    Every write goes through `write` or `write_last`: a process-wide lock and a file lock before
-    BEGIN IMMEDIATE keep threads and processes out of SQLite's busy back-off.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._db = sqlite.connect(path)
-        self._turn = threading.Lock()
-        self._waiting: deque[_Ticket[Any]] = deque()
-        self._presence = sqlite.FileLock(_presence_of(path))
-        if not self._presence.share():
-            self._presence.close()
-            raise Misconfigured(f"{path} is being migrated or restored: try again when that is done")
-        self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
-        self._reserve = sqlite.Reserve(path.with_name(path.name + ".reserve"))
-        self._looked_for_space_s = time.monotonic()
-        self._reserve.take()
-
-    # --- reading ---
+    def __init__(self, db: peewee.SqliteDatabase) -> None:
+        self._db = db
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Return all rows of a query as dictionaries."""
@@ -88,6 +50,18 @@ class Database:
         cursor.close()
         return found
 
+    def pages(self, sql: str, parameters: Sequence[Any] = (), *, key: Sequence[str], limit: int) -> Iterator[list[Row]]:
+        """Yield the rows of a query a page at a time, in the order of the columns `key`.
+
+        The query ends in a condition; that a row comes after the last one of the page before is added to it.
+        """
+        columns, marks, after = ", ".join(key), ", ".join("?" * len(key)), ""
+        last: tuple[Any, ...] = ()
+        while rows := self.rows(f"{sql}{after} ORDER BY {columns} LIMIT ?", (*parameters, *last, limit)):
+            yield rows
+            after = f" AND ({columns}) > ({marks})"
+            last = tuple(rows[-1][name.rpartition(".")[2]] for name in key)
+
     def value(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """Return the first column of the first row, or None."""
         cursor = self._execute(sql, parameters)
@@ -103,27 +77,92 @@ class Database:
         except _BROKEN as error:
             raise _unavailable(error) from error
 
-    # --- writing ---
+
+class Tx(Reads):
+    """A transaction under way on the calling thread: `now` and `now_s` are the time at which it began."""
+
+    def __init__(self, db: peewee.SqliteDatabase, now_s: float) -> None:
+        super().__init__(db)
+        self.now_s, self.now = now_s, instant(now_s)
+        self.acts: list[Callable[[], None]] = []
 
     def run(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Run one statement inside a write; return how many rows it touched."""
+        """Run one statement; return how many rows it touched."""
         return int(self._execute(sql, parameters).rowcount)
 
     def insert(self, table: str, values: Row, *, once: bool = False) -> bool:
-        """Insert one row inside a write; with `once`, a row that is there already is left, and False returned."""
+        """Insert one row; with `once`, a row that is there already is left, and False returned."""
         names, marks = ", ".join(values), ", ".join("?" * len(values))
         ending = " ON CONFLICT DO NOTHING" if once else ""
         return bool(self.run(f"INSERT INTO {table} ({names}) VALUES ({marks}){ending}", tuple(values.values())))
 
     def update(self, table: str, values: Row, where: str, parameters: Sequence[Any]) -> int:
-        """Change columns of the rows that match inside a write; return how many there were."""
+        """Change columns of the rows that match; return how many there were."""
         assignments = ", ".join(f"{name} = ?" for name in values)
         return self.run(f"UPDATE {table} SET {assignments} WHERE {where}", (*values.values(), *parameters))
 
-    def write(self, job: Callable[[], T]) -> T:
+    def after(self, act: Callable[[], None]) -> None:
+        """Do something once the transaction is on disk, and only then; a job itself may run twice."""
+        self.acts.append(act)
+
+
+class _Ticket(Generic[T]):
+    """A write that waits for its commit; its thread sleeps until it is committed or may lead the next commit."""
+
+    def __init__(self, job: Callable[[Tx], T]) -> None:
+        self.job = job
+        self.done = False
+        self.poked = threading.Event()
+        self._tx: Tx
+        self._result: T
+        self._error: BaseException | None = None  # of the last try
+
+    def run(self, tx: Tx) -> None:
+        self._tx = tx
+        self._result = self.job(tx)
+
+    def settle(self, error: BaseException | None = None) -> None:
+        self._error = error
+        self.done = True
+        self.poked.set()
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        for act in self._tx.acts:
+            act()
+        return self._result
+
+
+class Database(Reads):
+    """The bridge's tables.
+
+    Every write goes through `write` or `write_last`: a process-wide lock and a file lock before
+    BEGIN IMMEDIATE keep threads and processes out of SQLite's busy back-off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(sqlite.connect(path))
+        self.path = path
+        self.clock: Callable[[], float] = time.time
+        self._turn = threading.Lock()
+        self._waiting: deque[_Ticket[Any]] = deque()
+        self._presence = sqlite.FileLock(_presence_of(path))
+        if not self._presence.share():
+            self._presence.close()
+            raise Misconfigured(f"{path} is being migrated or restored: try again when that is done")
+        self._file_lock = sqlite.FileLock(path.with_name(path.name + ".lock"))
+        self._reserve = sqlite.Reserve(path.with_name(path.name + ".reserve"))
+        self._looked_for_space_s = time.monotonic()
+        self._reserve.take()
+
+    # --- writing ---
+
+    def write(self, job: Callable[[Tx], T]) -> T:
         """Run `job` in a transaction and return once it is on disk; jobs that wait together share the commit.
 
-        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL. Raises Unavailable
+        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL; `Tx.after` takes
+        what must happen once. Raises Unavailable
         while the disk is full: what little space there is belongs to what was acknowledged before.
         """
         if self._is_full:
@@ -142,7 +181,7 @@ class Database:
                 self._pass_on()
         return ticket.result()
 
-    def write_last(self, job: Callable[[], T]) -> T:
+    def write_last(self, job: Callable[[Tx], T]) -> T:
         """Like `write`, alone in its transaction and after the writes that wait already; also on a full disk."""
         ticket = _Ticket(job)
         with self._turn_taken():
@@ -152,6 +191,30 @@ class Database:
             if self._is_full and not was_full:  # the reserve was freed just now
                 self._commit([ticket])
         return ticket.result()
+
+    def in_steps(
+        self,
+        pages: Iterable[Sequence[K]],
+        step: Callable[[Tx, Sequence[K]], int],
+        *,
+        until_s: float = math.inf,
+        rest: float = 0,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> int:
+        """Work on many rows, a small write at a time; return how many they were, as the steps tell.
+
+        `pages` finds a step's rows outside the write lock, so the step looks again before it touches them. After each
+        the others have the disk for `rest` times as long; what is left at the monotonic `until_s` is left.
+        """
+        total, began_s = 0, time.monotonic()
+        for rows in pages:
+            total += self.write_last(lambda tx, rows=rows: step(tx, rows))  # type: ignore[misc]
+            if rest:
+                pause(rest * (time.monotonic() - began_s))
+            began_s = time.monotonic()
+            if began_s >= until_s:
+                break
+        return total
 
     @contextlib.contextmanager
     def _turn_taken(self) -> Iterator[None]:
@@ -211,8 +274,9 @@ class Database:
                 self._db.begin("IMMEDIATE")
                 began = True
                 try:
+                    now_s = self.clock()
                     for ticket in batch:
-                        ticket.run()
+                        ticket.run(Tx(self._db, now_s))
                     self._db.commit()
                 except BaseException:
                     # SQLite rolls back by itself when the disk fails; a second roll-back would hide why.
@@ -273,6 +337,8 @@ class Database:
             if "locked" in str(error):  # by somebody who does not go by our locks; nothing is wrong with it
                 return f"another program keeps it locked; see which, and end it: fuser -v {self.path}"
             return f"it is not a usable database ({error}): put a backup back"
+        if any(step.name == schema.FIRST for step in status):
+            return schema.FIRST_EDITION
         strange = [step.name for step in status if step.path is None and step.name < newest_migration()]
         if strange:
             return f"the database is not of this program's making (it has {strange[-1]}): put a backup back"
@@ -318,7 +384,7 @@ class Database:
 
     def shrink(self, pages: int) -> int:
         """Give up to so many free pages back to the disk; return how many there were."""
-        return self.write_last(lambda: sqlite.shrink(self._db, pages))
+        return self.write_last(lambda _: sqlite.shrink(self._db, pages))
 
     def checkpoint(self) -> bool:
         """Carry the log over into the database; False when a long read stood in the way of some of it.

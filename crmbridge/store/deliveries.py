@@ -3,7 +3,7 @@
 Every function runs inside a write of its caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import pydantic_core
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import sqlite
 from crmbridge.store.contacts import Target
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Reads, Row, Tx
 
 OutcomeKind = Literal["done", "retry", "refused", "in_doubt", "fault", "absent", "unclear"]
 CallKind = Literal["call", "look_up"]
@@ -58,10 +58,12 @@ class Claimed:
     look_ups: int
     previous_at: str | None  # when the call before this one began
     accepted_at: str
-    expires_at: str
     correlation_id: str
     account: Row
-    retry_asked_at: str | None = None  # set: it was dead, and goes behind live traffic
+    revision: int  # of its endpoint, when it was claimed
+    expires_at: str  # no further try after this
+    is_revived: bool  # it was dead, and goes behind live traffic
+    is_on_trial: bool = False  # it is to show whether its endpoint is well again
     last_code: str | None = None  # of the call before this one
     last_http_status: int | None = None
     claimed_at: str = ""
@@ -128,13 +130,20 @@ class Verdict:
 
 
 _CARRIED = {entry.name for entry in fields(Claimed)} - {
-    "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "was_due", "seen",
+    "claim_id", "body", "kind", "number", "previous_at", "account", "claimed_at", "was_due", "seen", "revision",
+    "expires_at", "is_revived", "is_on_trial",
 }  # fmt: skip
 # `target = ? || ''`: beside indexes of one target alone a bare mark decides the plan, and SQLite compiles the statement
 # anew each time that it is bound.
-_BLOCKED = """
-    SELECT 1 FROM deliveries
-    WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready < 2 LIMIT 1"""
+_IN_FRONT = """
+    SELECT revived FROM deliveries
+    WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready < 2
+    ORDER BY ready DESC LIMIT 1"""
+
+
+_GO_AHEAD = """
+    UPDATE deliveries SET revived = 0
+    WHERE state = 'pending' AND revived = 1 AND target = ? || '' AND account_id = ? AND contact = ?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +159,17 @@ class Debt:
     message_id: str | None = None
 
 
-def owe(
-    db: Database,
-    debt: Debt,
-    *,
-    now: str,
-    expires_at: str,
-    body: str | None,
-    sequence: int,
-    push: bool,
-    wait_s: float = 0.0,
-) -> str:
+def owe(tx: Tx, debt: Debt, *, body: str | None, sequence: int, push: bool, wait_s: float = 0.0) -> str:
     """Store a delivery; it waits behind its lane's head, if there is one, or else for `wait_s`. Return its id.
 
     Without `push` nobody is called: the CRM reads the event when it asks.
     """
     delivery_id = new_id("dlv")
     lane = (debt.target, debt.account_id, debt.contact)
-    db.insert(
+    in_front = tx.value(_IN_FRONT, lane) if push else None
+    if in_front:  # something new must not wait for all that was dead: its conversation goes first
+        tx.run(_GO_AHEAD, lane)
+    tx.insert(
         "deliveries",
         {
             "id": delivery_id,
@@ -180,60 +182,51 @@ def owe(
             "message_id": debt.message_id,
             "body": body,
             "state": "pending" if push else "done",
-            "ready": 0 if push and db.value(_BLOCKED, lane) else 1,
-            "due": instant(epoch_s(now) + wait_s) if wait_s else now,
+            "ready": 1 if in_front is None else 0,
+            "due": instant(epoch_s(tx.now) + wait_s) if wait_s else tx.now,
             "last_code": None if push else "not_pushed",
             "correlation_id": debt.correlation_id,
-            "accepted_at": now,
-            "expires_at": expires_at,
-            "finished_at": None if push else now,
+            "accepted_at": tx.now,
+            "aged_from": tx.now,
+            "finished_at": None if push else tx.now,
         },
     )
     return delivery_id
 
 
-_DUE = """
-    SELECT * FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ? AND due <= ?
-        AND retry_asked_at IS NULL AND in_doubt = 0 ORDER BY due LIMIT ?"""
+FRESH, TRIED, REVIVED = 0, 1, 2  # what goes first, and what last
+_RANKED = """state = 'pending' AND ready > 0 AND in_doubt = 0
+        AND (CASE WHEN revived THEN 2 ELSE attempts > 0 END)"""
+_DUE = {
+    rank: f"""
+    SELECT * FROM deliveries WHERE {_RANKED} = {rank} AND target = ? || '' AND account_id = ? AND due <= ?
+    ORDER BY due LIMIT ?"""
+    for rank in (FRESH, TRIED, REVIVED)
+}
+# For each endpoint of the outer query: when its next row of each rank is due, and its next look-up.
+DUES = ", ".join(
+    f"(SELECT MIN(due) FROM deliveries WHERE {which} AND account_id = endpoints.account_id) AS {name}"
+    for name, which in (
+        *((f"due_{rank}", f"{_RANKED} = {rank} AND target = endpoints.kind") for rank in (FRESH, TRIED, REVIVED)),
+        ("due_look_up", "state = 'pending' AND in_doubt = 1 AND ready > 0 AND endpoints.kind = 'instagram'"),
+    )
+)
 _LOOK_UPS = """
     SELECT * FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0 AND account_id = ? AND due <= ?
         ORDER BY due LIMIT ?"""
-_REPLAYS = """
-    SELECT *, EXISTS (
-        SELECT 1 FROM deliveries AS new WHERE new.state = 'pending' AND new.ready = 0 AND new.retry_asked_at IS NULL
-            AND new.target = head.target AND new.account_id = head.account_id AND new.contact = head.contact
-        ) AS is_awaited
-    FROM deliveries AS head
-    WHERE retry_asked_at IS NOT NULL AND state = 'pending' AND ready = 1 AND target = ? || '' AND account_id = ?
-    ORDER BY due"""
 
 
-def due(db: Database, target: str, account_id: str, now: str, limit: int) -> list[Row]:
-    """Return the rows of an endpoint that are due, earliest first, but no replays and none in doubt."""
-    return db.rows(_DUE, (target, account_id, now, limit))
+def due(db: Reads, target: str, account_id: str, rank: int, now: str, limit: int) -> list[Row]:
+    """Return the rows of an endpoint that are due, earliest first, of one rank: never tried, tried, or once dead."""
+    return db.rows(_DUE[rank], (target, account_id, now, limit))
 
 
-def in_doubt(db: Database, account_id: str, now: str, limit: int) -> list[Row]:
+def in_doubt(db: Reads, account_id: str, now: str, limit: int) -> list[Row]:
     """Return the sends of an account that are due to be looked for, earliest first."""
     return db.rows(_LOOK_UPS, (account_id, now, limit))
 
 
-def first_look_ups(db: Database) -> dict[str, str]:
-    """Return the accounts that have sends in doubt, and when the next of these is due to be looked for."""
-    rows = db.rows(
-        """
-        SELECT account_id, MIN(due) AS due FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0
-        GROUP BY account_id"""
-    )
-    return {row["account_id"]: row["due"] for row in rows}
-
-
-def replays(db: Database, target: str, account_id: str) -> list[Row]:
-    """Return the heads of an endpoint's lanes in replay, earliest first; `is_awaited` where something new waits."""
-    return db.rows(_REPLAYS, (target, account_id))
-
-
-def first_behind(db: Database, target: str, account_id: str, contact: str) -> Row | None:
+def first_behind(db: Reads, target: str, account_id: str, contact: str) -> Row | None:
     """Return the first row that waits behind a lane's head."""
     return db.row(
         """
@@ -244,7 +237,7 @@ def first_behind(db: Database, target: str, account_id: str, contact: str) -> Ro
     )
 
 
-def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None:
+def head_of_the_newest(db: Reads, target: str, account_id: str) -> Row | None:
     """Return the head behind which the newest untried row waits, if it came after the head's last call."""
     newest = db.row(
         """
@@ -264,40 +257,40 @@ def head_of_the_newest(db: Database, target: str, account_id: str) -> Row | None
     )
 
 
-def hasten_look_ups(db: Database, account_id: str, now: str) -> None:
+def hasten_look_ups(tx: Tx, account_id: str) -> None:
     """Look at once for the sends that could not be looked for before."""
-    db.run(
+    tx.run(
         """
         UPDATE deliveries SET due = ? WHERE state = 'pending' AND in_doubt = 1 AND claim_id IS NULL
             AND account_id = ? AND due > ? AND last_code = ?""",
-        (now, account_id, now, LOOK_UP_FAILED),
+        (tx.now, account_id, tx.now, LOOK_UP_FAILED),
     )
 
 
-def hasten(db: Database, target: str, account_id: str, before: str, now: str, limit: int) -> int:
+def hasten(tx: Tx, target: str, account_id: str, before: str, limit: int) -> int:
     """Make up to `limit` rows due now that failed before then and wait for a later try; return how many there were."""
-    return db.run(
-        """
+    return tx.run(
+        f"""
         UPDATE deliveries SET due = ? WHERE id IN (
-            SELECT id FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ?
-                AND due > ? AND tried_at < ? AND claim_id IS NULL AND in_doubt = 0 LIMIT ?)""",
-        (now, target, account_id, now, before, limit),
+            SELECT id FROM deliveries WHERE {_RANKED} IN (1, 2) AND target = ? || '' AND account_id = ?
+                AND due > ? AND tried_at < ? AND claim_id IS NULL LIMIT ?)""",
+        (tx.now, target, account_id, tx.now, before, limit),
     )
 
 
-def wait_no_more(db: Database, account_id: str, contact: str, now: str) -> None:
+def wait_no_more(tx: Tx, account_id: str, contact: str) -> None:
     """Let the head of a lane to a CRM go that waited for what the channel was asked."""
-    db.run(
+    tx.run(
         """
         UPDATE deliveries SET due = ? WHERE state = 'pending' AND target = 'crm' AND account_id = ? AND contact = ?
             AND ready = 1 AND attempts = 0 AND due > ?""",
-        (now, account_id, contact, now),
+        (tx.now, account_id, contact, tx.now),
     )
 
 
-def take_back(db: Database, event_id: str) -> bool:
+def take_back(tx: Tx, event_id: str) -> bool:
     """Drop a delivery that no CRM was told of yet; tell whether there was one."""
-    row = db.row(
+    row = tx.row(
         """
         SELECT * FROM deliveries WHERE event_id = ? AND target = 'crm' AND attempts = 0 AND body IS NULL
             AND (state = 'pending' OR last_code = 'not_pushed')""",
@@ -305,35 +298,24 @@ def take_back(db: Database, event_id: str) -> bool:
     )
     if row is None:
         return False
-    db.run("DELETE FROM deliveries WHERE id = ?", (row["id"],))
-    promote(db, "crm", row["account_id"], row["contact"], row["accepted_at"])
+    tx.run("DELETE FROM deliveries WHERE id = ?", (row["id"],))
+    promote(tx, "crm", row["account_id"], row["contact"])
     return True
 
 
-def next_due(db: Database, target: str, account_id: str) -> str | None:
-    """Return when an endpoint's next row is due, replays and doubts aside, or when the lease of one in flight ends."""
-    found = db.value(
-        """
-        SELECT MIN(due) FROM deliveries WHERE state = 'pending' AND ready > 0 AND target = ? || '' AND account_id = ?
-            AND retry_asked_at IS NULL AND in_doubt = 0""",
-        (target, account_id),
-    )
-    return str(found) if found else None
-
-
-def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_until: str) -> Claimed:
+def claim(tx: Tx, row: Row, account: Row, body: str, *, lease_until: str, expires_at: str, endpoint: Row) -> Claimed:
     """Lease a due row to a fresh claim id and write the attempt, before the call is made."""
     claim_id, kind = new_id("clm"), _kind(row)
     leased: Row = {"claim_id": claim_id, "due": lease_until}
     number = row["attempts"]
     if kind == "call":
         number += 1
-        leased |= {"attempts": number, "tried_at": now, "look_ups": 0}
+        leased |= {"attempts": number, "tried_at": tx.now, "look_ups": 0}
     if row["target"] == "crm":
         leased["body"] = body
-    db.update("deliveries", leased, "id = ?", [row["id"]])
-    attempt = {"delivery_id": row["id"], "claim_id": claim_id, "kind": kind, "number": number, "started_at": now}
-    db.insert("delivery_attempts", attempt)
+    tx.update("deliveries", leased, "id = ?", [row["id"]])
+    attempt = {"delivery_id": row["id"], "claim_id": claim_id, "kind": kind, "number": number, "started_at": tx.now}
+    tx.insert("delivery_attempts", attempt)
     carried = {name: row[name] for name in _CARRIED}
     return Claimed(
         claim_id=claim_id,
@@ -342,14 +324,18 @@ def claim(db: Database, row: Row, account: Row, body: str, *, now: str, lease_un
         number=number,
         previous_at=row["tried_at"],
         account=account,
-        claimed_at=now,
+        claimed_at=tx.now,
         was_due=row["due"],
-        seen=_seen(db, row) if kind == "look_up" else (),
+        seen=_seen(tx, row) if kind == "look_up" else (),
+        revision=endpoint["revision"],
+        is_on_trial=endpoint["trial_since"] is not None,
+        expires_at=expires_at,
+        is_revived=bool(row["revived"]),
         **carried,
     )
 
 
-def _seen(db: Database, row: Row) -> tuple[str, ...]:
+def _seen(db: Reads, row: Row) -> tuple[str, ...]:
     """Return what the look-ups for a send's last call told, in their order; those without an answer told nothing."""
     rows = db.rows(
         """
@@ -364,12 +350,12 @@ def _kind(row: Row) -> CallKind:
     return "look_up" if row["in_doubt"] else "call"
 
 
-def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, now: str) -> bool:
+def record(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool:
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
-    finished = None if verdict.state == "pending" else now
+    finished = None if verdict.state == "pending" else tx.now
     failed = outcome.kind not in ("done", "absent", "unclear") and outcome.stops is None
     leaves = finished or verdict.steps_aside
-    touched = db.update(
+    touched = tx.update(
         "deliveries",
         {
             "state": verdict.state,
@@ -384,16 +370,15 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
             "last_http_status": outcome.http_status,
             "last_error": outcome.message,
             "finished_at": finished,
-            "latency_ms": latency_ms(claimed.accepted_at, now) if verdict.state == "done" else None,
-            "retry_asked_at": None if leaves else claimed.retry_asked_at,
+            "latency_ms": latency_ms(claimed.accepted_at, tx.now) if verdict.state == "done" else None,
         },
         "id = ? AND claim_id = ? AND state = 'pending'",
         [claimed.id, claimed.claim_id],
     )
-    db.update(
+    tx.update(
         "delivery_attempts",
         {
-            "finished_at": now,
+            "finished_at": tx.now,
             "outcome": outcome.kind,
             "code": outcome.code,
             "http_status": outcome.http_status,
@@ -404,17 +389,17 @@ def record(db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, n
         [claimed.id, claimed.claim_id],
     )
     if touched and verdict.state == "dead":
-        note(db, "id = ?", [claimed.id], f"dead {outcome.code}", now)
+        note(tx, "id = ?", [claimed.id], f"dead {outcome.code}")
     elif touched and verdict.steps_aside and claimed.ready < 2:
-        note(db, "id = ?", [claimed.id], "stepped_aside", now)
+        note(tx, "id = ?", [claimed.id], "stepped_aside")
     if touched and claimed.ready == 0 and verdict.state == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
         where = "state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 1"
         lane = [claimed.target, claimed.account_id, claimed.contact]
-        note(db, where, lane, "stepped_aside", now)
-        db.update("deliveries", {"ready": 2, "retry_asked_at": None}, where, lane)
+        note(tx, where, lane, "stepped_aside")
+        tx.update("deliveries", {"ready": 2}, where, lane)
     if touched and leaves:
-        promote(db, claimed.target, claimed.account_id, claimed.contact, now)
+        promote(tx, claimed.target, claimed.account_id, claimed.contact)
     return bool(touched)
 
 
@@ -423,66 +408,66 @@ def latency_ms(accepted_at: str, now: str) -> int:
     return max(round((epoch_s(now) - epoch_s(accepted_at)) * 1000), 0)
 
 
-def note(db: Database, where: str, parameters: Sequence[Any], note: str, now: str) -> None:
+def note(tx: Tx, where: str, parameters: Sequence[Any], note: str) -> None:
     """Write down what became of deliveries without a call, for the one who asks what happened to them."""
-    db.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{now} {note}\n", *parameters))
+    tx.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{tx.now} {note}\n", *parameters))
 
 
-def end(db: Database, row: Row, state: Literal["done", "dead"], code: str, message: str | None, now: str) -> None:
+def end(tx: Tx, row: Row, state: Literal["done", "dead"], code: str, message: str | None) -> None:
     """End a delivery without a call, and let the next of its lane go."""
     ended: Row = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
     if state == "done" and row["attempts"] and code != "cancelled":
-        ended["latency_ms"] = latency_ms(row["accepted_at"], now)
-    db.update("deliveries", {**ended, "finished_at": now, "retry_asked_at": None}, "id = ?", [row["id"]])
-    note(db, "id = ?", [row["id"]], f"{state} {code}", now)
+        ended["latency_ms"] = latency_ms(row["accepted_at"], tx.now)
+    tx.update("deliveries", {**ended, "finished_at": tx.now}, "id = ?", [row["id"]])
+    note(tx, "id = ?", [row["id"]], f"{state} {code}")
     if row["claim_id"] is not None:
-        overtaken = {"finished_at": now, "outcome": "abandoned", "code": code}
-        db.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
-    promote(db, row["target"], row["account_id"], row["contact"], now)
+        overtaken = {"finished_at": tx.now, "outcome": "abandoned", "code": code}
+        tx.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
+    promote(tx, row["target"], row["account_id"], row["contact"])
 
 
-def promote(db: Database, target: Target, account_id: str, contact: str, now: str) -> None:
+_PROMOTE = """
+    UPDATE deliveries SET ready = 1, due = ? WHERE id = (
+        SELECT id FROM deliveries WHERE state = 'pending' AND ready = 0 AND target = ? || '' AND account_id = ?
+            AND contact = ? ORDER BY sequence LIMIT 1)
+        AND NOT EXISTS (
+            SELECT 1 FROM deliveries AS head WHERE head.state = 'pending' AND head.ready = 1
+                AND head.target = deliveries.target AND head.account_id = deliveries.account_id
+                AND head.contact = deliveries.contact)"""
+
+
+def promote(tx: Tx, target: Target, account_id: str, contact: str) -> None:
     """Make the first waiting row the lane's head, unless the lane has one."""
-    lane = (target, account_id, contact)
-    if db.value(_BLOCKED.replace("ready < 2", "ready = 1"), lane):
-        return
-    db.run(
-        """
-        UPDATE deliveries SET ready = 1, due = ? WHERE id = (
-            SELECT id FROM deliveries
-            WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 0
-            ORDER BY sequence LIMIT 1)""",
-        (now, *lane),
-    )
+    tx.run(_PROMOTE, (tx.now, target, account_id, contact))
 
 
-def first_try(db: Database, delivery_id: str) -> str | None:
+def first_try(db: Reads, delivery_id: str) -> str | None:
     """Return when the first call of a delivery began, or None."""
     sql = "SELECT MIN(started_at) FROM delivery_attempts WHERE delivery_id = ? AND kind = 'call'"
     found = db.value(sql, (delivery_id,))
     return str(found) if found else None
 
 
-def abandoned(db: Database) -> list[Row]:
+def abandoned(db: Reads) -> list[Row]:
     """Return the rows that a worker which no longer runs had claimed."""
     return db.rows("SELECT * FROM deliveries WHERE claim_id IS NOT NULL")
 
 
-def release(db: Database, row: Row, *, due: str, in_doubt: bool, now: str) -> None:
+def release(tx: Tx, row: Row, *, due: str, in_doubt: bool) -> None:
     """Take a row back from a worker that never reported; its call may have taken effect."""
     released = {"claim_id": None, "due": due, "in_doubt": int(in_doubt), "last_code": "abandoned"}
     if in_doubt and not row["in_doubt"]:
         released["retries"] = row["retries"] + 1
-    db.update("deliveries", released, "id = ?", [row["id"]])
-    db.run(
+    tx.update("deliveries", released, "id = ?", [row["id"]])
+    tx.run(
         """
         UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'abandoned'
         WHERE delivery_id = ? AND claim_id = ?""",
-        (now, row["id"], row["claim_id"]),
+        (tx.now, row["id"], row["claim_id"]),
     )
 
 
-def tried_send(db: Database, account_id: str, contact: str) -> Row | None:
+def tried_send(db: Reads, account_id: str, contact: str) -> Row | None:
     """Return the send to a contact that was tried and is not settled, if there is one."""
     return db.row(
         """
@@ -492,7 +477,7 @@ def tried_send(db: Database, account_id: str, contact: str) -> Row | None:
     )
 
 
-def tried_behind(db: Database, account_id: str, contact: str) -> list[Row]:
+def tried_behind(db: Reads, account_id: str, contact: str) -> list[Row]:
     """Return the sends to a contact that were tried, died, were revived and wait behind another one."""
     return db.rows(
         """
@@ -502,7 +487,7 @@ def tried_behind(db: Database, account_id: str, contact: str) -> list[Row]:
     )
 
 
-def given_up_in_doubt(db: Database, account_id: str, contact: str) -> list[Row]:
+def given_up_in_doubt(db: Reads, account_id: str, contact: str) -> list[Row]:
     """Return the sends to a contact that ended without our knowing whether they had gone out."""
     return db.rows(
         """
@@ -517,7 +502,7 @@ COMMENT_LANE = "comment:"
 _PRIVATE_REPLIES = "target = 'instagram' AND account_id = ? AND contact >= 'comment:' AND contact < 'comment;'"
 
 
-def doubtful_replies(db: Database, account_id: str) -> list[Row]:
+def doubtful_replies(db: Reads, account_id: str) -> list[Row]:
     """Return the private replies that were tried and are not settled, or ended in doubt."""
     return db.rows(
         f"""
@@ -528,7 +513,7 @@ def doubtful_replies(db: Database, account_id: str) -> list[Row]:
     )
 
 
-def headless(db: Database) -> list[Row]:
+def headless(db: Reads) -> list[Row]:
     """Return the lanes in which rows wait behind nobody."""
     return db.rows(
         """
@@ -540,122 +525,104 @@ def headless(db: Database) -> list[Row]:
     )
 
 
-_EXPIRED = """
-    FROM deliveries JOIN accounts ON accounts.id = account_id
-    WHERE state = 'pending' AND expires_at < ? AND claim_id IS NULL
-        AND (accounts.status = 'active' OR (accounts.status = 'error' AND target = 'crm'))
-        AND (target <> 'crm' OR crm_webhook_url IS NOT NULL)
-        AND NOT EXISTS (
-            SELECT 1 FROM pauses
-            WHERE pauses.account_id = deliveries.account_id AND pauses.target = deliveries.target)
-        AND NOT EXISTS (
-            SELECT 1 FROM holds WHERE holds.account_id = deliveries.account_id AND holds.target = deliveries.target
-                AND holds.target = 'crm' AND holds.trial_since IS NULL)"""
+_WAITS = "state = 'pending' AND claim_id IS NULL"
+_DAY_S = 86_400.0  # after this the usual window has ended; `windows` knows more
 
 
-def expired(db: Database, before: str, limit: int) -> list[str]:
-    """Return the ids of rows that nothing holds, whose time ended before then without a call in flight."""
-    rows = db.rows(f"SELECT deliveries.id {_EXPIRED} ORDER BY expires_at LIMIT ?", (before, limit))
-    return [row["id"] for row in rows]
+def older(db: Reads, target: str, account_id: str, before: str, limit: int) -> Iterator[list[Row]]:
+    """Yield pages of an endpoint's rows without a call in flight whose age counts from before then."""
+    of = "target = ? AND account_id = ? AND aged_from < ?"
+    sql = f"SELECT id, aged_from, position FROM deliveries WHERE {_WAITS} AND {of}"
+    return db.pages(sql, (target, account_id, before), key=("aged_from", "position"), limit=limit)
 
 
-def still_expired(db: Database, delivery_id: str, before: str) -> Row | None:
-    """Return a row if nothing holds it and its time ended before then without a call in flight."""
-    return db.row(f"SELECT deliveries.* {_EXPIRED} AND deliveries.id = ?", (before, delivery_id))
+def past_their_time(db: Reads, before: str, limit: int) -> Iterator[list[Row]]:
+    """Yield pages of sends without a call in flight that were not to be sent after a time before then."""
+    sql = f"""
+        SELECT deliveries.id, send_before FROM outbound_messages CROSS JOIN deliveries
+            ON message_id = outbound_messages.id
+        WHERE status = 'pending' AND send_before < ? AND target = 'instagram' AND {_WAITS}"""
+    return db.pages(sql, (before,), key=("send_before", "deliveries.id"), limit=limit)
 
 
-def ending_before(db: Database, before: tuple[str, int], limit: int) -> list[Row]:
-    """Return the place and the end of pending rows that end before an end and position, the latest first."""
-    return db.rows(
-        """
-        SELECT position, expires_at, target, account_id FROM deliveries
-        WHERE state = 'pending' AND (expires_at, position) < (?, ?)
-        ORDER BY expires_at DESC, position DESC LIMIT ?""",
-        (*before, limit),
-    )
+def behind_closed_windows(db: Reads, account_id: str, now: str, limit: int) -> Iterator[list[Row]]:
+    """Yield pages of an account's sends, none in doubt, to customers whose usual window has ended."""
+    sql = f"""
+        SELECT deliveries.id, position FROM deliveries JOIN contacts USING (account_id, contact)
+        WHERE {_WAITS} AND target = 'instagram' AND account_id = ? AND in_doubt = 0
+            AND last_wrote_at < ? AND COALESCE(window_until, '') < ?"""
+    a_day_ago = instant(epoch_s(now) - _DAY_S)
+    return db.pages(sql, (account_id, a_day_ago, now), key=("position",), limit=limit)
 
 
-def postpone(db: Database, seconds: float, at_most: str, positions: Sequence[int]) -> None:
-    """Move the end of pending rows, for time that does not count, to no later than `at_most`."""
-    later = sqlite.shifted_at_most("expires_at")
-    db.run(
-        f"UPDATE deliveries SET expires_at = {later} WHERE state = 'pending' AND position IN ({_marks(positions)})",
-        (f"{seconds:+.3f}", at_most, *positions),
-    )
+def waiting(db: Reads, delivery_id: str) -> Row | None:
+    """Return a row that waits without a call in flight."""
+    return db.row(f"SELECT * FROM deliveries WHERE {_WAITS} AND id = ?", (delivery_id,))
 
 
-def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
+def follow_clock(tx: Tx, seconds: float, newest: int | None) -> None:
     """Move all times that lie ahead along with a clock that was set, up to the delivery at `newest`."""
-    due, expires = sqlite.shifted("due"), sqlite.shifted("expires_at")
+    due, aged_from = sqlite.shifted("due"), sqlite.shifted("aged_from")
     where, parameters = ("", []) if newest is None else (" AND position <= ?", [newest])
-    db.run(
-        f"UPDATE deliveries SET due = {due}, expires_at = {expires} WHERE state = 'pending'{where}",
+    tx.run(
+        f"UPDATE deliveries SET due = {due}, aged_from = {aged_from} WHERE state = 'pending'{where}",
         [f"{seconds:+.3f}", f"{seconds:+.3f}", *parameters],
     )
 
 
-def revive(
-    db: Database, rows: Sequence[Row], *, now: str, expires_at: str, asked_at: str | None, by: str | None = None
-) -> None:
-    """Owe dead deliveries of one lane again, in their old places in it, with their retries unused."""
+def revive(tx: Tx, rows: Sequence[Row], *, by: str | None = None) -> None:
+    """Owe dead deliveries of one lane again, in their old places in it, with their time and their retries unused."""
     target, account_id, contact = lane = [rows[0][name] for name in ("target", "account_id", "contact")]
-    fresh = {"state": "pending", "ready": 0, "due": now, "expires_at": expires_at, "finished_at": None}
-    fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "retry_asked_at": asked_at}
+    fresh = {"state": "pending", "ready": 0, "due": tx.now, "aged_from": tx.now, "finished_at": None}
+    fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "revived": 1}
     these, positions = f"position IN ({', '.join('?' * len(rows))})", [row["position"] for row in rows]
-    db.update("deliveries", fresh, these, positions)
-    note(db, these, positions, f"revived {by}" if by else "revived", now)
+    tx.update("deliveries", fresh, these, positions)
+    note(tx, these, positions, f"revived {by}" if by else "revived")
     # A send that was tried stays in front: its echo may still come.
     later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
     where = f"state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND {later}"
-    db.update("deliveries", {"ready": 0}, where, [*lane, min(row["sequence"] for row in rows)])
-    promote(db, target, account_id, contact, now)
+    tx.update("deliveries", {"ready": 0}, where, [*lane, min(row["sequence"] for row in rows)])
+    promote(tx, target, account_id, contact)
 
 
 # Where nothing goes any more: an account that is deleted, a CRM without a URL.
-_UNSERVED = "(accounts.deleted_at IS NOT NULL OR (target = 'crm' AND crm_webhook_url IS NULL))"
-_ASKED = "retry_asked_at IS NOT NULL AND state = 'dead'"
+_UNSERVED = """
+    SELECT 1 FROM accounts LEFT JOIN endpoints ON account_id = accounts.id AND kind = ?
+    WHERE accounts.id = ? AND (deleted_at IS NOT NULL OR (kind = 'crm' AND url IS NULL))"""
 
 
-def unserved(db: Database) -> list[Row]:
+def unserved(db: Reads) -> list[Row]:
     """Return the endpoints where something is owed though nothing goes there any more; `deleted_at` tells why."""
     return db.rows(
-        f"""
+        """
         SELECT target, accounts.id AS account_id, accounts.deleted_at
         FROM accounts CROSS JOIN (SELECT 'crm' AS target UNION ALL SELECT 'instagram') AS targets
-        WHERE {_UNSERVED} AND (
-            EXISTS (SELECT 1 FROM deliveries WHERE state = 'pending' AND {_OF_ENDPOINT})
-            OR EXISTS (SELECT 1 FROM deliveries WHERE {_ASKED} AND {_OF_ENDPOINT}))"""
+            LEFT JOIN endpoints ON account_id = accounts.id AND kind = targets.target
+        WHERE (deleted_at IS NOT NULL OR (kind = 'crm' AND url IS NULL)) AND EXISTS (
+            SELECT 1 FROM deliveries WHERE state = 'pending' AND deliveries.target = targets.target
+                AND deliveries.account_id = accounts.id)"""
     )
 
 
-_OF_ENDPOINT = "deliveries.target = targets.target AND deliveries.account_id = accounts.id"
-
-
-def left_over(db: Database, endpoint: Row, limit: int) -> list[Row]:
-    """Return rows of an unserved endpoint that are owed or asked for; none when it is served again."""
-    these = "target = ? AND account_id = ?"
-    key = [endpoint["target"], endpoint["account_id"]]
-    if not db.value(f"SELECT 1 FROM accounts, (SELECT ? AS target) AS wanted WHERE id = ? AND {_UNSERVED}", key):
+def left_over(db: Reads, endpoint: Row, limit: int) -> list[Row]:
+    """Return rows that an unserved endpoint is owed; none when it is served again."""
+    key = (endpoint["target"], endpoint["account_id"])
+    if not db.value(_UNSERVED, key):
         return []
-    found: list[Row] = []
-    for owed in ("state = 'pending'", _ASKED):
-        sql = f"SELECT position, state, message_id FROM deliveries WHERE {owed} AND {these} LIMIT ?"
-        found += db.rows(sql, (*key, limit - len(found)))
-    return found
+    owed = "SELECT position, message_id FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ?"
+    return db.rows(f"{owed} LIMIT ?", (*key, limit))
 
 
-def end_all(
-    db: Database, rows: Sequence[Row], state: Literal["done", "dead"], code: str, message: str | None, now: str
-) -> None:
-    """End pending deliveries whose lanes go no further, without a call, and ask no more for dead ones."""
-    owed, asked = ([row["position"] for row in rows if row["state"] == kind] for kind in ("pending", "dead"))
-    db.run(
+def end_all(tx: Tx, rows: Sequence[Row], state: Literal["done", "dead"], code: str, message: str | None) -> None:
+    """End pending deliveries whose lanes go no further, without a call. A send in doubt ends so."""
+    owed = [row["position"] for row in rows]
+    tx.run(
         f"""
-        UPDATE deliveries SET state = ?, claim_id = NULL, in_doubt = 0, last_code = ?, last_error = ?, finished_at = ?,
-            retry_asked_at = NULL, notes = COALESCE(notes, '') || ? WHERE position IN ({_marks(owed)})""",
-        (state, code, message, now, f"{now} {state} {code}\n", *owed),
+        UPDATE deliveries SET state = ?, claim_id = NULL, last_code = CASE in_doubt WHEN 1 THEN 'in_doubt' ELSE ? END,
+            in_doubt = 0, last_error = ?, finished_at = ?, notes = COALESCE(notes, '') || ?
+        WHERE position IN ({_marks(owed)})""",
+        (state, code, message, tx.now, f"{tx.now} {state} {code}\n", *owed),
     )
-    db.update("deliveries", {"retry_asked_at": None}, f"position IN ({_marks(asked)})", asked)
 
 
 def _marks(values: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from crmbridge import log
 from crmbridge.errors import Conflict, Invalid
 from crmbridge.store import inbound, sqlite
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Database, Reads, Row, Tx
 
 _CURSOR = re.compile(r"([0-9]{1,15})-([0-9a-z]{8})", re.ASCII)
 _EVENT_ID = re.compile(r"evt_[0-9a-z]{26}", re.ASCII)
@@ -56,7 +56,7 @@ def page(db: Database, accounts: Sequence[Row], *, after: str | None, limit: int
     return Page(events, f"{end['position']}-{end['event_id'][-_LETTERS:]}", has_more, expired)
 
 
-def _position(db: Database, accounts: Collection[str], after: str) -> int:
+def _position(db: Reads, accounts: Collection[str], after: str) -> int:
     """Return the position that a cursor or an event's id stands for."""
     cursor = _CURSOR.fullmatch(after)
     if cursor is None and not _EVENT_ID.fullmatch(after):
@@ -79,13 +79,13 @@ def _position(db: Database, accounts: Collection[str], after: str) -> int:
     )
 
 
-def _oldest(db: Database, accounts: Iterable[str]) -> int:
+def _oldest(db: Reads, accounts: Iterable[str]) -> int:
     """Return the position before the first event that is still here."""
     first = [_next(db, one, 0, _NO_END, 1) for one in accounts]
     return min((positions[0] for positions in first if positions), default=_NO_END) - 1
 
 
-def _next(db: Database, account_id: str, begin: int, end: int, limit: int) -> list[int]:
+def _next(db: Reads, account_id: str, begin: int, end: int, limit: int) -> list[int]:
     rows = db.rows(
         """
         SELECT position FROM deliveries WHERE target = 'crm' AND account_id = ? AND gone = 0
@@ -95,7 +95,7 @@ def _next(db: Database, account_id: str, begin: int, end: int, limit: int) -> li
     return [row["position"] for row in rows]
 
 
-def _last(db: Database, accounts: Iterable[str], newest: int) -> Row | None:
+def _last(db: Reads, accounts: Iterable[str], newest: int) -> Row | None:
     """Return the accounts' last event, be it here or gone."""
     found = [
         db.row(
@@ -110,7 +110,7 @@ def _last(db: Database, accounts: Iterable[str], newest: int) -> Row | None:
     return max((row for row in found if row), key=lambda row: int(row["position"]), default=None)
 
 
-def _count_gone(db: Database, account_id: str, begin: int, end: int) -> int:
+def _count_gone(db: Reads, account_id: str, begin: int, end: int) -> int:
     return int(
         db.value(
             """
@@ -121,7 +121,7 @@ def _count_gone(db: Database, account_id: str, begin: int, end: int) -> int:
     )
 
 
-def _read(db: Database, accounts: Mapping[str, Row], positions: Sequence[int]) -> tuple[list[Row], int]:
+def _read(db: Reads, accounts: Mapping[str, Row], positions: Sequence[int]) -> tuple[list[Row], int]:
     """Return the rows with what is `rendered` of them, as many as fit into a page, and how many positions that took."""
     rows: list[Row] = []
     size = 0
@@ -137,7 +137,7 @@ def _read(db: Database, accounts: Mapping[str, Row], positions: Sequence[int]) -
     return rows, len(positions)
 
 
-def _rendered(db: Database, account: Row, row: Row) -> str | None:
+def _rendered(db: Reads, account: Row, row: Row) -> str | None:
     try:
         return inbound.crm_body(db, account, row)
     except inbound.UNRENDERABLE as error:
@@ -153,14 +153,14 @@ def _store(db: Database, accounts: Mapping[str, Row], rows: Sequence[Row]) -> No
     if not rows:
         return
 
-    def job() -> None:
+    def job(tx: Tx) -> None:
         for row in rows:
-            now = db.row("SELECT * FROM deliveries WHERE position = ?", (row["position"],))
-            if now is None or now["gone"]:
+            present = tx.row("SELECT * FROM deliveries WHERE position = ?", (row["position"],))
+            if present is None or present["gone"]:
                 row |= {"rendered": None, "gone": 1}
                 continue
-            row["rendered"] = _rendered(db, accounts[row["account_id"]], now)
-            if now["body"] is None and row["rendered"]:
-                db.update("deliveries", {"body": row["rendered"]}, "position = ?", [row["position"]])
+            row["rendered"] = _rendered(tx, accounts[row["account_id"]], present)
+            if present["body"] is None and row["rendered"]:
+                tx.update("deliveries", {"body": row["rendered"]}, "position = ?", [row["position"]])
 
     db.write_last(job)

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from crmbridge import matching
-from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, instant, new_id
+from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, new_id
 from crmbridge.store import accounts, contacts, deliveries, messages, questions, windows
-from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Debt, Patience
+from crmbridge.store.database import Database, Reads, Row, Tx
+from crmbridge.store.deliveries import Debt
 
 # What a CRM is told of, and what each event has beside what all have, in the order of its body.
 TOLD: dict[str, tuple[str, ...]] = {
@@ -43,32 +43,31 @@ class Kept:
     account_id: str | None
 
 
-def keep(
-    db: Database, events: Sequence[ChannelEvent], *, correlation_id: str, now_s: float, patience: Patience
-) -> list[Kept]:
-    """Store events in the order in which they happened, in one commit; a repeated fact is stored once."""
-    ordered = sorted(events, key=lambda event: event.occurred_at)
-    now = instant(now_s)
+def keep(db: Database, events: Sequence[ChannelEvent], *, correlation_id: str, ask_s: float = 0.0) -> list[Kept]:
+    """Store events in the order in which they happened, in one commit; a repeated fact is stored once.
 
-    def job() -> list[Kept]:
+    The first message of a customer waits up to `ask_s` for their name.
+    """
+    ordered = sorted(events, key=lambda event: event.occurred_at)
+
+    def job(tx: Tx) -> list[Kept]:
         routes: dict[tuple[str, str], Row | None] = {}
         queues: set[str] = set()
         for event in ordered:
             named = event.external_account_id, event.party
             if named not in routes:
-                routes[named] = account = _account_of(db, event)
+                routes[named] = account = _account_of(tx, event)
                 # What came before the account goes first; where that is too much for one write, this queues behind it.
-                if account is not None and _waits(db, account):
-                    _adopt_some(db, account, now, patience)
-                    queues |= {account["id"]} if _waits(db, account) else set()
+                if account is not None and _waits(tx, account):
+                    _adopt_some(tx, account, ask_s)
+                    queues |= {account["id"]} if _waits(tx, account) else set()
         return [
             _keep_one(
-                db,
+                tx,
                 event,
                 account := routes[event.external_account_id, event.party],
                 correlation_id,
-                now,
-                patience,
+                ask_s,
                 queues=account is not None and account["id"] in queues,
             )
             for event in ordered
@@ -77,25 +76,24 @@ def keep(
     return db.write(job)
 
 
-def _account_of(db: Database, event: ChannelEvent) -> Row | None:
+def _account_of(db: Reads, event: ChannelEvent) -> Row | None:
     """Return the account that the envelope names, else the one that the item itself names, else nobody's."""
     account = accounts.find_external(db, event.external_account_id)
     return accounts.find_external(db, event.party) if account is None and event.party else account
 
 
 def _keep_one(
-    db: Database,
+    tx: Tx,
     event: ChannelEvent,
     account: Row | None,
     correlation_id: str,
-    now: str,
-    patience: Patience,
+    ask_s: float,
     *,
     queues: bool,
 ) -> Kept:
     event_id = new_id("evt")
     external_account_id = account["instagram_account_id"] if account else event.external_account_id
-    inserted = db.insert(
+    inserted = tx.insert(
         "inbound_events",
         {
             "id": event_id,
@@ -109,18 +107,18 @@ def _keep_one(
             "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
             "payload": None if event.kind in (NOTED, TEST) else _payload(event),
             "occurred_at": event.occurred_at,
-            "received_at": now,
+            "received_at": tx.now,
             "correlation_id": correlation_id,
         },
         once=True,
     )
     if not inserted:
-        db.run(
+        tx.run(
             "UPDATE inbound_events SET repeats = repeats + 1, repeated_at = ?"
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
-            (now, external_account_id, event.dedupe_key),
+            (tx.now, external_account_id, event.dedupe_key),
         )
-        _complete(db, account, external_account_id, event)
+        _complete(tx, account, external_account_id, event)
         return Kept("duplicate", event, None, account["id"] if account else None)
     if event.kind == TEST:
         return Kept("noted", event, event_id, None)
@@ -128,21 +126,21 @@ def _keep_one(
         return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
     if queues:
         return Kept("queued", event, event_id, account["id"])
-    state = _apply(db, account, _found(db, event_id), now, patience)
-    windows.note(db, account, event.contact, event.opens, acted_at=event.occurred_at, received_at=now)
+    state = _apply(tx, account, _found(tx, event_id), ask_s)
+    windows.note(tx, account, event.contact, event.opens, acted_at=event.occurred_at, received_at=tx.now)
     if event.contact_name:
-        contacts.name(db, account["id"], event.contact, event.contact_name)
+        contacts.name(tx, account["id"], event.contact, event.contact_name)
     return Kept(state, event, event_id, account["id"])
 
 
-def _complete(db: Database, account: Row | None, external_account_id: str, event: ChannelEvent) -> None:
+def _complete(tx: Tx, account: Row | None, external_account_id: str, event: ChannelEvent) -> None:
     """Let a whole message take the place of its mere announcement, as long as no CRM was told of that.
 
     Only the whole message, if any form of it, tells that an ad led to it.
     """
     if event.kind != "message.received" or event.extra.get("announced"):
         return
-    known = db.row(
+    known = tx.row(
         "SELECT id, payload, received_at FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?",
         (external_account_id, event.dedupe_key),
     )
@@ -150,12 +148,12 @@ def _complete(db: Database, account: Row | None, external_account_id: str, event
         return
     if account is not None:
         at, received_at = event.occurred_at, known["received_at"]
-        windows.note(db, account, event.contact, event.opens, acted_at=at, received_at=received_at)
+        windows.note(tx, account, event.contact, event.opens, acted_at=at, received_at=received_at)
     if '"announced"' not in (known["payload"] or ""):
         return
     told = "SELECT 1 FROM deliveries WHERE event_id = ? AND target = 'crm' AND (attempts > 0 OR body IS NOT NULL)"
-    if not db.value(told, (known["id"],)):
-        db.update("inbound_events", {"payload": _payload(event)}, "id = ?", [known["id"]])
+    if not tx.value(told, (known["id"],)):
+        tx.update("inbound_events", {"payload": _payload(event)}, "id = ?", [known["id"]])
 
 
 def _payload(event: ChannelEvent) -> str:
@@ -173,62 +171,62 @@ def _payload(event: ChannelEvent) -> str:
     return json.dumps({key: value for key, value in content.items() if value}, ensure_ascii=False)
 
 
-def _apply(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
     """Do what an event asks for and return its new state."""
     if not row["contact"] and row["instagram_message_id"]:
-        row = _with_contact(db, account, row)
+        row = _with_contact(tx, account, row)
     kind = row["kind"]
-    if kind == NOTED or (kind != "message.echo" and _is_known_otherwise(db, account, row)):
+    if kind == NOTED or (kind != "message.echo" and _is_known_otherwise(tx, account, row)):
         state = "noted"
     elif kind == "message.read":
-        state = _apply_read(db, account, row, now, patience)
+        state = _apply_read(tx, account, row)
     elif kind == "message.echo":
-        state = _apply_echo(db, account, row, now, patience)
+        state = _apply_echo(tx, account, row)
     else:
         if kind == "message.deleted":
-            _withdraw(db, account, row)
-        state = _forward(db, account, row, now, patience)
+            _withdraw(tx, account, row)
+        state = _forward(tx, account, row, ask_s)
     changed: Row = {"state": state, "account_id": account["id"]}
     if state == "noted":  # nobody is owed its content
         changed["payload"] = None
-    db.update("inbound_events", changed, "id = ?", [row["id"]])
+    tx.update("inbound_events", changed, "id = ?", [row["id"]])
     return state
 
 
-def _with_contact(db: Database, account: Row, row: Row) -> Row:
+def _with_contact(tx: Tx, account: Row, row: Row) -> Row:
     """Find the customer of an event that names only a message, such as an edit without its parties."""
-    known = _about(db, account["id"], row["instagram_message_id"])
-    sent = messages.find_external(db, account["id"], row["instagram_message_id"])
+    known = _about(tx, account["id"], row["instagram_message_id"])
+    sent = messages.find_external(tx, account["id"], row["instagram_message_id"])
     contact = known["contact"] if known else sent["recipient_id"] if sent else ""
-    db.update("inbound_events", {"contact": contact}, "id = ?", [row["id"]])
+    tx.update("inbound_events", {"contact": contact}, "id = ?", [row["id"]])
     return {**row, "contact": contact}
 
 
-def _is_known_otherwise(db: Database, account: Row, row: Row) -> bool:
+def _is_known_otherwise(tx: Tx, account: Row, row: Row) -> bool:
     """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
     sign of a new message that is here already."""
     mid = row["instagram_message_id"]
-    if mid and row["kind"] in _MESSAGES and not _is_recovered(row) and _was_recovered(db, account, row):
+    if mid and row["kind"] in _MESSAGES and not _is_recovered(row) and _was_recovered(tx, account, row):
         return True
     if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
-        withdrawn = _find(db, account["id"], mid, ("message.deleted",)) is not None
+        withdrawn = _find(tx, account["id"], mid, ("message.deleted",)) is not None
         if withdrawn:
-            db.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
+            tx.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
         if withdrawn or not _is_recovered(row):
             return withdrawn
     if row["dedupe_key"] != f"new:{mid}" and not _is_recovered(row):
         return False
     others = [
         known
-        for known in _all_about(db, account["id"], mid, but=row["id"])
+        for known in _all_about(tx, account["id"], mid, but=row["id"])
         if not _is_announcement(known) or known["contact"].startswith(contacts.ERASED)
     ]
-    if row["kind"] == "message.unsupported" and messages.find_external(db, account["id"], mid) is not None:
+    if row["kind"] == "message.unsupported" and messages.find_external(tx, account["id"], mid) is not None:
         return True
     return bool(others)
 
 
-def _was_recovered(db: Database, account: Row, row: Row) -> bool:
+def _was_recovered(tx: Tx, account: Row, row: Row) -> bool:
     """Tell whether the CRM has a message already that was found when the channel was asked, maybe as another kind.
 
     What it has not been told of yet gives way to what the channel tells by itself.
@@ -236,11 +234,11 @@ def _was_recovered(db: Database, account: Row, row: Row) -> bool:
     found = """
         SELECT id, kind, payload FROM inbound_events
         WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND payload IS NOT NULL AND state = 'forwarded'"""
-    for known in db.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
+    for known in tx.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
         if known["kind"] not in _MESSAGES or not _is_recovered(known):
             continue
-        if deliveries.take_back(db, known["id"]):
-            db.update("inbound_events", {"state": "noted", "payload": None}, "id = ?", [known["id"]])
+        if deliveries.take_back(tx, known["id"]):
+            tx.update("inbound_events", {"state": "noted", "payload": None}, "id = ?", [known["id"]])
         elif known["kind"] != "message.unsupported" or row["kind"] == "message.unsupported":
             return True
     return False
@@ -257,25 +255,25 @@ def _is_recovered(row: Row) -> bool:
     return '"recovered"' in payload and bool(json.loads(payload).get("extra", {}).get("recovered"))
 
 
-def _withdraw(db: Database, account: Row, row: Row) -> None:
+def _withdraw(tx: Tx, account: Row, row: Row) -> None:
     """Erase what a customer, or the shop, took back: its text and the addresses of its attachments."""
     named = [account["id"], row["instagram_message_id"], row["id"]]
     # An echo that is held may be the only proof that a send arrived; it is erased when it is looked at again.
     where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
-    for event in db.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
+    for event in tx.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
         left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
         if "referral" in left.get("extra", {}):
             left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
         withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
-        db.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
-        db.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
+        tx.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
+        tx.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
-    db.update("outbound_messages", {"content": None}, sent, named[:2])
+    tx.update("outbound_messages", {"content": None}, sent, named[:2])
 
 
-def _take_over_edits(db: Database, account: Row, row: Row) -> None:
+def _take_over_edits(tx: Tx, account: Row, row: Row) -> None:
     """Give a message that its own edit overtook the newest text: a CRM shows what has the later sequence."""
-    edits = db.rows(
+    edits = tx.rows(
         """
         SELECT payload, occurred_at FROM inbound_events
         WHERE account_id = ? AND instagram_message_id = ? AND kind = 'message.edited' AND payload IS NOT NULL""",
@@ -287,22 +285,22 @@ def _take_over_edits(db: Database, account: Row, row: Row) -> None:
     _, newest = max(told, key=lambda edit: (edit[1].get("extra", {}).get("edit", {}).get("number") or 0, edit[0]))
     if "text" in newest:
         changed = json.dumps({**json.loads(row["payload"]), "text": newest["text"]}, ensure_ascii=False)
-        db.update("inbound_events", {"payload": changed}, "id = ?", [row["id"]])
+        tx.update("inbound_events", {"payload": changed}, "id = ?", [row["id"]])
 
 
-def _about(db: Database, account_id: str, external_id: str, *, but: str = "") -> Row | None:
+def _about(db: Reads, account_id: str, external_id: str, *, but: str = "") -> Row | None:
     """Return the event that brought a message, or None."""
     return _find(db, account_id, external_id, _MESSAGES, but=but)
 
 
-def _find(db: Database, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
+def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
     # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
     found = _all_about(db, account_id, external_id, kinds, but=but)
     return min(found, key=lambda row: str(row["received_at"]), default=None)
 
 
 def _all_about(
-    db: Database, account_id: str, external_id: str, kinds: Sequence[str] = _MESSAGES, *, but: str = ""
+    db: Reads, account_id: str, external_id: str, kinds: Sequence[str] = _MESSAGES, *, but: str = ""
 ) -> list[Row]:
     marks = ", ".join("?" * len(kinds))
     return db.rows(
@@ -313,81 +311,80 @@ def _all_about(
     )
 
 
-def _forward(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
-    sequence = contacts.next_sequence(db, "crm", account["id"], row["contact"], now)
+def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
+    sequence = contacts.next_sequence(tx, "crm", account["id"], row["contact"], tx.now)
     if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
-        _take_over_edits(db, account, row)
-    wait_s = patience.ask_s if _ask(db, account, row, now) else 0.0
+        _take_over_edits(tx, account, row)
+    wait_s = ask_s if _ask(tx, account, row) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
-    expires = instant(epoch_s(now) + patience.crm_s)
-    deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=push, wait_s=wait_s)
+    deliveries.owe(tx, debt, body=None, sequence=sequence, push=push, wait_s=wait_s)
     return "forwarded"
 
 
-def _ask(db: Database, account: Row, row: Row, now: str) -> bool:
+def _ask(tx: Tx, account: Row, row: Row) -> bool:
     """Have the channel asked for what an event does not tell; return whether the answer is worth a short wait."""
-    answers = account["status"] == "active" and (account["ask_again_at"] or "") <= now
+    answers = account["status"] == "active" and (account["ask_again_at"] or "") <= tx.now
     if _is_announcement(row):
-        return questions.ask(db, account["id"], "message", row["instagram_message_id"], now) and answers
+        return questions.ask(tx, account["id"], "message", row["instagram_message_id"]) and answers
     if row["kind"] not in _BY_A_PERSON or not answers:
         return False  # the next message asks: nothing piles up meanwhile
-    known = contacts.profile(db, account["id"], row["contact"])
-    if (known["profile_due"] or "") > now:
+    known = contacts.profile(tx, account["id"], row["contact"])
+    if (known["profile_due"] or "") > tx.now:
         return False
-    is_new = questions.ask(db, account["id"], "profile", row["contact"], now)
+    is_new = questions.ask(tx, account["id"], "profile", row["contact"])
     return is_new and known["profile_checked_at"] is None
 
 
-def _apply_read(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+def _apply_read(tx: Tx, account: Row, row: Row) -> str:
     external_id = row["instagram_message_id"]
-    message = messages.find_external(db, account["id"], external_id) if external_id else None
+    message = messages.find_external(tx, account["id"], external_id) if external_id else None
     if message is not None:
         sent_until = message["sent_at"]
     elif external_id is None:  # Messenger's form tells a time
         sent_until = json.loads(row["payload"] or "{}").get("extra", {}).get("read_until")
-    elif _is_open(deliveries.tried_send(db, account["id"], row["contact"])):
+    elif _is_open(deliveries.tried_send(tx, account["id"], row["contact"])):
         return "held"
     else:
         # A reply typed elsewhere, known by its echo: everything sent before it was read too.
-        sent_until = db.value(
+        sent_until = tx.value(
             "SELECT occurred_at FROM inbound_events WHERE account_id = ? AND instagram_message_id = ? AND kind = ?",
             (account["id"], external_id, "message.echo"),
         )
     if sent_until:
         at = row["occurred_at"]
-        messages.confirm_read(db, account["id"], row["contact"], sent_until, at=at, now=now, patience=patience)
+        messages.confirm_read(tx, account["id"], row["contact"], sent_until, at=at)
     return "noted"
 
 
-def _apply_echo(db: Database, account: Row, row: Row, now: str, patience: Patience) -> str:
+def _apply_echo(tx: Tx, account: Row, row: Row) -> str:
     external_id, at = row["instagram_message_id"], row["occurred_at"]
-    message = messages.find_external(db, account["id"], external_id)
+    message = messages.find_external(tx, account["id"], external_id)
     if message is not None:
-        messages.confirm(db, message, external_id, row["contact"], at=at, now=now, patience=patience)
+        messages.confirm(tx, message, external_id, row["contact"], at=at)
         return "noted"
-    send = deliveries.tried_send(db, account["id"], row["contact"])
+    send = deliveries.tried_send(tx, account["id"], row["contact"])
     if _is_in_flight(send):
         return "held"
     # An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt.
-    doubtful = [send] if send else deliveries.given_up_in_doubt(db, account["id"], row["contact"])
-    doubtful += deliveries.tried_behind(db, account["id"], row["contact"])
-    possible = [entry for entry in doubtful if _shows(db, row, entry)]
+    doubtful = [send] if send else deliveries.given_up_in_doubt(tx, account["id"], row["contact"])
+    doubtful += deliveries.tried_behind(tx, account["id"], row["contact"])
+    possible = [entry for entry in doubtful if _shows(tx, row, entry)]
     if not possible:
-        possible = [entry for entry in deliveries.doubtful_replies(db, account["id"]) if _shows(db, row, entry)]
+        possible = [entry for entry in deliveries.doubtful_replies(tx, account["id"]) if _shows(tx, row, entry)]
         if any(_is_in_flight(entry) for entry in possible):
             return "held"
     if len(possible) == 1:
-        message = messages.found(db, possible[0]["message_id"])
-        messages.confirm(db, message, external_id, row["contact"], at=at, now=now, patience=patience)
-        deliveries.end(db, possible[0], "done", "echo", None, now)
-        db.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
-        release_held(db, account["id"], possible[0]["contact"], now, patience)
+        message = messages.found(tx, possible[0]["message_id"])
+        messages.confirm(tx, message, external_id, row["contact"], at=at)
+        deliveries.end(tx, possible[0], "done", "echo", None)
+        tx.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+        release_held(tx, account["id"], possible[0]["contact"])
         return "noted"
     is_open = any(_is_open(entry) for entry in (send, *possible))
     if is_open:
         return "held"
-    return "noted" if _is_known_otherwise(db, account, row) else _forward(db, account, row, now, patience)
+    return "noted" if _is_known_otherwise(tx, account, row) else _forward(tx, account, row)
 
 
 def _is_in_flight(send: Row | None) -> bool:
@@ -399,7 +396,7 @@ def _is_open(send: Row | None) -> bool:
     return send is not None and (send["claim_id"] is not None or bool(send["in_doubt"]))
 
 
-def _shows(db: Database, echo: Row, send: Row) -> bool:
+def _shows(db: Reads, echo: Row, send: Row) -> bool:
     """Tell whether an echo can be a send in doubt."""
     message = messages.found(db, send["message_id"])
     if message["recipient_id"] not in (echo["contact"], send["contact"]):
@@ -414,65 +411,63 @@ def _shows(db: Database, echo: Row, send: Row) -> bool:
 def replace_announcement(db: Database, account_id: str, external_id: str) -> None:
     """Take back the mere sign of a message, now that the message itself is told, unless the CRM has seen it."""
 
-    def job() -> None:
-        known = _all_about(db, account_id, external_id)
+    def job(tx: Tx) -> None:
+        known = _all_about(tx, account_id, external_id)
         signs = [row for row in known if _is_announcement(row)]
         if len(known) == len(signs):
             return
         for row in signs:
-            if deliveries.take_back(db, row["id"]):
-                db.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+            if deliveries.take_back(tx, row["id"]):
+                tx.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
 
     db.write(job)
 
 
-def release_held(db: Database, account_id: str, contact: str, now: str, patience: Patience) -> None:
+def release_held(tx: Tx, account_id: str, contact: str) -> None:
     """Look again at the echoes and receipts that waited for a send to be settled; runs inside a write."""
-    account = accounts.find(db, account_id)
+    account = accounts.find(tx, account_id)
     if account is None:
         return
     waiting, parameters = "state = 'held' AND account_id = ?", [account_id]
     if not contact.startswith(deliveries.COMMENT_LANE):  # for a private reply anyone's echo may have waited
         waiting, parameters = f"{waiting} AND contact = ?", [account_id, contact]
-    held = db.rows(f"SELECT * FROM inbound_events WHERE {waiting} ORDER BY occurred_at, id", parameters)
+    held = tx.rows(f"SELECT * FROM inbound_events WHERE {waiting} ORDER BY occurred_at, id", parameters)
     for row in held:
-        if _found(db, row["id"])["state"] == "held":  # one before it may have settled a send, and released it
-            _apply(db, account, row, now, patience)
+        if _found(tx, row["id"])["state"] == "held":  # one before it may have settled a send, and released it
+            _apply(tx, account, row)
 
 
-def drop_held(db: Database, account_id: str) -> None:
+def drop_held(tx: Tx, account_id: str) -> None:
     """Note what waited for the sends of an account that is being deleted; runs inside a write."""
     noted = {"state": "noted", "payload": None}
-    db.update("inbound_events", noted, "state = 'held' AND account_id = ?", [account_id])
+    tx.update("inbound_events", noted, "state = 'held' AND account_id = ?", [account_id])
 
 
-def adopt(db: Database, account: Row, now_s: float, patience: Patience) -> int:
+def adopt(db: Database, account: Row, ask_s: float = 0.0) -> int:
     """Route what came for an account before it was configured here; return how many events there were."""
-    total, now = 0, instant(now_s)
-    while _waits(db, account):
-        done = db.write_last(lambda: _adopt_some(db, account, now, patience))
-        total += done
-        if not done:
-            break
-    return total
+    pages = iter(lambda: _waiting(db, account, 1), [])
+    return db.in_steps(pages, lambda tx, _: _adopt_some(tx, account, ask_s))
 
 
-def _adopt_some(db: Database, account: Row, now: str, patience: Patience) -> int:
+def _waiting(db: Reads, account: Row, limit: int) -> list[Row]:
     named = account["instagram_account_id"]
-    waiting = db.rows(
-        f"SELECT * FROM ({_UNROUTED} UNION {_UNROUTED_PARTY}) ORDER BY occurred_at, id LIMIT ?",
-        (named, named, _ADOPT_AT_ONCE),
-    )
+    sql = f"SELECT * FROM ({_UNROUTED} UNION {_UNROUTED_PARTY}) ORDER BY occurred_at, id LIMIT ?"
+    return db.rows(sql, (named, named, limit))
+
+
+def _adopt_some(tx: Tx, account: Row, ask_s: float) -> int:
+    named = account["instagram_account_id"]
+    waiting = _waiting(tx, account, _ADOPT_AT_ONCE)
     for row in waiting:
         is_ours = row["instagram_account_id"] == named
-        if not is_ours and _is_here(db, named, row["dedupe_key"]):  # it came again since the account is known
-            db.update("inbound_events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
+        if not is_ours and _is_here(tx, named, row["dedupe_key"]):  # it came again since the account is known
+            tx.update("inbound_events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
             continue
         if not is_ours:
-            db.update("inbound_events", {"instagram_account_id": named}, "id = ?", [row["id"]])
-        _apply(db, account, row, now, patience)
+            tx.update("inbound_events", {"instagram_account_id": named}, "id = ?", [row["id"]])
+        _apply(tx, account, row, ask_s)
         opens = json.loads(row["payload"] or "{}").get("opens")
-        windows.note(db, account, row["contact"], opens, acted_at=row["occurred_at"], received_at=row["received_at"])
+        windows.note(tx, account, row["contact"], opens, acted_at=row["occurred_at"], received_at=row["received_at"])
     return len(waiting)
 
 
@@ -480,17 +475,17 @@ _UNROUTED = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram
 _UNROUTED_PARTY = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND party = ?"
 
 
-def _waits(db: Database, account: Row) -> bool:
+def _waits(db: Reads, account: Row) -> bool:
     named = (account["instagram_account_id"],)
     return any(db.value(f"{sql} LIMIT 1", named) is not None for sql in (_UNROUTED, _UNROUTED_PARTY))
 
 
-def _is_here(db: Database, external_account_id: str, dedupe_key: str) -> bool:
+def _is_here(db: Reads, external_account_id: str, dedupe_key: str) -> bool:
     sql = "SELECT 1 FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?"
     return db.value(sql, (external_account_id, dedupe_key)) is not None
 
 
-def crm_body(db: Database, account: Row, delivery: Row) -> str:
+def crm_body(db: Reads, account: Row, delivery: Row) -> str:
     """Return what the CRM gets, rendered if it was not before; raises one of UNRENDERABLE when that cannot be done."""
     if delivery["body"] is not None:
         return str(delivery["body"])
@@ -539,14 +534,14 @@ def crm_body(db: Database, account: Row, delivery: Row) -> str:
     return deliveries.rendered(fields)
 
 
-def _message_id(db: Database, account_id: str, row: Row) -> str | None:
+def _message_id(db: Reads, account_id: str, row: Row) -> str | None:
     """Return our id of the message that an event is or is about, or None when it is not here."""
     if row["kind"] in _MESSAGES:
         return "msg_" + str(row["id"]).removeprefix("evt_")
     return _our_id(db, account_id, row["instagram_message_id"]) if row["instagram_message_id"] else None
 
 
-def _our_id(db: Database, account_id: str, external_id: str) -> str | None:
+def _our_id(db: Reads, account_id: str, external_id: str) -> str | None:
     sent = messages.find_external(db, account_id, external_id)
     if sent:
         return str(sent["id"])
@@ -565,7 +560,7 @@ def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reply_to(
-    db: Database, account_id: str, reply: dict[str, Any] | None, others: dict[str, Any]
+    db: Reads, account_id: str, reply: dict[str, Any] | None, others: dict[str, Any]
 ) -> dict[str, Any] | None:
     if reply is None:
         return None
@@ -580,7 +575,7 @@ def _reply_to(
     }
 
 
-def _found(db: Database, event_id: str) -> Row:
+def _found(db: Reads, event_id: str) -> Row:
     row = db.row("SELECT * FROM inbound_events WHERE id = ?", (event_id,))
     if row is None:
         raise LookupError(event_id)

@@ -3,30 +3,32 @@
 import json
 from typing import Any
 
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Database, Reads, Row
 
 
 def create(db: Database, values: dict[str, Any]) -> None:
     """Store a key; `accounts` and `permissions` are lists."""
     row = {**values, "accounts": json.dumps(values["accounts"]), "permissions": json.dumps(values["permissions"])}
-    db.write(lambda: db.insert("api_keys", row))
+    db.write(lambda tx: tx.insert("api_keys", row))
 
 
-def find(db: Database, key_id: str) -> Row | None:
+def find(db: Reads, key_id: str) -> Row | None:
     """Return a key by its id, with its lists read, or None."""
     row = db.row("SELECT * FROM api_keys WHERE id = ?", (key_id,))
     return _read(row) if row else None
 
 
-def everyone(db: Database) -> list[Row]:
+def everyone(db: Reads) -> list[Row]:
     """Return all keys, oldest first."""
     return [_read(row) for row in db.rows("SELECT * FROM api_keys ORDER BY created_at, id")]
 
 
-def revoke(db: Database, key_id: str, now: str) -> bool:
+def revoke(db: Database, key_id: str) -> bool:
     """Revoke a key from now on; False when there is no such key."""
     return bool(
-        db.write(lambda: db.run("UPDATE api_keys SET revoked_at = COALESCE(revoked_at, ?) WHERE id = ?", (now, key_id)))
+        db.write(
+            lambda tx: tx.run("UPDATE api_keys SET revoked_at = COALESCE(revoked_at, ?) WHERE id = ?", (tx.now, key_id))
+        )
     )
 
 

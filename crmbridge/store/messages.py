@@ -9,12 +9,12 @@ from crmbridge import matching
 from crmbridge.errors import Conflict, Invalid
 from crmbridge.events import Thread, epoch_s, instant, new_id
 from crmbridge.matching import Match
-from crmbridge.store import accounts, contacts, deliveries, pauses, windows
-from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Claimed, Debt, Outcome, Patience, Verdict
+from crmbridge.store import accounts, contacts, deliveries, endpoints, windows
+from crmbridge.store.database import Database, Reads, Row, Tx
+from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
 
 # What ended without our knowing whether it had gone out; the channel may still show that it had.
-_PROVABLE = ("in_doubt", "expired", "account_deleted")
+_PROVABLE = ("in_doubt", "expired", "held_too_long", "account_deleted")
 _RANK = {"pending": 0, "failed": 0, "sent": 1, "delivered": 2, "read": 3}
 TOLD = ("message.sent", "message.delivered", "message.read", "message.failed")  # the changes that a CRM is told of
 
@@ -41,14 +41,14 @@ class Request:
     send_before: str | None = None
 
 
-def accept(db: Database, request: Request, patience: Patience, now_s: float) -> tuple[Row, bool]:
+def accept(db: Database, request: Request) -> tuple[Row, bool]:
     """Store a send and its delivery, or return the one that has its key already; the flag tells if it is new.
 
     Raises Conflict when the key was used for another request, and what `check` raises.
     """
 
-    def job() -> tuple[Row, bool]:
-        known = db.row(
+    def job(tx: Tx) -> tuple[Row, bool]:
+        known = tx.row(
             "SELECT * FROM outbound_messages WHERE account_id = ? AND idempotency_key = ?",
             (request.account_id, request.idempotency_key),
         )
@@ -58,13 +58,13 @@ def accept(db: Database, request: Request, patience: Patience, now_s: float) -> 
                     f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
                 )
             return known, False
-        now, message_id = instant(now_s), new_id("msg")
-        checked = check(db, request, now)
+        message_id = new_id("msg")
+        checked = check(tx, request, tx.now)
         content, is_action = checked.content, bool(checked.content.keys() & {"action", "reaction"})
         before = checked.send_before
         if content.get("action") in ("typing_on", "typing_off"):
-            before = min(before or instant(now_s + _TYPING_S), instant(now_s + _TYPING_S))
-        db.insert(
+            before = min(before or "9", instant(tx.now_s + _TYPING_S))
+        tx.insert(
             "outbound_messages",
             {
                 "id": message_id,
@@ -77,25 +77,23 @@ def accept(db: Database, request: Request, patience: Patience, now_s: float) -> 
                 "metadata": _json(request.metadata),
                 "status": "pending",
                 "correlation_id": request.correlation_id,
-                "created_at": now,
+                "created_at": tx.now,
                 "send_before": before,
             },
         )
-        _transition(db, message_id, "pending", None, now)
-        sequence = contacts.next_sequence(db, "instagram", request.account_id, request.recipient_id, now)
+        _transition(tx, message_id, "pending", None, tx.now)
+        sequence = contacts.next_sequence(tx, "instagram", request.account_id, request.recipient_id, tx.now)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
             request.correlation_id, message_id=message_id,
         )  # fmt: skip
-        expires = instant(now_s + patience.instagram_s)
-        expires = min(expires, before or expires)
-        deliveries.owe(db, debt, now=now, expires_at=expires, body=None, sequence=sequence, push=True)
-        return found(db, message_id), True
+        deliveries.owe(tx, debt, body=None, sequence=sequence, push=True)
+        return found(tx, message_id), True
 
     return db.write(job)
 
 
-def check(db: Database, request: Request, now: str) -> Request:
+def check(db: Reads, request: Request, now: str) -> Request:
     """Return a request with the channel's ids of the messages it names, and its customer as far as known.
 
     Raises Invalid or Conflict when it can't be sent: the account is inactive, it names a message that isn't there or
@@ -123,19 +121,20 @@ def check(db: Database, request: Request, now: str) -> Request:
     return replace(request, content=content, recipient_id=window.contact or request.recipient_id)
 
 
-def outlook(db: Database, request: Request) -> tuple[str | None, list[str]]:
+def outlook(db: Reads, request: Request) -> tuple[str | None, list[str]]:
     """Return when a send's window ends, if it has an end that is known, and the warnings there are for it."""
     account = accounts.found(db, request.account_id)
     window = windows.of(db, account, request.recipient_id, request.content)
     warnings = [window.warning] if window.warning else []
-    if ("instagram", account["id"]) in pauses.everyone(db):
+    end = endpoints.find(db, account["id"], "instagram")
+    if end is not None and end["paused_at"] is not None:
         warnings.append("sends_paused")
     if account["status"] == "error":
         warnings.append("account_error")
     return window.ends_at, warnings
 
 
-def _external_id(db: Database, request: Request, field: str, our_id: str) -> str:
+def _external_id(db: Reads, request: Request, field: str, our_id: str) -> str:
     """Return the channel's id of a message to or from the same customer that the CRM names by an id of ours."""
     lane, named = (request.account_id, request.recipient_id), our_id
     if our_id.startswith("evt_"):
@@ -160,7 +159,7 @@ def _external_id(db: Database, request: Request, field: str, our_id: str) -> str
     raise Invalid(f"{field} names no message of this conversation.", code="message_unknown", details=[detail])
 
 
-def _is_answered(db: Database, account_id: str, comment_id: str) -> bool:
+def _is_answered(db: Reads, account_id: str, comment_id: str) -> bool:
     """Tell whether a comment has, or may have, its private reply."""
     return db.value(
         """
@@ -170,128 +169,119 @@ def _is_answered(db: Database, account_id: str, comment_id: str) -> bool:
     ) is not None  # fmt: skip
 
 
-def cancel(db: Database, message_id: str, patience: Patience, now_s: float) -> bool:
+def cancel(db: Database, message_id: str) -> bool:
     """End a message that still waits; tell whether it did. Raises Conflict when it has gone out, or may have."""
-    now = instant(now_s)
 
-    def job() -> bool:
-        message = found(db, message_id)
+    def job(tx: Tx) -> bool:
+        message = found(tx, message_id)
         if message["status"] == "failed" and message["error_code"] != "in_doubt":
             return False
-        send = _delivery(db, message_id)
+        send = _delivery(tx, message_id)
         waits = send is not None and send["state"] == "pending" and send["claim_id"] is None and not send["in_doubt"]
         if message["status"] != "pending" or send is None or not waits:
             raise Conflict("The message has gone out, or may have.", code="message_gone_out")
-        deliveries.end(db, send, "done", "cancelled", "cancelled by the CRM", now)
-        fail(db, message_id, "cancelled", "cancelled before it was sent", now, patience)
+        deliveries.end(tx, send, "done", "cancelled", "cancelled by the CRM")
+        fail(tx, message_id, "cancelled", "cancelled before it was sent")
         return True
 
     return db.write(job)
 
 
-def _delivery(db: Database, message_id: str) -> Row | None:
+def _delivery(db: Reads, message_id: str) -> Row | None:
     return db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
 
 
-def settle(
-    db: Database, claimed: Claimed, outcome: Outcome, verdict: Verdict, patience: Patience, now_s: float
-) -> None:
+def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> None:
     """Carry a send's outcome over to its message; runs inside the write that records it."""
-    message, now = found(db, str(claimed.message_id)), instant(now_s)
+    message, now = found(tx, str(claimed.message_id)), tx.now
     if outcome.kind == "done":
         known = "id = ? AND instagram_message_id IS NULL"
-        db.update("outbound_messages", {"instagram_message_id": outcome.external_id}, known, [message["id"]])
-        _meet(db, message, outcome.contact)
-        advance(db, message["id"], "sent", at=now, now=now, patience=patience)
+        tx.update("outbound_messages", {"instagram_message_id": outcome.external_id}, known, [message["id"]])
+        _meet(tx, message, outcome.contact)
+        advance(tx, message["id"], "sent", at=now)
         return
     again = verdict.state == "pending" and not verdict.in_doubt
     changed: Row = {"retry_count": message["retry_count"] + int(again)}
     if claimed.kind == "call" or (verdict.state == "dead" and outcome.kind != "absent"):
         retryable = int(outcome.kind in ("retry", "in_doubt") and claimed.kind == "call")
         changed |= {"error_code": outcome.code, "error_message": outcome.message, "error_retryable": retryable}
-    db.update("outbound_messages", changed, "id = ?", [message["id"]])
+    tx.update("outbound_messages", changed, "id = ?", [message["id"]])
     if verdict.state == "dead":
         reason = changed.get("error_code", message["error_code"])
-        advance(db, message["id"], "failed", at=now, now=now, patience=patience, reason=reason)
+        advance(tx, message["id"], "failed", at=now, reason=reason)
 
 
-def revive(db: Database, message_id: str, now: str) -> None:
+def revive(tx: Tx, message_id: str) -> None:
     """A person has a failed message sent once more; runs inside a write."""
     anew = {"status": "pending", "error_code": None, "error_message": None, "error_retryable": None}
-    db.update("outbound_messages", anew, "id = ?", [message_id])
-    _transition(db, message_id, "pending", "revived", now)
+    tx.update("outbound_messages", anew, "id = ?", [message_id])
+    _transition(tx, message_id, "pending", "revived", tx.now)
 
 
-def fail(db: Database, message_id: str, code: str, problem: str, now: str, patience: Patience) -> None:
+def fail(tx: Tx, message_id: str, code: str, problem: str) -> None:
     """End a message as failed without a call; runs inside a write."""
     failure = {"error_code": code, "error_message": problem, "error_retryable": 0}
-    db.update("outbound_messages", failure, "id = ?", [message_id])
-    advance(db, message_id, "failed", at=now, now=now, patience=patience, reason=code)
+    tx.update("outbound_messages", failure, "id = ?", [message_id])
+    advance(tx, message_id, "failed", at=tx.now, reason=code)
 
 
-def _meet(db: Database, message: Row, contact: str | None) -> None:
+def _meet(tx: Tx, message: Row, contact: str | None) -> None:
     """Note whom a private reply reached: the channel tells it only now."""
     if message["comment_id"] is not None and contact:
-        db.update("outbound_messages", {"recipient_id": contact}, "id = ?", [message["id"]])
+        tx.update("outbound_messages", {"recipient_id": contact}, "id = ?", [message["id"]])
 
 
-def confirm(
-    db: Database, message: Row, external_id: str, contact: str, *, at: str, now: str, patience: Patience
-) -> None:
+def confirm(tx: Tx, message: Row, external_id: str, contact: str, *, at: str) -> None:
     """The channel showed the message in its thread: it is delivered, whatever we believed; runs inside a write."""
-    _meet(db, message, contact)
+    _meet(tx, message, contact)
     if message["instagram_message_id"] is None:
-        db.update("outbound_messages", {"instagram_message_id": external_id}, "id = ?", [message["id"]])
+        tx.update("outbound_messages", {"instagram_message_id": external_id}, "id = ?", [message["id"]])
     if message["status"] == "pending":
-        advance(db, message["id"], "sent", at=at, now=now, patience=patience)
-    advance(db, message["id"], "delivered", at=at, now=now, patience=patience)
+        advance(tx, message["id"], "sent", at=at)
+    advance(tx, message["id"], "delivered", at=at)
 
 
-def confirm_read(
-    db: Database, account_id: str, contact: str, sent_until: str, *, at: str, now: str, patience: Patience
-) -> int:
+def confirm_read(tx: Tx, account_id: str, contact: str, sent_until: str, *, at: str) -> int:
     """Mark what was sent to a contact up to a time as read; return how many messages changed."""
-    unread = db.rows(
+    unread = tx.rows(
         """
         SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? AND status IN ('sent', 'delivered')
             AND sent_at <= ? AND instagram_message_id IS NOT NULL ORDER BY sent_at""",
         (account_id, contact, sent_until),
     )
     for message in unread:
-        advance(db, message["id"], "read", at=at, now=now, patience=patience)
+        advance(tx, message["id"], "read", at=at)
     return len(unread)
 
 
-def advance(
-    db: Database, message_id: str, status: str, *, at: str, now: str, patience: Patience, reason: str | None = None
-) -> None:
+def advance(tx: Tx, message_id: str, status: str, *, at: str, reason: str | None = None) -> None:
     """Move a message forward to a status, keep the transition and owe the CRM its event; backward is ignored.
 
     `at` is when it happened, `now` when we learned of it.
     """
-    message = found(db, message_id)
+    message = found(tx, message_id)
     proven = message["status"] == "failed" and message["error_code"] in _PROVABLE
     forward = _RANK[status] > _RANK[message["status"]] if message["status"] != "failed" else proven
     if status == "failed":
         forward = message["status"] == "pending"
     if not forward:
         return
-    latest = db.value("SELECT MAX(at) FROM status_transitions WHERE message_id = ?", (message_id,))
+    latest = tx.value("SELECT MAX(at) FROM status_transitions WHERE message_id = ?", (message_id,))
     at = max(at, latest or at)  # a receipt's own time may lie before the message's
     changed: Row = {"status": status}
     if status != "failed":
         changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
-    db.update("outbound_messages", changed, "id = ?", [message_id])
-    _transition(db, message_id, status, reason, at)
-    _owe_status(db, found(db, message_id), at, now, patience)
+    tx.update("outbound_messages", changed, "id = ?", [message_id])
+    _transition(tx, message_id, status, reason, at)
+    _owe_status(tx, found(tx, message_id), at)
 
 
-def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patience) -> None:
-    account = accounts.find(db, message["account_id"])
+def _owe_status(tx: Tx, message: Row, at: str) -> None:
+    account = accounts.find(tx, message["account_id"])
     if account is None:
         return
     event, event_id = f"message.{message['status']}", new_id("evt")
-    sequence = contacts.next_sequence(db, "crm", message["account_id"], message["recipient_id"], now)
+    sequence = contacts.next_sequence(tx, "crm", message["account_id"], message["recipient_id"], tx.now)
     body = deliveries.rendered(
         {
             "event_id": event_id,
@@ -311,9 +301,8 @@ def _owe_status(db: Database, message: Row, at: str, now: str, patience: Patienc
         "crm", message["account_id"], message["recipient_id"], event, message["correlation_id"],
         event_id=event_id, message_id=message["id"],
     )  # fmt: skip
-    expires = instant(epoch_s(now) + patience.crm_s)
     push = account["crm_webhook_url"] is not None
-    deliveries.owe(db, debt, now=now, expires_at=expires, body=body, sequence=sequence, push=push)
+    deliveries.owe(tx, debt, body=body, sequence=sequence, push=push)
 
 
 def error_of(message: Row) -> dict[str, Any] | None:
@@ -327,7 +316,7 @@ def error_of(message: Row) -> dict[str, Any] | None:
     }
 
 
-def status(db: Database, message_id: str) -> dict[str, Any] | None:
+def status(db: Reads, message_id: str) -> dict[str, Any] | None:
     """Return a message with its transitions and attempts, or None."""
     message = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
     if message is None:
@@ -341,7 +330,7 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     )
     waits = send is not None and send["state"] == "pending" and send["claim_id"] is None
     account = accounts.find(db, message["account_id"]) if waits else None
-    held = pauses.hold(db, account, "instagram") if account else None
+    held = endpoints.locked(db, account["id"], "instagram") if account else None
     history = db.rows(
         "SELECT status, at AS timestamp FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,)
     )
@@ -359,7 +348,7 @@ def status(db: Database, message_id: str) -> dict[str, Any] | None:
     }
 
 
-def match(db: Database, claimed: Claimed, thread: Thread) -> Match:
+def match(db: Reads, claimed: Claimed, thread: Thread) -> Match:
     """Find what a doubtful call sent in its thread, among what is not known as something else."""
     ids = [entry.external_id for entry in thread.shown]
     marks, where = ", ".join("?" * len(ids)), (claimed.account_id, *ids)
@@ -383,8 +372,8 @@ def is_since(started: str | None, shown_s: float) -> bool:
     return started is not None and shown_s >= epoch_s(started) - matching.SKEW_S
 
 
-def body(db: Database, delivery: Row, account: Row, now: str) -> str:
-    """Return what is to be sent now, as JSON.
+def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | None]:
+    """Return what is to be sent now, as JSON, and after when it is not to be.
 
     Raises Conflict when it is too late for it, and LookupError when retention took it.
     """
@@ -392,29 +381,30 @@ def body(db: Database, delivery: Row, account: Row, now: str) -> str:
     if message["content"] is None:
         raise LookupError(f"the content of {message['id']} is gone")
     if delivery["in_doubt"]:
-        return str(message["content"])
+        return message["content"], message["send_before"]
     if message["send_before"] is not None and now >= message["send_before"]:
         raise Conflict("its send_before has passed", code="expired")
     sent = json.loads(message["content"])
     window = windows.of(db, account, message["recipient_id"], sent)
     if window.is_closed(now):
         raise Conflict(f"Instagram's window for it ended at {window.ends_at}", code="window_closed")
-    return str(_json({**sent, "human_agent": True})) if window.needs_tag(now) else str(message["content"])
+    tagged = str(_json({**sent, "human_agent": True})) if window.needs_tag(now) else message["content"]
+    return tagged, message["send_before"]
 
 
-def content(db: Database, message_id: str) -> dict[str, Any]:
+def content(db: Reads, message_id: str) -> dict[str, Any]:
     """Return what is to be sent, or nothing once retention took it."""
     return json.loads(found(db, message_id)["content"] or "{}")  # type: ignore[no-any-return]
 
 
-def find_external(db: Database, account_id: str, external_id: str) -> Row | None:
+def find_external(db: Reads, account_id: str, external_id: str) -> Row | None:
     """Return the account's message that has this id at the channel, or None."""
     return db.row(
         "SELECT * FROM outbound_messages WHERE account_id = ? AND instagram_message_id = ?", (account_id, external_id)
     )
 
 
-def end_all(db: Database, message_ids: Sequence[str], now: str) -> None:
+def end_all(tx: Tx, message_ids: Sequence[str]) -> None:
     """End messages of an account that is being deleted, where they still wait; no CRM is left to be told."""
     ended = {
         "status": "failed",
@@ -423,18 +413,18 @@ def end_all(db: Database, message_ids: Sequence[str], now: str) -> None:
         "error_retryable": 0,
     }
     marks = ", ".join("?" * len(message_ids))
-    for message in db.rows(
+    for message in tx.rows(
         f"SELECT id FROM outbound_messages WHERE status = 'pending' AND id IN ({marks})", message_ids
     ):
-        db.update("outbound_messages", ended, "id = ?", [message["id"]])
-        _transition(db, message["id"], "failed", "account_deleted", now)
+        tx.update("outbound_messages", ended, "id = ?", [message["id"]])
+        _transition(tx, message["id"], "failed", "account_deleted", tx.now)
 
 
-def _transition(db: Database, message_id: str, status: str, reason: str | None, at: str) -> None:
-    db.insert("status_transitions", {"message_id": message_id, "status": status, "reason": reason, "at": at})
+def _transition(tx: Tx, message_id: str, status: str, reason: str | None, at: str) -> None:
+    tx.insert("status_transitions", {"message_id": message_id, "status": status, "reason": reason, "at": at})
 
 
-def found(db: Database, message_id: str) -> Row:
+def found(db: Reads, message_id: str) -> Row:
     """Return a message that is known to exist."""
     row = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
     if row is None:

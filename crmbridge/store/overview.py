@@ -3,12 +3,12 @@
 from typing import Any
 
 from crmbridge.store.contacts import Target
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Reads, Row
 
 NAMES: dict[Target, str] = {"crm": "webhooks", "instagram": "sends"}
 
 
-def accounts(db: Database, account_id: str | None = None) -> list[Row]:
+def accounts(db: Reads, account_id: str | None = None) -> list[Row]:
     """Return each account, or one, with what it waits for, what died, and the latencies of its last hour."""
     where, parameters = (" WHERE account_id = ?", [account_id]) if account_id else ("", [])
     found = db.rows(f"SELECT * FROM account_overview{where} ORDER BY account_id", parameters)
@@ -30,7 +30,7 @@ def said(latency: Row | None) -> str:
     return f"{latency['count']} done, {percentiles}, at most {latency['max_ms']} ms"
 
 
-def unrouted(db: Database) -> int:
+def unrouted(db: Reads) -> int:
     """Return how many events wait for an account that is not here."""
     return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))
 
@@ -38,18 +38,18 @@ def unrouted(db: Database) -> int:
 # --- for whoever looks for a fault ---
 
 
-def schema(db: Database) -> dict[str, str]:
+def schema(db: Reads) -> dict[str, str]:
     """Return what made each table, index and view."""
     return {row["name"]: row["sql"] for row in db.rows("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")}
 
 
-def tables(db: Database) -> dict[str, int]:
+def tables(db: Reads) -> dict[str, int]:
     """Return how many rows each table has."""
     names = db.rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
     return {row["name"]: int(db.value(f"SELECT COUNT(*) FROM {row['name']}")) for row in names}
 
 
-def attempts(db: Database, number: int) -> list[Row]:
+def attempts(db: Reads, number: int) -> list[Row]:
     """Return the last calls, without what they carried, for whom, and what was answered in words."""
     return db.rows(
         """

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from crmbridge.events import instant, new_id
 from crmbridge.store import accounts, contacts, messages, questions, turn
-from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Patience
+from crmbridge.store.database import Database, Reads, Row, Tx
 
 _AT_ONCE = 200
 _GRACE_S = 300.0  # a call in flight ends before its rows go
@@ -33,14 +32,14 @@ class Erased:
 # --- a customer ---
 
 
-def erase_contact(db: Database, account_id: str, contact: str, now_s: float, patience: Patience) -> Erased:
+def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
     """Erase what a customer wrote and was written, their name and id, also where it is still owed.
 
     What is owed ends: the CRM hears that a pending send failed as ``erased``, with the message's id alone. The rows
     stay, under a name that says nothing, so that a repetition by the channel is still known as one.
     """
     db.overwrite_what_is_deleted()
-    lane, alias, now, total = (account_id, contact), _alias(), instant(now_s), Erased()
+    lane, alias, total = (account_id, contact), _alias(), Erased()
     # The last first: what waits behind a head must not become one.
     owed = "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY state <> 'pending', sequence DESC"
     sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
@@ -50,22 +49,24 @@ def erase_contact(db: Database, account_id: str, contact: str, now_s: float, pat
     heard = "SELECT id FROM inbound_events WHERE account_id = ? AND contact = ?"
     named = r"SELECT id FROM inbound_events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
     # First, while it is known which messages are theirs.
-    db.write_last(lambda: questions.forget_contact(db, account_id, contact))
+    db.write_last(lambda tx: questions.forget_contact(tx, account_id, contact))
     while True:  # somebody may be writing meanwhile
         step = Erased(
-            deliveries=_in_steps(db, owed, lane, lambda ids: _end_deliveries(db, ids, alias, now))
-            + _in_steps(db, private, lane, lambda ids: _end_deliveries(db, ids, alias, now)),
-            messages=_in_steps(db, sent, lane, lambda ids: _blank_messages(db, ids, alias, now, patience)),
-            events=_in_steps(db, heard, lane, lambda ids: _blank_events(db, ids, contact, alias))
-            + _in_steps(db, named, (account_id, _within(contact)), lambda ids: _blank_events(db, ids, contact, alias)),
+            deliveries=_in_steps(db, owed, lane, lambda tx, ids: _end_deliveries(tx, ids, alias))
+            + _in_steps(db, private, lane, lambda tx, ids: _end_deliveries(tx, ids, alias)),
+            messages=_in_steps(db, sent, lane, lambda tx, ids: _blank_messages(tx, ids, alias)),
+            events=_in_steps(db, heard, lane, lambda tx, ids: _blank_events(tx, ids, contact, alias))
+            + _in_steps(
+                db, named, (account_id, _within(contact)), lambda tx, ids: _blank_events(tx, ids, contact, alias)
+            ),
         )
         if step == Erased():
             break
         total += step
 
-    def forget() -> None:
-        questions.forget_contact(db, account_id, contact)
-        db.run("DELETE FROM contacts WHERE account_id = ? AND contact = ?", lane)
+    def forget(tx: Tx) -> None:
+        questions.forget_contact(tx, account_id, contact)
+        tx.run("DELETE FROM contacts WHERE account_id = ? AND contact = ?", lane)
 
     db.write_last(forget)
     return total
@@ -74,13 +75,13 @@ def erase_contact(db: Database, account_id: str, contact: str, now_s: float, pat
 def erase_unrouted(db: Database, contact: str) -> Erased:
     """Erase what a customer wrote to accounts that are not configured here."""
     alias, unrouted = _alias(), "SELECT id FROM inbound_events WHERE account_id IS NULL AND contact = ?"
-    return Erased(events=_in_steps(db, unrouted, (contact,), lambda ids: _blank_events(db, ids, contact, alias)))
+    return Erased(events=_in_steps(db, unrouted, (contact,), lambda tx, ids: _blank_events(tx, ids, contact, alias)))
 
 
 def log_contact(db: Database, erased: Erased, account_id: str | None, now: str) -> str:
     """Note in the log that somebody was erased, but not who; return the entry's id."""
     row = {"id": new_id("era"), "kind": "contact", "account_id": account_id, "asked_at": now, "done_at": now}
-    db.write_last(lambda: db.insert("erasures", {**row, **vars(erased)}))
+    db.write_last(lambda tx: tx.insert("erasures", {**row, **vars(erased)}))
     return str(row["id"])
 
 
@@ -92,34 +93,34 @@ def _within(contact: str) -> str:
     return "%" + contact.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
-def _end_deliveries(db: Database, ids: Sequence[str], alias: str, now: str) -> None:
+def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     marks = _marks(ids)
-    db.run(
+    tx.run(
         f"""
-        UPDATE deliveries SET contact = ?, body = NULL, gone = 1, claim_id = NULL, in_doubt = 0, retry_asked_at = NULL,
+        UPDATE deliveries SET contact = ?, body = NULL, gone = 1, claim_id = NULL, in_doubt = 0,
             last_code = CASE state WHEN 'done' THEN last_code ELSE 'erased' END, last_error = NULL, state = 'done',
             finished_at = COALESCE(finished_at, ?) WHERE id IN ({marks})""",
-        (alias, now, *ids),
+        (alias, tx.now, *ids),
     )
-    db.run(
+    tx.run(
         f"""
         UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'erased'
         WHERE finished_at IS NULL AND delivery_id IN ({marks})""",
-        (now, *ids),
+        (tx.now, *ids),
     )
 
 
-def _blank_messages(db: Database, ids: Sequence[str], alias: str, now: str, patience: Patience) -> None:
+def _blank_messages(tx: Tx, ids: Sequence[str], alias: str) -> None:
     these = f"id IN ({_marks(ids)})"
-    db.update(
+    tx.update(
         "outbound_messages", {"recipient_id": alias, "comment_id": None, "content": None, "metadata": None}, these, ids
     )
-    for row in db.rows(f"SELECT id FROM outbound_messages WHERE status = 'pending' AND {these}", ids):
-        messages.fail(db, row["id"], "erased", "what is stored about the recipient was erased", now, patience)
+    for row in tx.rows(f"SELECT id FROM outbound_messages WHERE status = 'pending' AND {these}", ids):
+        messages.fail(tx, row["id"], "erased", "what is stored about the recipient was erased")
 
 
-def _blank_events(db: Database, ids: Sequence[str], contact: str, alias: str) -> None:
-    db.run(
+def _blank_events(tx: Tx, ids: Sequence[str], contact: str, alias: str) -> None:
+    tx.run(
         f"""
         UPDATE inbound_events SET contact = ?, party = NULL, payload = NULL, dedupe_key = REPLACE(dedupe_key, ?, ?),
             state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
@@ -130,27 +131,24 @@ def _blank_events(db: Database, ids: Sequence[str], contact: str, alias: str) ->
 # --- an account, by Meta's callbacks ---
 
 
-def find_account(db: Database, user_id: str) -> Row | None:
+def find_account(db: Reads, user_id: str) -> Row | None:
     """Return the account that Meta calls so, by its app-scoped id or by the one in webhooks."""
     found = db.row("SELECT * FROM accounts WHERE app_scoped_id = ? AND deleted_at IS NULL", (user_id,))
     return found or accounts.find_external(db, user_id)
 
 
-def entry(db: Database, entry_id: str) -> Row | None:
+def entry(db: Reads, entry_id: str) -> Row | None:
     """Return an entry of the log, or None."""
     return db.row("SELECT * FROM erasures WHERE id = ?", (entry_id,))
 
 
-def deauthorize(db: Database, account: Row | None, code: str, now: str, patience: Patience) -> bool:
+def deauthorize(db: Database, account: Row | None, code: str, now: str) -> bool:
     """Drop an account's token and hold its sends; tell whether the call was new."""
     log_id = f"deauthorized_{code}"  # a request for deletion in the same second is signed with the same code
     if entry(db, log_id) is not None:
         return False
     if account is not None:
-        status = "inactive" if account["status"] == "inactive" else "error"
-        values = {"access_token_sealed": None, "token_expires_at": None, "status": status, "status_reason": _GONE,
-                  "subscription_ok": 0, "subscription_error": _GONE}  # fmt: skip
-        accounts.update(db, account["id"], values, now, patience)
+        accounts.lose(db, account["id"], _GONE)
     return _note(db, "deauthorized", account, log_id, now, done_at=now)
 
 
@@ -159,7 +157,7 @@ def request_deletion(db: Database, account: Row | None, code: str, now_s: float)
     now = instant(now_s)
     is_new = _note(db, "account", account, code, now, done_at=None if account else now)
     if is_new and account is not None:
-        turn.delete_account(db, account["id"], now_s)
+        turn.delete_account(db, account["id"])
     return is_new
 
 
@@ -174,7 +172,7 @@ def _note(
 ) -> bool:
     account_id = account["id"] if account else None
     row = {"id": log_id, "kind": kind, "account_id": account_id, "asked_at": now, "done_at": done_at}
-    return db.write(lambda: db.insert("erasures", row, once=True))
+    return db.write(lambda tx: tx.insert("erasures", row, once=True))
 
 
 def erase_accounts(db: Database, now_s: float) -> list[Row]:
@@ -183,11 +181,11 @@ def erase_accounts(db: Database, now_s: float) -> list[Row]:
     due = db.rows("SELECT * FROM erasures WHERE done_at IS NULL AND asked_at <= ?", (before,))
     for request in due:
         if accounts.find(db, request["account_id"]):  # broken off right after the request
-            turn.delete_account(db, request["account_id"], now_s)
+            turn.delete_account(db, request["account_id"])
             continue
         erased = _erase_account(db, request["account_id"])
         done = {"done_at": now, **{name: request[name] + rows for name, rows in vars(erased).items()}}
-        db.write_last(lambda done=done, code=request["id"]: db.update("erasures", done, "id = ?", [code]))  # type: ignore[misc]
+        db.write_last(lambda tx, done=done, code=request["id"]: tx.update("erasures", done, "id = ?", [code]))  # type: ignore[misc]
     return [row for row in (entry(db, request["id"]) for request in due) if row and row["done_at"]]
 
 
@@ -199,46 +197,47 @@ def _erase_account(db: Database, account_id: str) -> Erased:
     erased = Erased(
         deliveries=_in_steps(
             db, "SELECT id FROM deliveries WHERE account_id = ?", of_account,
-            lambda ids: _delete(db, ids, ("delivery_attempts", "delivery_id"), ("deliveries", "id")),
+            lambda tx, ids: _delete(tx, ids, ("delivery_attempts", "delivery_id"), ("deliveries", "id")),
         ),
         messages=_in_steps(
             db, "SELECT id FROM outbound_messages WHERE account_id = ?", of_account,
-            lambda ids: _delete(db, ids, ("status_transitions", "message_id"), ("outbound_messages", "id")),
+            lambda tx, ids: _delete(tx, ids, ("status_transitions", "message_id"), ("outbound_messages", "id")),
         ),
         events=_in_steps(
             db, "SELECT id FROM inbound_events WHERE account_id = ?", of_account,
-            lambda ids: _delete(db, ids, ("inbound_events", "id")),
+            lambda tx, ids: _delete(tx, ids, ("inbound_events", "id")),
         )
-        + _in_steps(db, unrouted, (external_id,), lambda ids: _delete(db, ids, ("inbound_events", "id"))),
+        + _in_steps(db, unrouted, (external_id,), lambda tx, ids: _delete(tx, ids, ("inbound_events", "id"))),
     )  # fmt: skip
     _in_steps(
         db, "SELECT contact AS id FROM contacts WHERE account_id = ?", of_account,
-        lambda ids: db.run(
+        lambda tx, ids: tx.run(
             f"DELETE FROM contacts WHERE account_id = ? AND contact IN ({_marks(ids)})", (account_id, *ids)
         ),
     )  # fmt: skip
     blank = {"instagram_account_id": "erased", "app_scoped_id": None, "username": None}
 
-    def finish() -> None:
-        db.run("DELETE FROM past_holds WHERE account_id = ?", of_account)
-        db.update("accounts", blank, "id = ?", of_account)
+    def finish(tx: Tx) -> None:
+        tx.run("DELETE FROM past_holds WHERE account_id = ?", of_account)
+        tx.update("accounts", blank, "id = ?", of_account)
 
     db.write_last(finish)
     return erased
 
 
-def _delete(db: Database, ids: Sequence[str], *places: tuple[str, str]) -> None:
+def _delete(tx: Tx, ids: Sequence[str], *places: tuple[str, str]) -> None:
     for table, column in places:
-        db.run(f"DELETE FROM {table} WHERE {column} IN ({_marks(ids)})", ids)
+        tx.run(f"DELETE FROM {table} WHERE {column} IN ({_marks(ids)})", ids)
 
 
-def _in_steps(db: Database, query: str, parameters: Sequence[Any], job: Callable[[Sequence[str]], Any]) -> int:
+def _in_steps(db: Database, query: str, parameters: Sequence[Any], job: Callable[[Tx, Sequence[str]], Any]) -> int:
     """Do a job on all that a query finds, a few at a time, until it finds none; return how many there were."""
-    total = 0
-    while ids := [row["id"] for row in db.rows(f"{query} LIMIT ?", (*parameters, _AT_ONCE))]:
-        db.write_last(lambda ids=ids: job(ids))  # type: ignore[misc]
-        total += len(ids)
-    return total
+
+    def step(tx: Tx, ids: Sequence[str]) -> int:
+        job(tx, ids)
+        return len(ids)
+
+    return db.in_steps(iter(lambda: [row["id"] for row in db.rows(f"{query} LIMIT {_AT_ONCE}", parameters)], []), step)
 
 
 def _marks(ids: Sequence[str]) -> str:

@@ -5,11 +5,11 @@ takes anything.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Database, Reads, Row, Tx
 
 _STEP_S = 0.001  # what a step aims at, inside its transaction
 _REST = 19  # times as long as a step took, its commit included, the others have the disk to themselves
@@ -83,7 +83,7 @@ class _Kind:
 
     sql: str
     parameters: tuple[Any, ...]
-    take: Callable[[Database, Sequence[Any]], int]
+    take: Callable[[Tx, Sequence[Any]], int]
 
 
 class _Run:
@@ -97,26 +97,25 @@ class _Run:
     def work_off(self, kind: _Kind, *, most: int | None = None, go_on: Callable[[], bool] = lambda: True) -> int:
         """Take rows of a kind, at most that many, for as long as `go_on` says; return how many there were."""
         size, total = _FEWEST, 0
-        while (most is None or total < most) and not self.is_over() and go_on():
-            at_once = size if most is None else min(size, most - total)
-            keys = [
-                next(iter(row.values())) for row in self._db.rows(f"{kind.sql} LIMIT ?", (*kind.parameters, at_once))
-            ]
-            if not keys:
-                break
-            inside_s = 0.0
 
-            def job(keys: Sequence[Any] = keys) -> int:
-                nonlocal inside_s
-                began = time.monotonic()
-                touched = kind.take(self._db, keys)
-                inside_s = time.monotonic() - began
-                return touched
+        def pages() -> Iterator[list[Any]]:
+            while (most is None or total < most) and not self.is_over() and go_on():
+                at_once = size if most is None else min(size, most - total)
+                keys = self._db.rows(f"{kind.sql} LIMIT ?", (*kind.parameters, at_once))
+                if not keys:
+                    return
+                yield [next(iter(row.values())) for row in keys]
 
-            total += self.step(lambda job=job: self._db.write_last(job))  # type: ignore[misc]
-            faster = min(max(_STEP_S / max(inside_s, 1e-6), 0.5), 2.0)
+        def step(tx: Tx, keys: Sequence[Any]) -> int:
+            nonlocal size, total
+            began_s = time.monotonic()
+            touched = kind.take(tx, keys)
+            faster = min(max(_STEP_S / max(time.monotonic() - began_s, 1e-6), 0.5), 2.0)
             size = round(min(max(size * faster, _FEWEST), _MOST))
-        return total
+            total += touched
+            return touched
+
+        return self._db.in_steps(pages(), step, rest=_REST, pause=self._pause)
 
     def is_over(self) -> bool:
         """Tell whether the rest is for the next run."""
@@ -134,14 +133,11 @@ def _marks(keys: Sequence[Any]) -> str:
     return ", ".join("?" * len(keys))
 
 
-# A dead one that was asked for again waits for its turn: it is owed.
-_FINISHED = "finished_at < ? AND retry_asked_at IS NULL"
+_FINISHED = "finished_at < ?"
+_DELIVERY = "SELECT position, id, state, target, event_id, message_id, finished_at FROM deliveries"
 
 
-_DELIVERY = "SELECT position, id, state, target, event_id, message_id, finished_at, retry_asked_at FROM deliveries"
-
-
-def _still(db: Database, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]) -> list[Row]:
+def _still(db: Reads, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]) -> list[Row]:
     """Return those of the rows that fit still; asked in SQL, SQLite may go by the age of all rows, not by the keys."""
     return [row for row in db.rows(f"{sql} IN ({_marks(keys)})", keys) if fits(row)]
 
@@ -152,14 +148,14 @@ def _texts(state: str, before: str, which: str = "") -> _Kind:
     def fits(row: Row) -> bool:
         return row["state"] == state and _is_old(row, before)
 
-    def take(db: Database, positions: Sequence[Any]) -> int:
-        rows = _still(db, f"{_DELIVERY} WHERE position", positions, fits)
+    def take(tx: Tx, positions: Sequence[Any]) -> int:
+        rows = _still(tx, f"{_DELIVERY} WHERE position", positions, fits)
         events = [row["event_id"] for row in rows if row["target"] == "crm"]
         sends = [row["message_id"] for row in rows if row["target"] == "instagram"]
-        db.run(f"UPDATE inbound_events SET payload = NULL WHERE id IN ({_marks(events)})", events)
-        db.run(f"UPDATE outbound_messages SET content = NULL WHERE id IN ({_marks(sends)})", sends)
+        tx.run(f"UPDATE inbound_events SET payload = NULL WHERE id IN ({_marks(events)})", events)
+        tx.run(f"UPDATE outbound_messages SET content = NULL WHERE id IN ({_marks(sends)})", sends)
         taken = [row["position"] for row in rows]
-        return db.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
+        return tx.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
 
     sql = f"SELECT position FROM deliveries WHERE gone = 0 AND state = ?{which} AND {_FINISHED} ORDER BY finished_at"
     return _Kind(sql, (state, before), take)
@@ -171,27 +167,27 @@ def _long_texts(before: str) -> _Kind:
 
 
 def _is_old(row: Row, before: str) -> bool:
-    return row["finished_at"] is not None and row["finished_at"] < before and row["retry_asked_at"] is None
+    return row["finished_at"] is not None and row["finished_at"] < before
 
 
 def _deliveries(before: str) -> _Kind:
     """Finished deliveries with their attempts and what they were made of."""
 
-    def take(db: Database, positions: Sequence[Any]) -> int:
-        rows = _still(db, f"{_DELIVERY} WHERE position", positions, lambda row: _is_old(row, before))
+    def take(tx: Tx, positions: Sequence[Any]) -> int:
+        rows = _still(tx, f"{_DELIVERY} WHERE position", positions, lambda row: _is_old(row, before))
         ids, taken = [row["id"] for row in rows], [row["position"] for row in rows]
         events = [row["event_id"] for row in rows if row["event_id"]]
         messages = list({row["message_id"] for row in rows if row["message_id"]})
-        db.run(f"DELETE FROM delivery_attempts WHERE delivery_id IN ({_marks(ids)})", ids)
-        touched = db.run(f"DELETE FROM deliveries WHERE position IN ({_marks(taken)})", taken)
-        db.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(events)})", events)
+        tx.run(f"DELETE FROM delivery_attempts WHERE delivery_id IN ({_marks(ids)})", ids)
+        touched = tx.run(f"DELETE FROM deliveries WHERE position IN ({_marks(taken)})", taken)
+        tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(events)})", events)
         # A message stays as long as anything is known of what became of it.
-        db.run(
+        tx.run(
             f"DELETE FROM outbound_messages WHERE id IN ({_marks(messages)})"
             " AND NOT EXISTS (SELECT 1 FROM deliveries WHERE message_id = outbound_messages.id)",
             messages,
         )
-        db.run(
+        tx.run(
             f"DELETE FROM status_transitions WHERE message_id IN ({_marks(messages)})"
             " AND NOT EXISTS (SELECT 1 FROM outbound_messages WHERE id = status_transitions.message_id)",
             messages,
@@ -208,10 +204,10 @@ _OLD_EVENTS = "SELECT id FROM inbound_events WHERE state = ? AND received_at < ?
 def _events(state: str, before: str) -> _Kind:
     """Events that led to no delivery."""
 
-    def take(db: Database, ids: Sequence[Any]) -> int:
-        rows = _still(db, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == state)
+    def take(tx: Tx, ids: Sequence[Any]) -> int:
+        rows = _still(tx, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == state)
         taken = [row["id"] for row in rows]
-        return db.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
+        return tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, (state, before), take)
 
@@ -219,8 +215,8 @@ def _events(state: str, before: str) -> _Kind:
 def _past_holds(before: str) -> _Kind:
     """What was held back so long ago that no row tells of it any more."""
 
-    def take(db: Database, positions: Sequence[Any]) -> int:
-        return db.run(f"DELETE FROM past_holds WHERE position IN ({_marks(positions)})", positions)
+    def take(tx: Tx, positions: Sequence[Any]) -> int:
+        return tx.run(f"DELETE FROM past_holds WHERE position IN ({_marks(positions)})", positions)
 
     return _Kind("SELECT position FROM past_holds WHERE ended_at < ? ORDER BY ended_at", (before,), take)
 
@@ -228,14 +224,14 @@ def _past_holds(before: str) -> _Kind:
 def _unrouted(before: str) -> _Kind:
     """What unrouted events said; they stay as keys, by which their repetitions are known."""
 
-    def take(db: Database, ids: Sequence[Any]) -> int:
-        rows = _still(db, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == "unrouted")
+    def take(tx: Tx, ids: Sequence[Any]) -> int:
+        rows = _still(tx, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == "unrouted")
         taken = [row["id"] for row in rows]
         dropped = {"state": "dropped", "payload": None}
-        return db.update("inbound_events", dropped, f"id IN ({_marks(taken)})", taken)
+        return tx.update("inbound_events", dropped, f"id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, ("unrouted", before), take)
 
 
-def _count_unrouted(db: Database) -> int:
+def _count_unrouted(db: Reads) -> int:
     return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))

@@ -13,6 +13,8 @@ from crmbridge.store import sqlite
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _SHOWN, _SHOWN_CHARS = 10, 60
+FIRST = "0001_initial"  # of the first edition's migrations, which led to another schema
+FIRST_EDITION = "it was made by the first edition, which was never released: this one cannot read it, and begins anew"
 _TOKENS = re.compile(
     r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\]   # quoted
         | --[^\n]* | /\*.*?(?:\*/|\Z) | [ \t\n\f\r]+             # comments and blanks
@@ -41,6 +43,8 @@ def migrations() -> list[str]:
 def problem(applied: Sequence[str]) -> str | None:
     """Say why these are neither the migrations of this version nor the first of them, or return None."""
     known = migrations()
+    if FIRST in applied:
+        return FIRST_EDITION
     later = [name for name in applied if name > known[-1]]
     if later:
         return f"it was made by a newer version (it has {later[-1]}): install that version first"

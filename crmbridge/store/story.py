@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crmbridge.store import pauses
-from crmbridge.store.database import Database, Row
+from crmbridge.store import accounts, endpoints
+from crmbridge.store.database import Reads, Row
 
 Kind = Literal["message", "event", "account", "conversation"]
 MEANINGS_MOST = 50
@@ -15,7 +15,7 @@ _ITEMS = 20
 class Owed:
     """A delivery with its attempts, the holds that it outlived (`held`), and what it waits for.
 
-    That is its account's hold, or the head of its lane.
+    That is what locks its endpoint, or the head of its lane. Its age counts from `aged_from`.
     """
 
     row: Row
@@ -23,6 +23,8 @@ class Owed:
     held: list[Row]
     hold: Row | None
     head: Row | None
+    aged_from: str
+    send_before: str | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Life:
     owed: list[Owed]
 
 
-def meanings(db: Database, given: str) -> list[tuple[Kind, str]]:
+def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
     """Return what an id of any kind may mean: kind and our own id, at most `MEANINGS_MOST` and one."""
     prefix, _, rest = given.partition("_")
     found: list[tuple[Kind, str]] = []
@@ -80,7 +82,7 @@ def meanings(db: Database, given: str) -> list[tuple[Kind, str]]:
     return found[: MEANINGS_MOST + 1]
 
 
-def of_message(db: Database, message_id: str) -> Life:
+def of_message(db: Reads, message_id: str) -> Life:
     """Return what became of a message that a CRM asked us to send."""
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
     heard = db.rows(
@@ -95,7 +97,7 @@ def of_message(db: Database, message_id: str) -> Life:
     return _life(db, message, None, message["account_id"], message["recipient_id"], transitions, heard, owed)
 
 
-def of_event(db: Database, event_id: str) -> Life:
+def of_event(db: Reads, event_id: str) -> Life:
     """Return what became of something that the channel told us."""
     event = _one(db, "SELECT * FROM inbound_events WHERE id = ?", event_id)
     owed = db.rows("SELECT * FROM deliveries WHERE event_id = ? ORDER BY position", (event_id,))
@@ -103,7 +105,7 @@ def of_event(db: Database, event_id: str) -> Life:
 
 
 def _life(
-    db: Database,
+    db: Reads,
     message: Row | None,
     event: Row | None,
     account_id: str | None,
@@ -112,15 +114,15 @@ def _life(
     heard: list[Row],
     rows: list[Row],
 ) -> Life:
-    account = db.row("SELECT * FROM accounts WHERE id = ?", (account_id,))
+    account = accounts.find_any(db, account_id)
     conversation_id = db.value(
         "SELECT conversation_id FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
     )
-    owed = [_owed(db, row, account) for row in rows]
+    owed = [_owed(db, row) for row in rows]
     return Life(message, event, account, conversation_id, transitions, heard, owed)
 
 
-def _owed(db: Database, row: Row, account: Row | None) -> Owed:
+def _owed(db: Reads, row: Row) -> Owed:
     attempts = db.rows("SELECT * FROM delivery_attempts WHERE delivery_id = ? ORDER BY position", (row["id"],))
     head = None
     if row["state"] == "pending" and row["ready"] == 0:
@@ -130,22 +132,28 @@ def _owed(db: Database, row: Row, account: Row | None) -> Owed:
             (row["target"], row["account_id"], row["contact"]),
         )
     lived = {"begin": row["accepted_at"], "end": row["finished_at"] or "9999"}
-    held = pauses.past(db, row["account_id"], row["target"], **lived)
-    return Owed(row, attempts, held, pauses.hold(db, account, row["target"]) if account else None, head)
+    held = endpoints.past(db, row["account_id"], row["target"], **lived)
+    end = endpoints.find(db, row["account_id"], row["target"])
+    aged_from = max(row["aged_from"], end["aged_from"]) if end else row["aged_from"]
+    before = "SELECT send_before FROM outbound_messages WHERE id = ?"
+    send_before = db.value(before, (row["message_id"],)) if row["target"] == "instagram" else None
+    return Owed(row, attempts, held, endpoints.lock(end), head, aged_from, send_before)
 
 
-def account(db: Database, account_id: str) -> Row:
+def account(db: Reads, account_id: str) -> Row:
     """Return an account, also a deleted one, without its secrets."""
-    row = _one(db, "SELECT * FROM accounts WHERE id = ?", account_id)
+    row = accounts.find_any(db, account_id)
+    if row is None:
+        raise LookupError(account_id)
     return {name: value for name, value in row.items() if not name.endswith("_sealed")}
 
 
-def stuck(db: Database, account_id: str, limit: int) -> list[Row]:
+def stuck(db: Reads, account_id: str, limit: int) -> list[Row]:
     """Return what of an account is not on its normal way, the longest waiting first."""
     return db.rows("SELECT * FROM stuck WHERE account_id = ? LIMIT ?", (account_id, limit))
 
 
-def conversation(db: Database, conversation_id: str) -> tuple[Row, list[Row]]:
+def conversation(db: Reads, conversation_id: str) -> tuple[Row, list[Row]]:
     """Return a contact, and the newest deliveries about it, oldest first."""
     contact = _one(db, "SELECT * FROM contacts WHERE conversation_id = ?", conversation_id)
     rows = db.rows(
@@ -155,7 +163,7 @@ def conversation(db: Database, conversation_id: str) -> tuple[Row, list[Row]]:
     return contact, rows[::-1]
 
 
-def waiting(db: Database, contact: Row) -> list[Row]:
+def waiting(db: Reads, contact: Row) -> list[Row]:
     """Return how many deliveries wait in each lane of a contact, and which is the head."""
     return db.rows(
         """
@@ -165,7 +173,7 @@ def waiting(db: Database, contact: Row) -> list[Row]:
     )
 
 
-def _one(db: Database, sql: str, value: str) -> Row:
+def _one(db: Reads, sql: str, value: str) -> Row:
     row = db.row(sql, (value,))
     if row is None:
         raise LookupError(value)

@@ -1,30 +1,33 @@
 """One turn of the engine in one transaction: record what came back, claim what is free."""
 
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
-from crmbridge.endpoints import ASK, NO_ROOM, Endpoint, Room
 from crmbridge.errors import Conflict
-from crmbridge.events import instant
-from crmbridge.store import accounts, dead, deliveries, holds, inbound, messages, pauses, questions
-from crmbridge.store.contacts import Target
-from crmbridge.store.database import Database, Row
+from crmbridge.events import epoch_s, instant
+from crmbridge.health import ASK, Endpoint, Room
+from crmbridge.store import accounts, deliveries, endpoints, inbound, messages, questions
+from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
 
 HASTEN_AT_ONCE = 500
 _EXPIRE_AT_ONCE = 200
 _END_AT_ONCE = 200
 _EXPIRY_GRACE_S = 120.0  # the last try falls on the end itself
-_LOOK_FURTHER = 16
+HELD_AT_MOST_S = 7 * 86_400.0
 _OUTDATED_S = 1.0
 # What holds an endpoint back, by the alert that tells of it.
-_CAUSES: dict[str, holds.Cause] = {
+_CAUSES: dict[str, endpoints.Cause] = {
     "crm_gone": "gone", "crm_unauthorized": "unauthorized", "token_dead": "error", "account_error": "error",
 }  # fmt: skip
 _UNRENDERED_S = 300.0
+_DUES = ("due_0", "due_1", "due_2")  # by rank
+_HELD_TOO_LONG = "its far side took nothing for a week, and nobody did anything about it"
 
 
 @dataclass(frozen=True)
@@ -47,28 +50,23 @@ class Question:
 
 @dataclass
 class Turn:
-    """What a turn brought: calls to make, when each endpoint's next row is due, and what a person should know.
+    """What a turn brought: calls to make, when each endpoint that was looked at is to be looked at again, and what a
+    person should know.
 
-    `held` are the endpoints that get nothing now, by their account's status, a pause, a hold, or for want of a URL;
-    those of `trials` were held until now. `replays` says when rows that were dead are due, and how many of these must
-    be free to go. `wanted` are the accounts with sends to look for that had to wait. `ask_at` is when the next
-    question about a hold is due.
+    `served` are the endpoints that may be called, with what changes when somebody lets them go or sends them elsewhere.
     """
 
     claimed: list[Claimed] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
-    ask_at: str | None = None
-    trials: frozenset[Endpoint] = frozenset()
-    wanted: frozenset[str] = frozenset()
-    dues: dict[Endpoint, str] = field(default_factory=dict)
-    replays: list[tuple[Endpoint, str, int]] = field(default_factory=list)
+    served: dict[Endpoint, str] = field(default_factory=dict)
+    dues: dict[Endpoint, str | None] = field(default_factory=dict)
     hastened: dict[Endpoint, int] = field(default_factory=dict)
+    recorded: list[Finished] = field(default_factory=list)  # what came back, as it was taken
     stopped: list[Finished] = field(default_factory=list)
     fenced: list[Claimed] = field(default_factory=list)
     unrendered: list[Row] = field(default_factory=list)
     late: list[tuple[Row, str]] = field(default_factory=list)  # sends that ended without a call, and their codes
     newest: int = 0
-    held: frozenset[Endpoint] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,213 +84,172 @@ def take(
     finished: Sequence[Finished],
     terms: Terms,
     *,
+    look: Collection[str] | None,
     room: Callable[..., Room],
     senders: int,
     spare: int = 0,
     hasten: Mapping[Endpoint, str] = MappingProxyType({}),
     in_flight: Collection[str] = (),
-    trials: Collection[Endpoint] = (),
 ) -> Turn:
     """Record the finished calls and claim up to `senders` new ones, as much as `room(endpoint, is_on_trial)` allows.
 
-    The last `spare` senders go only to endpoints that have no call. `hasten` names endpoints that recovered, and
-    until when what failed there may be tried again at once; `in_flight` the claims that this process holds,
-    however late they are; `trials` the endpoints that were on trial when the calls began.
+    It looks only at the accounts in `look`, at all with None. The last `spare` senders go only to endpoints that have
+    no call. `hasten` names endpoints that recovered, and until when what failed there may be tried again at once;
+    `in_flight` the claims that this process holds, however late they are.
     """
-    now = instant(terms.now_s)
 
-    def job() -> Turn:
+    def job(tx: Tx) -> Turn:
         turn = Turn()
         for entry in finished:
-            _record(db, turn, entry, terms, now, trials)
-        served = _served(db, turn, now)
-        is_any_asked = dead.is_any_asked(db)
-        for target, account in _rotated(served, terms.now_s):
-            endpoint = (target, account["id"])
-            if endpoint in hasten:
-                turn.hastened[endpoint] = deliveries.hasten(db, *endpoint, hasten[endpoint], now, HASTEN_AT_ONCE)
-            left = senders - len(turn.claimed)
-            free = room(endpoint, endpoint in turn.trials) if left > 0 else NO_ROOM
-            if free.probe == "ask":
-                turn.questions.append(Question(endpoint, account, None))
-            if is_any_asked:
-                number = dead.let_in(db, *endpoint, free, terms.now_s, terms.patience)
-                turn.replays += [(endpoint, now, number)] if number else []
-            heads = deliveries.replays(db, *endpoint) if is_any_asked else []
-            chosen = _choose(db, endpoint, free, left, spare, heads, now)
-            turn.replays += [(endpoint, row["due"], int(not row["is_awaited"])) for row in heads if row not in chosen]
-            for row in chosen:
-                if row["claim_id"] not in in_flight:
-                    _claim(db, turn, row, account, terms)
-            due = deliveries.next_due(db, *endpoint)
-            if due:
-                turn.dues[endpoint] = due
-        _look_for(db, turn, served, terms, room=room, hasten=hasten, senders=senders, in_flight=in_flight)
-        turn.newest = db.value("SELECT MAX(position) FROM deliveries") or 0
+            _record(tx, turn, entry, terms)
+        for row in _rotated(_look(tx, look), terms.now_s):
+            turn.newest = row["newest"]
+            _serve(tx, turn, row, terms, room=room, senders=senders, spare=spare, hasten=hasten, in_flight=in_flight)
         return turn
 
     return db.write_last(job)
 
 
-def _record(db: Database, turn: Turn, entry: Finished, terms: Terms, now: str, trials: Collection[Endpoint]) -> None:
+def _record(tx: Tx, turn: Turn, entry: Finished, terms: Terms) -> None:
     """Store what a call came to, and what it says of its endpoint."""
     claimed, outcome = entry.claimed, entry.outcome
-    if outcome.stops and _is_outdated(db, claimed):
+    if outcome.stops and _is_outdated(tx, claimed):
         outcome = replace(outcome, kind="retry", stops=None)
         soon = instant(terms.now_s + _OUTDATED_S)
         entry = Finished(claimed, outcome, Verdict("pending", soon, in_doubt=claimed.kind == "look_up"))
-    is_ours = deliveries.record(db, claimed, outcome, entry.verdict, now)
+    turn.recorded.append(entry)
+    is_ours = deliveries.record(tx, claimed, outcome, entry.verdict)
     if not is_ours:
         turn.fenced.append(claimed)
-    elif outcome.stops and _stop(db, entry, now):
+    elif outcome.stops and _stop(tx, entry):
         turn.stopped.append(entry)
-    endpoint = (claimed.target, claimed.account_id)
-    if outcome.kind == "done" and claimed.kind == "call" and endpoint in trials:
-        holds.prove(db, claimed.account_id, claimed.target)
+    if outcome.kind == "done" and claimed.kind == "call" and claimed.is_on_trial:
+        endpoints.prove(tx, claimed.account_id, claimed.target, claimed.revision)
     # That a call went out stays true even when its claim was lost; what a look-up saw does not.
     is_true = is_ours or (outcome.kind == "done" and claimed.kind == "call")
     if claimed.target == "instagram" and is_true:
-        messages.settle(db, claimed, outcome, entry.verdict, terms.patience, terms.now_s)
-        inbound.release_held(db, claimed.account_id, claimed.contact, now, terms.patience)
+        messages.settle(tx, claimed, outcome, entry.verdict)
+        inbound.release_held(tx, claimed.account_id, claimed.contact)
 
 
-def _look_for(
-    db: Database,
+def _is_outdated(db: Reads, claimed: Claimed) -> bool:
+    """Tell whether what an answer says of its endpoint was mended since its call began, or the account is gone."""
+    now = endpoints.find(db, claimed.account_id, claimed.target)
+    return now is None or now["revision"] != claimed.revision
+
+
+def _stop(tx: Tx, entry: Finished) -> bool:
+    """Hold back an endpoint that takes nothing any more; tell whether that is news."""
+    claimed, outcome = entry.claimed, entry.outcome
+    cause, revision = _CAUSES[str(outcome.stops)], claimed.revision
+    why = {"code": str(outcome.code), "reason": str(outcome.message)}
+    return endpoints.hold(tx, claimed.account_id, claimed.target, cause, **why, revision=revision)
+
+
+def _look(db: Reads, account_ids: Collection[str] | None) -> list[Row]:
+    """Return the endpoints of some accounts, or all, with what each has due; locked ones have nothing."""
+    which = "" if account_ids is None else f"WHERE account_id IN ({', '.join('?' * len(account_ids))})"
+    newest = "SELECT COALESCE(MAX(position), 0) FROM deliveries"
+    sql = f"SELECT *, ({newest}) AS newest, {deliveries.DUES} FROM endpoints {which} ORDER BY account_id, kind"
+    return db.rows(sql, list(account_ids or ()))
+
+
+def _again(db: Reads, row: Row) -> Row:
+    return next(one for one in _look(db, [row["account_id"]]) if one["id"] == row["id"])
+
+
+def _rotated(rows: list[Row], now_s: float) -> list[Row]:
+    """Begin with another endpoint each time, so that none is always the last."""
+    first = int(now_s * 1000) % len(rows) if rows else 0
+    return rows[first:] + rows[:first]
+
+
+def _serve(
+    tx: Tx,
     turn: Turn,
-    served: Sequence[tuple[Target, Row]],
+    row: Row,
     terms: Terms,
     *,
     room: Callable[..., Room],
-    hasten: Mapping[Endpoint, str],
     senders: int,
+    spare: int,
+    hasten: Mapping[Endpoint, str],
     in_flight: Collection[str],
 ) -> None:
-    """Claim the look-ups that are due: they have a room and a pace of their own, beside that of sends."""
-    first, now = deliveries.first_look_ups(db), instant(terms.now_s)
-    if not first:
+    """Claim what an endpoint may get, or note that it is to be asked how it is."""
+    endpoint, ask, now = (row["kind"], row["account_id"]), (ASK, row["account_id"]), tx.now
+    turn.dues[endpoint] = None
+    if row["ask_at"] and row["paused_at"] is None and row["url" if row["kind"] == "crm" else "secret_sealed"]:
+        turn.dues[endpoint] = row["ask_at"]
+        if row["ask_at"] <= now:
+            turn.questions.append(Question(endpoint, accounts.found(tx, row["account_id"]), row))
+    if not endpoints.is_open(row) or (row["kind"] == "crm" and row["url"] is None):
         return
-    for account in (account for target, account in served if target == "instagram" and account["id"] in first):
-        endpoint, due = (ASK, account["id"]), first[account["id"]]
-        if endpoint in hasten:
-            deliveries.hasten_look_ups(db, account["id"], now)
-            turn.hastened[endpoint], due = 0, now
-        free = room(endpoint, False) if len(turn.claimed) < senders and due <= now else NO_ROOM
-        rows = deliveries.in_doubt(db, account["id"], now, free.calls + len(in_flight)) if free.calls else []
-        rows = [row for row in rows if row["claim_id"] not in in_flight][: free.calls]
-        for row in rows:
-            _claim(db, turn, row, account, terms)
-        if due <= now and not rows:
-            turn.wanted |= {account["id"]}
-        turn.dues[endpoint] = deliveries.first_look_ups(db).get(account["id"], due) if rows else due
+    turn.served[endpoint] = f"{row['revision']} {row['aged_from']}"
+    if endpoint in hasten:
+        turn.hastened[endpoint] = deliveries.hasten(tx, *endpoint, hasten[endpoint], HASTEN_AT_ONCE)
+    if row["kind"] == "instagram" and ask in hasten:
+        turn.hastened[ask] = 0
+        deliveries.hasten_look_ups(tx, row["account_id"])
+    if endpoint in turn.hastened or ask in turn.hastened:
+        row = _again(tx, row)
+    chosen = _choose(tx, turn, row, room(endpoint, row["trial_since"] is not None), senders, spare)
+    if row["kind"] == "instagram" and row["due_look_up"] is not None:
+        # Look-ups have a room and a pace of their own, beside that of sends.
+        calls = room(ask, False).calls if row["due_look_up"] <= now and len(turn.claimed) < senders else 0
+        doubtful = deliveries.in_doubt(tx, row["account_id"], now, calls + len(in_flight)) if calls else []
+        chosen += [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
+    if chosen:
+        account = accounts.found(tx, row["account_id"])
+        for one in chosen:
+            if one["claim_id"] not in in_flight:
+                _claim(tx, turn, one, account, row, terms)
+        row = _again(tx, row)
+    turn.dues[endpoint] = min((row[due] for due in _DUES if row[due]), default=None)
+    if row["kind"] == "instagram":
+        turn.dues[ask] = row["due_look_up"]
 
 
-def _is_outdated(db: Database, claimed: Claimed) -> bool:
-    """Tell whether what an answer says of its endpoint was mended since its call began, or the account is gone."""
-    account = accounts.find(db, claimed.account_id)
-    if account is None or not holds.is_same_endpoint(account, claimed.account, claimed.target):
-        return True
-    return pauses.has_ended_since(db, claimed.account_id, claimed.target, claimed.claimed_at)
+def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int) -> list[Row]:
+    """Return the rows that an endpoint may get now: what was never tried goes first, what was dead goes last.
 
-
-def _stop(db: Database, entry: Finished, now: str) -> bool:
-    """Hold back an endpoint that takes nothing any more; tell whether that is news."""
-    claimed, outcome = entry.claimed, entry.outcome
-    cause = _CAUSES[str(outcome.stops)]
-    code, reason = str(outcome.code), str(outcome.message)
-    if cause == "error":
-        return accounts.stop(db, claimed.account_id, claimed.account["access_token_sealed"], code, reason, now)
-    return holds.begin(db, claimed.account_id, cause, code=code, reason=reason, now=now)
-
-
-def _served(db: Database, turn: Turn, now: str) -> list[tuple[Target, Row]]:
-    """Return the endpoints that get calls now, with their accounts; note those that are held back, or to be asked."""
-    paused, held, served, closed, trials = pauses.everyone(db), holds.everyone(db), [], set(), set()
-    for account in accounts.everyone(db):
-        for target in pauses.TARGETS:
-            endpoint = (target, account["id"])
-            is_nowhere = target == "crm" and account["crm_webhook_url"] is None
-            hold = held.get(endpoint)
-            if hold is not None and hold["trial_since"] is not None:
-                trials.add(endpoint)
-                hold = None
-            is_held = endpoint in paused or pauses.blocks(account["status"], target)
-            is_held = is_held or (hold is not None and target == "crm")
-            if is_nowhere or is_held:
-                closed.add(endpoint)
-            else:
-                served.append((target, account))
-            if hold is not None and hold["ask_at"] and endpoint not in paused and _may_ask(account, target):
-                if hold["ask_at"] <= now:
-                    turn.questions.append(Question(endpoint, account, hold))
-                else:
-                    turn.ask_at = min(turn.ask_at or hold["ask_at"], hold["ask_at"])
-    turn.held, turn.trials = frozenset(closed), frozenset(trials)
-    return served
-
-
-def _may_ask(account: Row, target: Target) -> bool:
-    """Tell whether a far side may be asked if it is well: a CRM of an account in use, Instagram for one in error."""
-    if target == "crm":
-        return account["crm_webhook_url"] is not None and account["status"] != "inactive"
-    return account["access_token_sealed"] is not None and account["status"] == "error"
-
-
-def _rotated(served: list[tuple[Target, Row]], now_s: float) -> list[tuple[Target, Row]]:
-    """Begin with another endpoint each time, so that none is always the last."""
-    first = int(now_s * 1000) % len(served) if served else 0
-    return served[first:] + served[:first]
-
-
-def _choose(
-    db: Database, endpoint: Endpoint, room: Room, most: int, spare: int, heads: Sequence[Row], now: str
-) -> list[Row]:
-    """Return the rows that an endpoint may get now; `heads` are those of its lanes in replay.
-
-    These come last, and at their rate, but for a lane in which something new waits behind them.
+    One that was never tried cannot be at fault itself, so that is what a probe takes, too.
     """
+    endpoint, now, most = (row["kind"], row["account_id"]), tx.now, senders - len(turn.claimed)
+    if room.probe == "ask" and most > 0:
+        turn.questions.append(Question(endpoint, accounts.found(tx, row["account_id"]), None))
     # Some senders are left to endpoints that have none yet, so that hanging ones cannot take them all.
     calls = min(room.calls, max(most - spare, int(room.is_idle and most > 0)))
     if calls <= 0:
         return []
     if room.probe == "behind":
-        behind = deliveries.first_behind(db, *endpoint, room.contact)
+        behind = deliveries.first_behind(tx, *endpoint, room.contact)
         return [behind] if behind else []
-    rows = deliveries.due(db, *endpoint, now, calls + _LOOK_FURTHER)
-    if room.probe and not rows:
-        head = deliveries.head_of_the_newest(db, *endpoint)
-        return [head] if head else [row for row in heads if row["due"] <= now][:calls]
-    if room.probe:  # one that was not tried yet cannot be at fault itself
-        rows.sort(key=lambda row: row["attempts"] > 0)
-    chosen: list[Row] = []
-    retries = room.retries
-    for row in rows:
-        if row["attempts"]:
-            if retries <= 0:
-                continue
-            retries -= 1
-        chosen.append(row)
-        if len(chosen) == calls:
-            break
-    paced = room.replays
-    for row in heads:
-        if row["due"] <= now and len(chosen) < calls and retries > 0 and (row["is_awaited"] or paced > 0):
-            retries, paced = retries - 1, paced - 1
-            chosen.append(row)
+
+    def due(rank: int, at_most: int) -> list[Row]:
+        at = row[_DUES[rank]]
+        return deliveries.due(tx, *endpoint, rank, now, at_most) if at_most > 0 and at is not None and at <= now else []
+
+    chosen = due(deliveries.FRESH, calls)
+    tried = due(deliveries.TRIED, min(calls - len(chosen), room.retries))
+    chosen += tried
+    chosen += due(deliveries.REVIVED, min(calls - len(chosen), room.retries - len(tried), room.revived))
+    if not chosen and room.probe:
+        head = deliveries.head_of_the_newest(tx, *endpoint)
+        chosen = [head] if head else []
     return chosen
 
 
-def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> None:
-    now = instant(terms.now_s)
+def _claim(tx: Tx, turn: Turn, row: Row, account: Row, endpoint: Row, terms: Terms) -> None:
+    now = tx.now
     if row["claim_id"] is not None:
-        _abandon(db, row, terms)
+        _abandon(tx, row, terms)
         if row["target"] == "instagram":
             return
     try:
-        body = _body(db, row, account, now)
+        body, send_before = _body(tx, row, account, now)
     except Conflict as late:
-        deliveries.end(db, row, "dead", late.code, late.message, now)
-        messages.fail(db, row["message_id"], late.code, late.message, now, terms.patience)
-        inbound.release_held(db, row["account_id"], row["contact"], now, terms.patience)
+        _end_send(tx, row, late.code, late.message)
         turn.late.append((row, late.code))
         return
     except inbound.UNRENDERABLE as error:
@@ -300,29 +257,42 @@ def _claim(db: Database, turn: Turn, row: Row, account: Row, terms: Terms) -> No
         later = instant(terms.now_s + _UNRENDERED_S)
         problem: Row = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
         if row["target"] == "crm" and row["ready"] < 2:  # ours alone is at fault: the lane goes on, told by sequence
-            problem |= {"ready": 2, "retry_asked_at": None}
-        db.update("deliveries", problem, "id = ?", [row["id"]])
-        deliveries.promote(db, row["target"], row["account_id"], row["contact"], instant(terms.now_s))
+            problem |= {"ready": 2}
+        tx.update("deliveries", problem, "id = ?", [row["id"]])
+        deliveries.promote(tx, row["target"], row["account_id"], row["contact"])
         turn.unrendered.append(row)
         return
+    begin_s = epoch_s(max(row["aged_from"], endpoint["aged_from"]))
+    ends_at = instant(begin_s + terms.patience.of(row["target"]))
+    if send_before is not None and not row["in_doubt"]:  # when it was to go out tells nothing of whether it has
+        ends_at = min(ends_at, send_before)
     lease_until = instant(terms.now_s + terms.lease_s)
-    turn.claimed.append(deliveries.claim(db, row, account, body, now=now, lease_until=lease_until))
+    how: dict[str, Any] = {"lease_until": lease_until, "expires_at": ends_at, "endpoint": endpoint}
+    turn.claimed.append(deliveries.claim(tx, row, account, body, **how))
 
 
-def _body(db: Database, row: Row, account: Row, now: str) -> str:
+def _body(db: Reads, row: Row, account: Row, now: str) -> tuple[str, str | None]:
+    """Return what is to be sent, and the time after which it is not to be."""
     if row["target"] == "instagram":
         return messages.body(db, row, account, now)
-    return inbound.crm_body(db, account, row)
+    return inbound.crm_body(db, account, row), None
 
 
-def _abandon(db: Database, row: Row, terms: Terms) -> None:
-    now = instant(terms.now_s)
+def _end_send(tx: Tx, row: Row, code: str, problem: str) -> None:
+    """End a send without a call, and look again at what waited for it."""
+    deliveries.end(tx, row, "dead", code, problem)
+    messages.fail(tx, row["message_id"], code, problem)
+    inbound.release_held(tx, row["account_id"], row["contact"])
+
+
+def _abandon(tx: Tx, row: Row, terms: Terms) -> None:
+    now = tx.now
     if deliveries.is_repeatable(row["event"]):
-        deliveries.release(db, row, due=now, in_doubt=False, now=now)
+        deliveries.release(tx, row, due=now, in_doubt=False)
         return
-    deliveries.release(db, row, due=instant(terms.now_s + terms.look_up_s), in_doubt=True, now=now)
+    deliveries.release(tx, row, due=instant(terms.now_s + terms.look_up_s), in_doubt=True)
     # Its echo may have come before its worker died.
-    inbound.release_held(db, row["account_id"], row["contact"], now, terms.patience)
+    inbound.release_held(tx, row["account_id"], row["contact"])
 
 
 def recover(db: Database, terms: Terms) -> int:
@@ -331,10 +301,10 @@ def recover(db: Database, terms: Terms) -> int:
     A send whose call may have reached the channel is in doubt; a CRM's event may safely be repeated.
     """
 
-    def job() -> int:
-        rows = deliveries.abandoned(db)
+    def job(tx: Tx) -> int:
+        rows = deliveries.abandoned(tx)
         for row in rows:
-            _abandon(db, row, terms)
+            _abandon(tx, row, terms)
         return len(rows)
 
     return db.write_last(job)
@@ -345,40 +315,86 @@ def expire(
 ) -> dict[tuple[str, str, str], int]:
     """End what waited past its time without being tried; return how many rows by target, code and account.
 
-    Nothing ends once `go_on` says that `now_s` is not the time to go by.
+    What a lock holds back does not age, but a hold that comes and goes keeps nothing longer than a week after the last
+    act of a person, and a send ends with its `send_before` and its window, held or not. Nothing ends once `go_on` says
+    that `now_s` is not the time to go by.
     """
     ended = Counter[tuple[str, str, str]]()
-    now, before = instant(now_s), instant(now_s - _EXPIRY_GRACE_S)
-    problem = "not delivered in time: the far side was unavailable"
 
-    def job(found: Sequence[str]) -> None:
-        for delivery_id in found if go_on() else ():
-            row = deliveries.still_expired(db, delivery_id, before)
-            if row is None:
-                continue
-            code = "in_doubt" if row["in_doubt"] else "expired"
-            deliveries.end(db, row, "dead", code, problem, now)
-            if row["target"] == "instagram":
-                messages.fail(db, row["message_id"], code, problem, now, patience)
-                inbound.release_held(db, row["account_id"], row["contact"], now, patience)
-            ended[row["target"], code, row["account_id"]] += 1
+    def end(pages: Iterable[list[Row]], why: Callable[[Tx, Row], tuple[str, str] | None]) -> None:
+        def step(tx: Tx, found: Sequence[Row]) -> int:
+            now_ended = Counter[tuple[str, str, str]]()
+            for row in (deliveries.waiting(tx, one["id"]) for one in found):
+                reason = why(tx, row) if row is not None and go_on() else None
+                if row is None or reason is None:
+                    continue
+                code = "in_doubt" if row["in_doubt"] else reason[0]
+                if row["target"] == "instagram":
+                    _end_send(tx, row, code, reason[1])
+                else:
+                    deliveries.end(tx, row, "dead", code, reason[1])
+                now_ended[row["target"], code, row["account_id"]] += 1
+            tx.after(lambda: ended.update(now_ended))
+            return len(found)
 
-    # What is held is passed over, too: outside the write lock.
-    while go_on() and (found := deliveries.expired(db, before, _EXPIRE_AT_ONCE)):
-        db.write_last(lambda found=found: job(found))  # type: ignore[misc]
+        db.in_steps(pages, step)
+
+    passed, now = instant(now_s - _EXPIRY_GRACE_S), instant(now_s)
+    end(deliveries.past_their_time(db, passed, _EXPIRE_AT_ONCE), lambda *_: ("expired", "its send_before has passed"))
+    for endpoint in endpoints.everyone(db):
+        key = (endpoint["kind"], endpoint["account_id"])
+        limit = max(_limits(endpoint, now_s, patience), default=None)
+        if limit is not None:
+            old = deliveries.older(db, *key, limit[0], _EXPIRE_AT_ONCE)
+            end(old, lambda tx, row: _too_old(tx, row, now_s, patience))
+        if endpoint["kind"] == "instagram" and not endpoints.is_open(endpoint):
+            closed = deliveries.behind_closed_windows(db, endpoint["account_id"], now, _EXPIRE_AT_ONCE)
+            end(closed, lambda tx, row: _too_late(tx, row, now))
     return ended
 
 
-def repair(db: Database, now_s: float) -> int:
+def _limits(endpoint: Row, now_s: float, patience: Patience) -> list[tuple[str, str, str]]:
+    """Return before when what an endpoint is owed must have been accepted to have had its time; by which code, why."""
+    if endpoint["kind"] == "crm" and endpoint["url"] is None:
+        return []  # the CRM reads it when it asks
+    found, a_week_ago = [], instant(now_s - HELD_AT_MOST_S)
+    before = instant(now_s - patience.of(endpoint["kind"]) - _EXPIRY_GRACE_S)
+    if endpoints.is_open(endpoint) and endpoint["aged_from"] < before:
+        found.append((before, "expired", "not delivered in time: the far side was unavailable"))
+    is_by_choice = endpoint["paused_at"] is not None or endpoint["held_by"] == "inactive"
+    if not is_by_choice and endpoint["acted_at"] < a_week_ago:
+        found.append((a_week_ago, "held_too_long", _HELD_TOO_LONG))
+    return found
+
+
+def _too_old(db: Reads, row: Row, now_s: float, patience: Patience) -> tuple[str, str] | None:
+    """Return the code and the reason with which a row has had its time, as its endpoint is now."""
+    endpoint = endpoints.find(db, row["account_id"], row["target"])
+    limits = _limits(endpoint, now_s, patience) if endpoint else []
+    return next(((code, why) for before, code, why in limits if row["aged_from"] < before), None)
+
+
+def _too_late(db: Reads, row: Row, now: str) -> tuple[str, str] | None:
+    """Return the code and the reason with which it is too late to send something."""
+    try:
+        _body(db, row, accounts.found(db, row["account_id"]), now)
+    except Conflict as late:
+        return late.code, late.message
+    except LookupError:
+        return None
+    return None
+
+
+def repair(db: Database) -> int:
     """Give lanes without a head a new one; return how many there were."""
     # The search looks at every waiting row, so it happens outside the write lock; promoting checks again.
     lanes = deliveries.headless(db)
     if not lanes:
         return 0
 
-    def job() -> int:
+    def job(tx: Tx) -> int:
         for lane in lanes:
-            deliveries.promote(db, lane["target"], lane["account_id"], lane["contact"], instant(now_s))
+            deliveries.promote(tx, lane["target"], lane["account_id"], lane["contact"])
         return len(lanes)
 
     return db.write_last(job)
@@ -390,32 +406,26 @@ def follow_clock(db: Database, seconds: float, newest: int | None) -> None:
     Deliveries after `newest` may have been made by the new clock, and stay as they are.
     """
 
-    def job() -> None:
-        deliveries.follow_clock(db, seconds, newest)
-        pauses.follow_clock(db, seconds)
-        holds.follow_clock(db, seconds)
+    def job(tx: Tx) -> None:
+        deliveries.follow_clock(tx, seconds, newest)
+        endpoints.follow_clock(tx, seconds)
 
     db.write_last(job)
 
 
-def delete_account(db: Database, account_id: str, now_s: float) -> None:
+def delete_account(db: Database, account_id: str) -> None:
     """Erase an account's secrets and serve it no more, in one commit; then begin to end what it is owed and owes."""
-    now = instant(now_s)
 
-    def job() -> None:
-        inbound.drop_held(db, account_id)
-        pauses.forget(db, account_id, now)
-        holds.forget(db, account_id)
-        questions.forget_account(db, account_id)
-        accounts.erase(db, account_id, now)
+    def job(tx: Tx) -> None:
+        inbound.drop_held(tx, account_id)
+        questions.forget_account(tx, account_id)
+        accounts.erase(tx, account_id)
 
     db.write(job)
-    end_leftovers(db, now_s)
+    end_leftovers(db)
 
 
-def end_leftovers(
-    db: Database, now_s: float, *, budget_s: float = 2, pause: Callable[[float], None] = time.sleep
-) -> int:
+def end_leftovers(db: Database, *, budget_s: float = 2, pause: Callable[[float], None] = time.sleep) -> int:
     """End what is owed where nothing goes any more: for a deleted account, and to a CRM without a URL.
 
     In small steps, with as much time between them for the others; what the budget leaves is for the next call.
@@ -423,27 +433,23 @@ def end_leftovers(
     """
     total, until_s = 0, time.monotonic() + budget_s
     for endpoint in deliveries.unserved(db):
-        found = _END_AT_ONCE
-        while found == _END_AT_ONCE and time.monotonic() < until_s:
-            began_s = time.monotonic()
-            found = db.write_last(lambda endpoint=endpoint: _end_some(db, endpoint, instant(now_s)))  # type: ignore[misc]
-            total += found
-            if found == _END_AT_ONCE:
-                pause(time.monotonic() - began_s)
+        pages = iter(lambda endpoint=endpoint: deliveries.left_over(db, endpoint, _END_AT_ONCE), [])  # type: ignore[misc]
+        step = functools.partial(_end_some, endpoint)
+        total += db.in_steps(pages, step, until_s=until_s, rest=1, pause=pause)
     return total
 
 
-def _end_some(db: Database, endpoint: Row, now: str) -> int:
-    rows = deliveries.left_over(db, endpoint, _END_AT_ONCE)
+def _end_some(endpoint: Row, tx: Tx, _: Sequence[Row]) -> int:
+    rows = deliveries.left_over(tx, endpoint, _END_AT_ONCE)  # it may be served again by now
     if rows and endpoint["deleted_at"] is None:
-        deliveries.end_all(db, rows, "done", "not_pushed", None, now)
+        deliveries.end_all(tx, rows, "done", "not_pushed", None)
     elif rows:
-        deliveries.end_all(db, rows, "dead", "account_deleted", "the account was deleted", now)
-        messages.end_all(db, [row["message_id"] for row in rows if endpoint["target"] == "instagram"], now)
+        deliveries.end_all(tx, rows, "dead", "account_deleted", "the account was deleted")
+        messages.end_all(tx, [row["message_id"] for row in rows if endpoint["target"] == "instagram"])
     return len(rows)
 
 
-def counts(db: Database) -> Mapping[str, int]:
+def counts(db: Reads) -> Mapping[str, int]:
     """Return how many deliveries are pending, by target."""
     rows = db.rows("SELECT target, COUNT(*) AS number FROM deliveries WHERE state = 'pending' GROUP BY target")
     return {row["target"]: row["number"] for row in rows}

@@ -10,7 +10,7 @@ from typing import Any
 
 from crmbridge.events import Opens, epoch_s, instant
 from crmbridge.store import contacts
-from crmbridge.store.database import Database, Row
+from crmbridge.store.database import Reads, Row, Tx
 
 OPEN_S = 86_400  # a customer may be answered this long (Meta: "24-hour standard messaging window")
 LONG_S = 7 * OPEN_S  # a person may answer this long ("Human Agent"), and a comment be answered in private
@@ -39,7 +39,7 @@ class Window:
         return self.tagged_from is not None and now >= self.tagged_from
 
 
-def of(db: Database, account: Row, recipient_id: str, content: Mapping[str, Any]) -> Window:
+def of(db: Reads, account: Row, recipient_id: str, content: Mapping[str, Any]) -> Window:
     """Return the window of a send."""
     if "comment_id" in content:
         return _of_comment(db, account, content["comment_id"])
@@ -62,7 +62,7 @@ def of_contact(contact: Mapping[str, Any]) -> str | None:
     return max(filter(None, (usual, contact["window_until"])), default=None)
 
 
-def note(db: Database, account: Row, contact: str, opens: Opens | None, *, acted_at: str, received_at: str) -> None:
+def note(tx: Tx, account: Row, contact: str, opens: Opens | None, *, acted_at: str, received_at: str) -> None:
     """Open the window as far as an act of a customer does; runs inside a write, once the contact is there.
 
     An act is not taken to be later than it was received, whatever its time says.
@@ -71,10 +71,10 @@ def note(db: Database, account: Row, contact: str, opens: Opens | None, *, acted
         return
     at = min(acted_at, _after(received_at, _AHEAD_S))
     until = {"ad": _after(at, AD_S), "perhaps": _after(at, OPEN_S)}.get(opens)
-    contacts.acted(db, account["id"], contact, at=None if opens == "perhaps" else at, until=until)
+    contacts.acted(tx, account["id"], contact, at=None if opens == "perhaps" else at, until=until)
 
 
-def _of_comment(db: Database, account: Row, comment_id: str) -> Window:
+def _of_comment(db: Reads, account: Row, comment_id: str) -> Window:
     comment = db.row(
         """
         SELECT contact, occurred_at FROM inbound_events

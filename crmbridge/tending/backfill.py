@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 
 from crmbridge import log
 from crmbridge.errors import BridgeError
-from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.events import Wake, epoch_s, instant, new_id
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
-from crmbridge.store import accounts, inbound, pauses, questions, vitals
+from crmbridge.store import accounts, endpoints, inbound, questions, vitals
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 
 OUTAGE_S = 300.0  # shorter ones are covered by Meta's own repetitions
@@ -30,8 +29,7 @@ class Backfill:
         db: Database,
         client: Client,
         vault: Vault,
-        patience: Patience,
-        wake: Callable[[], None],
+        wake: Wake,
         *,
         clock: Callable[[], float],
         pause: Callable[[float], None],
@@ -40,7 +38,6 @@ class Backfill:
         self._db = db
         self._client = client
         self._vault = vault
-        self._patience = patience
         self._wake = wake
         self._clock = clock
         self._pause = pause
@@ -59,7 +56,7 @@ class Backfill:
         if last and gap_s > OUTAGE_S:
             log.warning("backfill.gap", since=last, seconds=round(gap_s))
             for account in accounts.everyone(self._db):
-                questions.ask_backfill(self._db, account["id"], last, instant(now_s))
+                questions.ask_backfill(self._db, account["id"], last)
         self._beat()
         return gap_s if gap_s > OUTAGE_S else 0.0
 
@@ -73,7 +70,7 @@ class Backfill:
             account = accounts.find(self._db, backfill["account_id"])
             if account is None:
                 questions.end_backfill(self._db, backfill)
-            elif pauses.hold(self._db, account, "instagram") is None:
+            elif endpoints.locked(self._db, account["id"], "instagram") is None:
                 self._fill(backfill, account)
             if self._is_stopping():
                 return
@@ -108,7 +105,7 @@ class Backfill:
 
     def _conversations(self, account: Row, backfill: Row) -> Iterator[reading.Listed]:
         """Yield the conversations in which something was said since then."""
-        token, cursor = self._vault.open(account["access_token_sealed"]), None
+        token, cursor = accounts.token(self._vault, account), None
         since_s = epoch_s(backfill["since"]) - _EARLIER_S
         for _ in range(_PAGES):
             if self._is_stopping():
@@ -126,7 +123,7 @@ class Backfill:
         if self._is_stopping():
             return 0, False
         self._take_turn(account)
-        token, now_s = self._vault.open(account["access_token_sealed"]), self._clock()
+        token, now_s = accounts.token(self._vault, account), self._clock()
         try:
             told = reading.messages(self._client, token, conversation)
         except Refusal as problem:
@@ -138,10 +135,10 @@ class Backfill:
         since_s = epoch_s(backfill["since"]) - _EARLIER_S
         missed = [entry for entry in told if reading.told_s(entry) >= since_s]
         events = reading.events(missed, account, instant(now_s))
-        kept = inbound.keep(self._db, events, correlation_id=new_id("req"), now_s=now_s, patience=self._patience)
+        kept = inbound.keep(self._db, events, correlation_id=new_id("req"))
         news = sum(one.state == "forwarded" for one in kept)
         if news:
-            self._wake()
+            self._wake({account["id"]})
         is_incomplete = len(missed) == len(told) >= reading.SHOWN_AT_MOST
         if is_incomplete:
             contact = next((event.contact for event in events if event.contact), None)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from crmbridge import log
 from crmbridge.errors import Unavailable
-from crmbridge.events import epoch_s, instant, new_id
+from crmbridge.events import Wake, epoch_s, instant, new_id
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
-from crmbridge.store import accounts, inbound, pauses, questions
+from crmbridge.store import accounts, endpoints, inbound, questions
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 
 THREADS = 3
@@ -38,8 +37,8 @@ class Names:
         db: Database,
         client: Client,
         vault: Vault,
-        patience: Patience,
-        wake: Callable[[], None],
+        ask_s: float,
+        wake: Wake,
         run: Callable[[Callable[[], None]], object],
         *,
         tell: Callable[[], None] = lambda: None,
@@ -48,7 +47,7 @@ class Names:
         self._db = db
         self._client = client
         self._vault = vault
-        self._patience = patience
+        self._ask_s = ask_s
         self._wake = wake
         self._run = run
         self._tell = tell
@@ -86,8 +85,7 @@ class Names:
         return max(min(times) - now_s, 0.0) if times else None
 
     def _is_held(self, account_id: str) -> bool:
-        account = accounts.find(self._db, account_id)
-        return account is not None and pauses.hold(self._db, account, "instagram") is not None
+        return endpoints.locked(self._db, account_id, "instagram") is not None
 
     def _begin(self, question: Row, now_s: float) -> None:
         with self._lock:
@@ -122,24 +120,24 @@ class Names:
             self._tell()
 
     def _ask_profile(self, question: Row, account: Row) -> None:
-        token = self._vault.open(account["access_token_sealed"])
+        token = accounts.token(self._vault, account)
         try:
             found = reading.profile(self._client, token, question["subject"])
         except (Refusal, Unavailable) as problem:
             refused = isinstance(problem, Refusal) and not problem.of_account
             self._note(question, problem)
             if problem.code == "consent_missing":
-                questions.keep_reticence(self._db, question, self._clock())
+                questions.keep_reticence(self._db, question)
             else:
                 questions.keep_silence(self._db, question, self._clock(), refused=refused)
         else:
             questions.keep_profile(self._db, question, found.username, found.name, self._clock())
-        self._wake()
+        self._wake({question["account_id"]})
 
     def _ask_message(self, question: Row, account: Row) -> None:
         """Have the message told that an event only announced; what cannot be read stays announced."""
         self._client.conversations.wait_last(account["id"], self._client.pause)
-        token, now_s = self._vault.open(account["access_token_sealed"]), self._clock()
+        token, now_s = accounts.token(self._vault, account), self._clock()
         try:
             told = reading.message(self._client, token, question["subject"])
         except (Refusal, Unavailable) as problem:
@@ -150,11 +148,11 @@ class Names:
                 questions.later(self._db, question, instant(now_s + _AGAIN_S[question["tries"]]))
             return
         events = reading.events([told], account, instant(now_s))
-        kept = inbound.keep(self._db, events, correlation_id=new_id("req"), now_s=now_s, patience=self._patience)
+        kept = inbound.keep(self._db, events, correlation_id=new_id("req"), ask_s=self._ask_s)
         inbound.replace_announcement(self._db, account["id"], question["subject"])
         questions.drop(self._db, question)
         log.info("message.recovered", account=account["id"], events=sum(one.state == "forwarded" for one in kept))
-        self._wake()
+        self._wake({question["account_id"]})
 
     def _note(self, question: Row, problem: Refusal | Unavailable) -> None:
         account = question["account_id"]

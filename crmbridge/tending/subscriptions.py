@@ -5,12 +5,10 @@ from collections.abc import Callable
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.errors import BridgeError, Unavailable
-from crmbridge.events import instant
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Refusal
 from crmbridge.store import accounts
 from crmbridge.store.database import Database, Row
-from crmbridge.store.deliveries import Patience
 from crmbridge.vault import Vault
 
 
@@ -22,7 +20,6 @@ class Subscriptions:
         db: Database,
         client: Client,
         vault: Vault,
-        patience: Patience,
         alarm: Alarm,
         *,
         clock: Callable[[], float],
@@ -30,7 +27,6 @@ class Subscriptions:
         self._db = db
         self._client = client
         self._vault = vault
-        self._patience = patience
         self._alarm = alarm
         self._clock = clock
 
@@ -44,7 +40,7 @@ class Subscriptions:
                     log.warning("subscription.unknown", account=account["id"], error=problem.message)
 
     def _check(self, account: Row, *, renew: bool) -> None:
-        token = self._vault.open(account["access_token_sealed"])
+        token = accounts.token(self._vault, account)
         try:
             lacking = reading.lacking(self._client, token, account["instagram_account_id"])
         except (Refusal, Unavailable) as problem:
@@ -64,7 +60,7 @@ class Subscriptions:
         """Store what is news, and raise or end the alert."""
         if (account["subscription_ok"], account["subscription_error"]) != (int(problem is None), problem):
             values = {"subscription_ok": int(problem is None), "subscription_error": problem}
-            accounts.update(self._db, account["id"], values, instant(self._clock()), self._patience)
+            accounts.update(self._db, account["id"], values)
         if problem is None:
             self._alarm.clear("subscription_lost", account=account["id"])
         else:

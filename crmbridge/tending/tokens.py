@@ -41,15 +41,15 @@ class Tokens:
                 log.error("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
 
     def _refresh(self, account: Row) -> None:
-        now_s, sealed = self._clock(), account["access_token_sealed"]
+        now_s = self._clock()
         try:
-            fresh = reading.refresh(self._client, self._vault.open(sealed))
+            fresh = reading.refresh(self._client, accounts.token(self._vault, account))
         except Unavailable as problem:
             log.warning("token.not_refreshed", account=account["id"], error=problem.message)
-            accounts.refresh_later(self._db, account["id"], sealed, instant(now_s + _AGAIN_S))
+            accounts.refresh_later(self._db, account, instant(now_s + _AGAIN_S))
         except Refusal as problem:
             log.warning("token.not_refreshed", account=account["id"], code=problem.code, error=problem.message)
-            refusals = accounts.refuse_token(self._db, account["id"], sealed, instant(now_s + DAY_S))
+            refusals = accounts.refuse_token(self._db, account, instant(now_s + DAY_S))
             if problem.code.startswith("token_") and self._is_dead(account):
                 todo = problem.hint.replace("ACCOUNT", account["id"])
                 self._stop(account, problem.code, f"Instagram does not renew the access token, {problem.code}: {todo}")
@@ -59,8 +59,8 @@ class Tokens:
             expires_at = instant(now_s + fresh.lasts_s)
             # The next one well before this one ends, however short-lived it is.
             due = instant(now_s + min(_WEEK_S, fresh.lasts_s / 2))
-            fresh_sealed = self._vault.seal(fresh.token)
-            if accounts.renew_token(self._db, account["id"], sealed, fresh_sealed, expires_at, due, instant(now_s)):
+            sealed = accounts.seal(self._vault, account["instagram_id"], fresh.token)
+            if accounts.renew_token(self._db, account, sealed, expires_at=expires_at, refresh_at=due):
                 log.info("token.refreshed", account=account["id"], expires_at=expires_at)
                 for kind in ("token_expiring", "token_not_renewed"):
                     self._alarm.clear(kind, account=account["id"])
@@ -70,7 +70,7 @@ class Tokens:
     def _is_dead(self, account: Row) -> bool:
         """Tell whether the token is refused for other calls, too: why a refreshing is refused is not documented."""
         try:
-            self._client.whoami(self._vault.open(account["access_token_sealed"]))
+            self._client.whoami(accounts.token(self._vault, account))
         except Invalid as problem:
             return problem.code.startswith("token_")
         except Unavailable:
@@ -78,8 +78,7 @@ class Tokens:
         return False
 
     def _stop(self, account: Row, code: str, reason: str) -> None:
-        now, sealed = instant(self._clock()), account["access_token_sealed"]
-        self._db.write_last(lambda: accounts.stop(self._db, account["id"], sealed, code, reason, now))
+        self._db.write_last(lambda tx: accounts.stop(tx, account, code, reason))
         self._alarm.alert("token_dead", reason, account=account["id"])
 
     def _tell(self, account: Row, problem: Refusal) -> None:

@@ -1,18 +1,17 @@
 """Connecting Instagram accounts: ``/api/v1/accounts…``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from crmbridge import contract, log, net, signing
 from crmbridge.alerts import Alarm
-from crmbridge.errors import BridgeError, Conflict, Invalid
-from crmbridge.events import instant
+from crmbridge.errors import BridgeError, Conflict, Invalid, Misconfigured
+from crmbridge.events import Wake, instant
 from crmbridge.instagram import reading
 from crmbridge.instagram.client import Client, Identity
-from crmbridge.store import accounts, dead, holds, inbound, pauses, turn
+from crmbridge.store import accounts, dead, endpoints, inbound, turn
 from crmbridge.store.contacts import Target
-from crmbridge.store.database import Row
-from crmbridge.store.deliveries import Patience
+from crmbridge.store.database import Database, Row
 from crmbridge.vault import Vault
 from crmbridge.web.app import Call, Reply, Route
 
@@ -29,15 +28,15 @@ class AccountRoutes:
         client: Client,
         reach: net.Reach,
         alarm: Alarm,
-        wake: Callable[[], None],
-        patience: Patience,
+        wake: Wake,
+        ask_s: float,
     ) -> None:
         self._vault = vault
         self._client = client
         self._reach = reach
         self._alarm = alarm
         self._wake = wake
-        self._patience = patience
+        self._ask_s = ask_s
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -60,8 +59,7 @@ class AccountRoutes:
         found = accounts.page(call.db, after=call.query.get("cursor", ""), limit=limit + 1, only=only)
         shown, more = found[:limit], len(found) > limit
         cursor = shown[-1]["id"] if more else None
-        paused, held = pauses.everyone(call.db), holds.everyone(call.db)
-        listed = [_shown(row, paused, held) for row in shown]
+        listed = [_shown(call.db, row) for row in shown]
         return Reply({"accounts": listed, "next_cursor": cursor, "has_more": more})
 
     def show(self, call: Call) -> Reply:
@@ -79,23 +77,20 @@ class AccountRoutes:
         if known:
             raise Conflict(f"This Instagram account is already here, as {known['id']}.", code="account_exists")
         identity = self._identify(request.access_token, {request.instagram_account_id})
-        now = instant(call.now_s)
         values = {
             "instagram_account_id": identity.user_id,
             "app_scoped_id": identity.app_scoped_id,
             "username": identity.username or request.username,
-            "access_token_sealed": self._vault.seal(request.access_token),
-            "webhook_secret_sealed": self._vault.seal(secret) if secret else None,
-            "crm_webhook_url": request.crm_webhook_url,
-            "token_checked_at": now,
+            "token_checked_at": instant(call.now_s),
             "token_refresh_at": _refresh_at(call.now_s),
         }
-        row = accounts.create(call.db, values, now)
+        where: dict[str, Any] = {"url": request.crm_webhook_url, "secret": secret}
+        row = accounts.create(call.db, self._vault, values, token=request.access_token, **where)
         log.info("account.created", account=row["id"], instagram_account_id=identity.user_id)
-        adopted = inbound.adopt(call.db, row, call.now_s, self._patience)
+        adopted = inbound.adopt(call.db, row, self._ask_s)
         if adopted:
             log.info("account.adopted", account=row["id"], events=adopted)
-            self._wake()
+            self._wake({row["id"]})
         row = self._subscribe(call, row, request.access_token)
         headers = {"Location": f"/api/v1/accounts/{row['id']}"}
         return self._answer(call, row, 201, headers, made=made, warnings=warnings)
@@ -105,7 +100,10 @@ class AccountRoutes:
         row = call.account(call.path["account_id"])
         request = call.read(contract.AccountUpdate)
         given = request.model_fields_set
-        values: dict[str, Any] = {}
+        values: Row = {}
+        crm: Row = {}
+        instagram: Row = {}
+        status = request.status if "status" in given else None
         url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
         made = signing.make_secret() if _lacks_secret(row, request, url) else None
         secret = request.webhook_secret if "webhook_secret" in given else made
@@ -115,17 +113,15 @@ class AccountRoutes:
                 url, secret, has_secret=row["webhook_secret_sealed"] and not given & {"webhook_secret"}
             )
         if "crm_webhook_url" in given:
-            values["crm_webhook_url"] = request.crm_webhook_url
+            crm["url"] = request.crm_webhook_url
         if "webhook_secret" in given or made:
-            values |= self._rotated(row, secret, call.now_s)
-        if "status" in given:
-            if request.status == "active" and not row["access_token_sealed"] and "access_token" not in given:
-                raise Conflict("The account has no access token: send a new one.", code="token_missing")
-            values["status"], values["status_reason"] = request.status, None
+            crm |= self._rotated(row, secret, call.now_s)
+        if status == "active" and not row["access_token_sealed"] and "access_token" not in given:
+            raise Conflict("The account has no access token: send a new one.", code="token_missing")
         if "access_token" in given:
             identity = self._identify(request.access_token, {row["instagram_account_id"]})
+            instagram["secret_sealed"] = accounts.seal(self._vault, row["instagram_id"], request.access_token)
             values |= {
-                "access_token_sealed": self._vault.seal(request.access_token),
                 "app_scoped_id": identity.app_scoped_id,
                 "username": identity.username or row["username"],
                 "token_checked_at": instant(call.now_s),
@@ -133,43 +129,44 @@ class AccountRoutes:
                 "token_refresh_at": _refresh_at(call.now_s),
                 "token_refusals": 0,
             }
-            if row["status"] == "error" and "status" not in given:
-                values["status"], values["status_reason"] = "active", None
-        now = instant(call.now_s)
-        row = accounts.update(call.db, row["id"], values, now, self._patience)
+            if row["status"] == "error" and status is None:
+                status = "active"
+        row = accounts.update(call.db, row["id"], values, ends={"crm": crm, "instagram": instagram}, status=status)
         if row["crm_webhook_url"] is None:  # the CRM reads the rest when it asks
-            turn.end_leftovers(call.db, call.now_s)
+            turn.end_leftovers(call.db)
         if url and given & {"crm_webhook_url", "webhook_secret"}:
             self._release(call, row, "crm")
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
-        self._wake()
+        self._wake({row["id"]})
         return self._answer(call, row, made=made, warnings=warnings)
 
     def _release(self, call: Call, row: Row, target: Target) -> None:
         """End what a far side's answer holds back, as this caller says that it is mended."""
-        was_held, again = dead.release(call.db, row, target, call.now_s, self._patience)
+        was_held, again = dead.release(call.db, row, target)
         if was_held or again:
             log.info("account.released", account=row["id"], target=target, sent_again=again, by=call.key_id())
 
     def _rotated(self, row: Row, secret: str | None, now_s: float) -> dict[str, Any]:
         """Return the columns for a new secret; the old one signs beside it for a day, so that nothing is refused."""
-        before, sealed = row["webhook_secret_sealed"], self._vault.seal(secret) if secret else None
-        if before and secret and self._vault.open(before) == secret:
+        if not secret:
+            return {"secret_sealed": None, "old_secret_sealed": None, "old_secret_until": None}
+        try:
+            before = accounts.webhook_secret(self._vault, row)
+        except Misconfigured:  # it opens with no key: a new one is the remedy
+            before = None
+        if before == secret:
             return {}
-        kept = before if secret else None
-        until = instant(now_s + _OVERLAP_S) if kept else None
-        return {
-            "webhook_secret_sealed": sealed, "old_webhook_secret_sealed": kept, "old_webhook_secret_until": until,
-        }  # fmt: skip
+        sealed = {"secret_sealed": accounts.seal(self._vault, row["crm_id"], secret)}
+        old = accounts.seal(self._vault, row["crm_id"], before, "old_secret_sealed") if before else None
+        return {**sealed, "old_secret_sealed": old, "old_secret_until": instant(now_s + _OVERLAP_S) if old else None}
 
     def pause(self, call: Call) -> Reply:
         """Hold the account's deliveries or sends back; the same again changes only the end and the reason."""
         row = call.account(call.path["account_id"])
         request = call.read(contract.PauseRequest)
-        now = instant(call.now_s)
-        pauses.stop(call.db, row["id"], request.what, reason=request.reason, until=request.until, now=now)
+        endpoints.pause(call.db, row["id"], request.what, reason=request.reason, until=request.until)
         facts = {"what": ",".join(request.what), "until": request.until, "reason": request.reason}
         log.info("account.paused", account=row["id"], **facts, by=call.key_id())
         return self._answer(call, row)
@@ -178,25 +175,24 @@ class AccountRoutes:
         """Let what was paused go on; where nothing was, or if asked, also what a far side's answer holds back."""
         row = call.account(call.path["account_id"])
         request = call.read(contract.ResumeRequest)
-        now = instant(call.now_s)
         for what in request.what:
-            target = pauses.WHAT[what]
-            was_paused = pauses.resume(call.db, row["id"], target, now=now, patience=self._patience)
+            target = endpoints.WHAT[what]
+            was_paused = endpoints.resume(call.db, row["id"], target)
             if request.held or not was_paused:
                 self._release(call, row, target)
         log.info("account.resumed", account=row["id"], what=",".join(request.what), by=call.key_id())
-        self._wake()
+        self._wake({row["id"]})
         return self._answer(call, accounts.found(call.db, row["id"]))
 
     def delete(self, call: Call) -> Reply:
         """Erase the account's secrets and end what it still owes."""
         row = call.account(call.path["account_id"])
         try:
-            self._client.unsubscribe(self._vault.open(row["access_token_sealed"]), row["instagram_account_id"])
+            self._client.unsubscribe(accounts.token(self._vault, row), row["instagram_account_id"])
         except BridgeError as error:
             # The account goes all the same: a dead token is a common reason to delete it.
             log.warning("account.unsubscribe_failed", account=row["id"], code=error.code, error=error.message)
-        turn.delete_account(call.db, row["id"], call.now_s)
+        turn.delete_account(call.db, row["id"])
         log.info("account.deleted", account=row["id"])
         return Reply({"account_id": row["id"], "deleted": True})
 
@@ -211,7 +207,7 @@ class AccountRoutes:
         warnings: Sequence[str] | None = None,
     ) -> Reply:
         """Show an account; a secret that was `made` here is shown this once, and `warnings` where it was changed."""
-        shown = _shown(row, pauses.everyone(call.db), holds.everyone(call.db))
+        shown = _shown(call.db, row)
         shown |= {} if warnings is None else {"warnings": list(warnings)}
         return Reply(shown | ({"webhook_secret": made} if made else {}), status, headers or {})
 
@@ -230,7 +226,7 @@ class AccountRoutes:
         if problem:
             log.warning("account.subscription_failed", account=row["id"], error=problem)
         values = {"subscription_ok": int(problem is None), "subscription_error": problem}
-        return accounts.update(call.db, row["id"], values, instant(call.now_s), self._patience)
+        return accounts.update(call.db, row["id"], values)
 
     def _check_target(self, url: str | None, secret: str | None, *, has_secret: bool = False) -> list[str]:
         """Return the warnings for where events go and what signs them. Raises Invalid."""
@@ -255,37 +251,30 @@ def _refresh_at(now_s: float) -> str:
     return instant(now_s + _TOO_YOUNG_S)
 
 
-def _shown(row: Row, paused: dict[tuple[str, str], Row], held: dict[tuple[str, str], Row]) -> dict[str, Any]:
+def _shown(db: Database, row: Row) -> dict[str, Any]:
     ok, end = row["subscription_ok"], reading.token_end(row)
-
-    def shown(target: str) -> dict[str, Any] | None:
-        found = paused.get((target, row["id"]))
-        return {name: found[name] for name in ("since", "until", "reason")} if found else None
-
+    ends = {one["kind"]: one for one in endpoints.of_accounts(db, [row["id"]])}
     return {
         "account_id": row["id"],
         **{name: row[name] for name in ("instagram_account_id", "username", "status", "status_reason")},
         "crm_webhook_url": row["crm_webhook_url"],
         "subscription": {"ok": None if ok is None else bool(ok), "error": row["subscription_error"]},
-        "paused": {what: shown(target) for what, target in pauses.WHAT.items()},
-        "held": {
-            what: _held(row, target, held.get((target, row["id"])), is_paused=(target, row["id"]) in paused)
-            for what, target in pauses.WHAT.items()
-        },
+        "paused": {what: _paused(ends.get(kind)) for what, kind in endpoints.WHAT.items()},
+        "held": {what: _held(ends.get(kind)) for what, kind in endpoints.WHAT.items()},
         "token_expires_at": end.at if end else None,
         **{name: row[name] for name in ("token_checked_at", "created_at", "updated_at")},
     }
 
 
-def _held(row: Row, target: Target, found: Row | None, *, is_paused: bool) -> dict[str, Any] | None:
-    """Return what holds an endpoint back beside a person's pause: its account's status, or what its CRM answered.
-
-    Who is paused is not asked.
-    """
-    asked = found["ask_at"] if found and found["trial_since"] is None and not is_paused else None
-    if pauses.blocks(row["status"], target):
-        by_status = {"by": row["status"], "since": row["status_since"], "reason": row["status_reason"]}
-        return {**by_status, "asked_again_at": asked if row["status"] == "error" else None}
-    if found is None or found["trial_since"] is not None or target != "crm":
+def _paused(end: Row | None) -> dict[str, Any] | None:
+    if end is None or end["paused_at"] is None:
         return None
-    return {"by": found["cause"], "since": found["since"], "reason": found["reason"], "asked_again_at": asked}
+    return {"since": end["paused_at"], "until": end["paused_until"], "reason": end["paused_reason"]}
+
+
+def _held(end: Row | None) -> dict[str, Any] | None:
+    """Return what holds an endpoint back beside a person's pause. Who is paused is not asked."""
+    if end is None or end["held_by"] is None:
+        return None
+    asked = end["ask_at"] if end["paused_at"] is None else None
+    return {"by": end["held_by"], "since": end["held_at"], "reason": end["held_reason"], "asked_again_at": asked}

@@ -1,29 +1,27 @@
 """Dead deliveries, for administrators: ``/api/v1/admin/dlq/webhooks…`` and ``/api/v1/admin/dlq/messages…``."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from crmbridge import contract, log
 from crmbridge.errors import Invalid, NotFound
-from crmbridge.events import epoch_s, instant, read_instant
+from crmbridge.events import Wake, epoch_s, instant, read_instant
 from crmbridge.store import dead
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Row
 from crmbridge.store.dead import Filter
-from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route
 
 _CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})\Z")
 _FILTER = ("account_id", "event", "code", "dead_after", "dead_before")
 
 
-def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
+def routes(wake: Wake) -> list[Route]:
     """Return the routes; `wake` is called after something is owed again."""
-    return [*_routes("webhooks", "crm", wake, patience), *_routes("messages", "instagram", wake, patience)]
+    return [*_routes("webhooks", "crm", wake), *_routes("messages", "instagram", wake)]
 
 
-def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patience) -> list[Route]:
+def _routes(name: str, target: Target, wake: Wake) -> list[Route]:
     def page(call: Call) -> Reply:
         limit = call.limit()
         rows = dead.page(call.db, _filter(call, target), after=_after(call.query.get("cursor")), limit=limit + 1)
@@ -37,9 +35,9 @@ def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patie
         if row is None or row["target"] != target:
             raise NotFound("There is no such delivery here.", code="delivery_not_found")
         by = call.key_id()
-        dead.revive(call.db, row["id"], call.now_s, patience, force=request.force, by=by)
+        dead.revive(call.db, row["id"], force=request.force, by=by)
         log.info("dlq.retried", delivery=row["id"], account=row["account_id"], force=request.force or None, by=by)
-        wake()
+        wake(None)
         shown = {key: row[key] for key in ("account_id", "event_id", "message_id")}
         return Reply({"delivery_id": row["id"], **shown, "state": "pending"}, 202)
 
@@ -47,12 +45,11 @@ def _routes(name: str, target: Target, wake: Callable[[], None], patience: Patie
         request = call.read(contract.RetryMany) if call.body else contract.RetryMany()
         wanted = Filter(target, **{key: getattr(request, key) for key in _FILTER})
         dead.check(call.db, wanted)
-        by, force = call.key_id(), request.force
-        found = dead.ask(call.db, wanted, call.now_s, force=force, preview=request.preview, by=by)
+        by = call.key_id()
+        found = dead.revive_all(call.db, wanted, call.now_s, preview=request.preview, by=by)
         if not request.preview:
-            numbers = {"matching": found.matching, "asked": found.asked}
-            log.info("dlq.retry_asked", **vars(wanted), **numbers, force=force or None, by=by)
-            wake()
+            log.info("dlq.retried", **vars(wanted), matching=found.matching, revived=found.revived, by=by)
+            wake(None)
         return Reply({**vars(found), "preview": request.preview}, 200 if request.preview else 202)
 
     path, query = f"/api/v1/admin/dlq/{name}", frozenset((*_FILTER, "cursor", "limit"))
@@ -88,7 +85,7 @@ def _after(cursor: str | None) -> tuple[str, int] | None:
 def _shown(row: Row) -> dict[str, Any]:
     """Return a dead delivery as the API shows it: a webhook's, or a send's."""
     because = row["because"]
-    names = "account_id sequence message_id attempts accepted_at retry_asked_at correlation_id"
+    names = "account_id sequence message_id attempts accepted_at correlation_id"
     found = {
         "delivery_id": row["id"],
         **{name: row[name] for name in names.split()},

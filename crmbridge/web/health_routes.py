@@ -44,7 +44,7 @@ def _reasons(call: Call) -> list[str]:
         return [problem]
     reasons = []
     try:
-        vitals.probe(call.db, call.now_s)
+        vitals.probe(call.db)
     except Unavailable as error:
         reasons.append(error.message)
     last = vitals.last_beat(call.db, "worker")

@@ -9,10 +9,11 @@ from crmbridge.events import instant
 from crmbridge.ops import explain
 from crmbridge.store import alerts, overview, vitals
 from crmbridge.store.database import Row
+from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route, Timings
 
 
-def routes(timings: Timings) -> list[Route]:
+def routes(timings: Timings, patience: Patience) -> list[Route]:
     """Return the routes; `timings` are those of this process's requests."""
     started_s = time.monotonic()
 
@@ -32,7 +33,7 @@ def routes(timings: Timings) -> list[Route]:
         )
 
     def tell(call: Call) -> Reply:
-        found = explain.explain(call.db, call.path["id"], call.now_s)
+        found = explain.explain(call.db, call.path["id"], call.now_s, patience)
         if not found["stories"] and not found["others"]:
             raise NotFound(explain.UNKNOWN, code="id_not_found")
         return Reply(found)

@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 from crmbridge import contract, log
 from crmbridge.errors import NotFound
-from crmbridge.events import instant
+from crmbridge.events import Wake, instant
 from crmbridge.instagram import outgoing
 from crmbridge.store import messages
-from crmbridge.store.deliveries import COMMENT_LANE, Patience
+from crmbridge.store.deliveries import COMMENT_LANE
 from crmbridge.web.app import Call, Reply, Route
 
 _FORMS = ("attachments", "reaction", "action", "template", "quick_replies", "reply_to", "comment_id")
 
 
-def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
+def routes(wake: Wake) -> list[Route]:
     """Return the routes; `wake` is called after a send is on disk."""
 
     def send(call: Call) -> Reply:
@@ -27,9 +26,9 @@ def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
         if request.dry_run:
             messages.check(call.db, wanted, instant(call.now_s))
             return Reply({"dry_run": True, **_outlook(call, wanted, told)})
-        row, is_new = messages.accept(call.db, wanted, patience, call.now_s)
+        row, is_new = messages.accept(call.db, wanted)
         if is_new:
-            wake()
+            wake({account["id"]})
         log.info("message.accepted", message_id=row["id"], account=account["id"], repeated=not is_new)
         accepted = {"message_id": row["id"], "status": row["status"], "created_at": row["created_at"]}
         return Reply({**accepted, **_outlook(call, wanted, told)}, 202)
@@ -39,8 +38,8 @@ def routes(wake: Callable[[], None], patience: Patience) -> list[Route]:
 
     def cancel(call: Call) -> Reply:
         message_id = _found(call)["message_id"]
-        if messages.cancel(call.db, message_id, patience, call.now_s):
-            wake()  # another may have waited behind it
+        if messages.cancel(call.db, message_id):
+            wake(None)  # another may have waited behind it
             log.info("message.cancelled", message_id=message_id)
         return Reply(_found(call))
 

@@ -1,16 +1,14 @@
 """Meta's privacy callbacks: the owner removed the app, or wants the data deleted; and the page that tells of it."""
 
-from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.errors import NotFound, Unauthorized
-from crmbridge.events import instant
+from crmbridge.events import Wake, instant
 from crmbridge.instagram import signed_request
 from crmbridge.store import privacy
 from crmbridge.store.database import Row
-from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route
 
 _STATUS = "/privacy/deletion"
@@ -24,14 +22,12 @@ class PrivacyRoutes:
         app_secrets: tuple[str, ...],
         public_url: str,
         alarm: Alarm,
-        wake: Callable[[], None],
-        patience: Patience,
+        wake: Wake,
     ) -> None:
         self._app_secrets = app_secrets
         self._public_url = public_url.rstrip("/")
         self._alarm = alarm
         self._wake = wake
-        self._patience = patience
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -44,7 +40,7 @@ class PrivacyRoutes:
     def deauthorize(self, call: Call) -> Reply:
         """Drop the token of an account whose owner removed the app, and hold its sends."""
         request, account = self._read(call)
-        if privacy.deauthorize(call.db, account, request.code, instant(call.now_s), self._patience):
+        if privacy.deauthorize(call.db, account, request.code, instant(call.now_s)):
             log.warning("account.deauthorized", account=account["id"] if account else None)
             if account is not None:
                 self._alarm.alert("token_dead", "The owner removed the app.", account=account["id"])
@@ -60,7 +56,7 @@ class PrivacyRoutes:
                     f"The owner asked Meta for it: account {account['id']} is deleted, and its data are being erased."
                 )
                 self._alarm.alert("data_deletion", said)
-                self._wake()
+                self._wake(None)
         base = self._public_url or "https://" + call.headers.get("Host", "")
         return Reply({"url": f"{base}{_STATUS}/{request.code}", "confirmation_code": request.code})
 

@@ -3,16 +3,14 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
 
 from crmbridge import log
 from crmbridge.alerts import Alarm
 from crmbridge.config import Instagram
 from crmbridge.errors import Unauthorized
-from crmbridge.events import instant
+from crmbridge.events import Wake, instant
 from crmbridge.instagram import webhook
 from crmbridge.store import inbound
-from crmbridge.store.deliveries import Patience
 from crmbridge.web.app import Call, Reply, Route
 
 BODY_BYTES = 8 * 1024 * 1024  # a batch of 1000 updates with long escaped texts is legal
@@ -49,7 +47,7 @@ class _Signatures:
             self._alarm.alert("wrong_signatures", f"{wrong} webhooks in a row had a wrong signature, since {since}")
 
 
-def routes(settings: Instagram, wake: Callable[[], None], patience: Patience, alarm: Alarm) -> list[Route]:
+def routes(settings: Instagram, wake: Wake, ask_s: float, alarm: Alarm) -> list[Route]:
     """Return the routes; `wake` is called after events are on disk."""
     switches = {"comment.received": settings.comments, "mention.received": settings.mentions}
     quiet = frozenset(kind for kind, is_on in switches.items() if not is_on)
@@ -69,8 +67,8 @@ def routes(settings: Instagram, wake: Callable[[], None], patience: Patience, al
             raise
         signatures.right()
         events = webhook.read(call.body, instant(call.now_s), quiet=quiet)
-        kept = inbound.keep(call.db, events, correlation_id=call.correlation_id, now_s=call.now_s, patience=patience)
-        wake()
+        kept = inbound.keep(call.db, events, correlation_id=call.correlation_id, ask_s=ask_s)
+        wake({entry.account_id for entry in kept if entry.account_id})
         for entry in kept:
             write = log.warning if entry.state == "unrouted" else log.info
             write(

@@ -62,14 +62,10 @@ def huey_as_record() -> None:
         return delivery_id
 
     def due_by_bell(*about: Any) -> list[Any]:
-        db, target, account_id, now, most = about
-        return [row for row in due(db, target, account_id, now, 1000) if row["id"] in named][:most]
+        db, target, account_id, rank, now, most = about
+        return [row for row in due(db, target, account_id, rank, now, 1000) if row["id"] in named][:most]
 
-    def next_by_bell(db: Any, target: str, account_id: str) -> str | None:
-        rows = due_by_bell(db, target, account_id, "9", 1)
-        return rows[0]["due"] if rows else None
-
-    _plant(deliveries, owe=owe_by_bell, due=due_by_bell, next_due=next_by_bell)
+    _plant(deliveries, owe=owe_by_bell, due=due_by_bell)
     _plant(delivery.Engine, recover=lambda _: 0)
     _plant(worker.Worker, ring=lambda _: None)
 

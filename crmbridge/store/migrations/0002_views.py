@@ -3,19 +3,25 @@
 from peewee import Database
 from playhouse.migrate import SchemaMigrator
 
-# By a pause, or by the account's status.
-_HELD = """(pauses.since IS NOT NULL OR accounts.status = 'inactive'
-                OR (accounts.status = 'error' AND waiting.target = 'instagram'))"""
-
 VIEWS = (
-    f"""
+    """
+    CREATE VIEW connected AS  -- the accounts in use, with what is held back of each
+        SELECT accounts.id, username, instagram_account_id, crm.url AS crm_webhook_url,
+            CASE WHEN instagram.held_by IN ('inactive', 'error') THEN instagram.held_by ELSE 'active' END AS status,
+            instagram.held_reason AS status_reason, crm.held_by AS deliveries_held_by,
+            crm.paused_at AS deliveries_paused_since, instagram.paused_at AS sends_paused_since, created_at, updated_at
+        FROM accounts
+        JOIN endpoints AS crm ON crm.account_id = accounts.id AND crm.kind = 'crm'
+        JOIN endpoints AS instagram ON instagram.account_id = accounts.id AND instagram.kind = 'instagram'
+        WHERE deleted_at IS NULL""",
+    """
     CREATE VIEW stuck AS  -- what is owed and not on its normal way: failing, held, or waiting for over a minute
         SELECT waiting.id, waiting.account_id, waiting.contact, waiting.target, waiting.event,
             CASE
-                WHEN pauses.since IS NOT NULL THEN 'paused: ' || COALESCE(pauses.reason, pauses.cause)
-                WHEN accounts.status = 'inactive' THEN 'the account is inactive'
-                WHEN accounts.status = 'error' AND waiting.target = 'instagram'
-                    THEN 'the account is in error: ' || COALESCE(accounts.status_reason, 'no reason given')
+                WHEN paused_at IS NOT NULL THEN 'paused' || COALESCE(': ' || paused_reason, '')
+                WHEN held_by = 'inactive' THEN 'the account is inactive'
+                WHEN held_by = 'error' THEN 'the account is in error: ' || COALESCE(held_reason, 'no reason given')
+                WHEN held_by IS NOT NULL THEN 'held: ' || COALESCE(held_reason, held_by)
                 WHEN waiting.in_doubt THEN 'Instagram may have taken it; it is looked for'
                 WHEN waiting.ready = 0 THEN 'waits behind ' || COALESCE(head.id, 'nobody: the next sweep mends it')
                 WHEN waiting.attempts > 0 THEN 'failed '
@@ -24,34 +30,32 @@ VIEWS = (
                 ELSE 'not tried yet: its endpoint rests or is busy, or no worker runs'
             END AS why,
             waiting.accepted_at AS since,
-            CASE WHEN NOT {_HELD} AND waiting.ready > 0 THEN waiting.due END AS next_try,
-            CASE WHEN NOT {_HELD} THEN waiting.expires_at END AS gives_up_at,  -- what is held does not age
+            CASE WHEN paused_at IS NULL AND held_by IS NULL AND waiting.ready > 0 THEN waiting.due END AS next_try,
             waiting.attempts, waiting.last_code, waiting.last_http_status, waiting.last_error,
             CASE
-                WHEN pauses.cause = 'crm_gone'
+                WHEN paused_at IS NOT NULL OR held_by = 'unauthorized' THEN 'crmbridge account resume '
+                    || waiting.account_id || CASE waiting.target WHEN 'crm' THEN ' --deliveries' ELSE ' --sends' END
+                WHEN held_by = 'gone'
                     THEN 'mend crm_webhook_url (PUT /api/v1/accounts/' || waiting.account_id
                         || '), or crmbridge account resume ' || waiting.account_id || ' --deliveries'
-                WHEN pauses.since IS NOT NULL THEN 'crmbridge account resume ' || waiting.account_id
-                    || CASE waiting.target WHEN 'crm' THEN ' --deliveries' ELSE ' --sends' END
                 ELSE 'crmbridge explain ' || COALESCE(head.id, waiting.id) END AS to_type
-        FROM deliveries AS waiting
-        JOIN accounts ON accounts.id = waiting.account_id
-        LEFT JOIN pauses ON pauses.account_id = waiting.account_id AND pauses.target = waiting.target
+        FROM endpoints CROSS JOIN deliveries AS waiting
+            ON waiting.account_id = endpoints.account_id AND waiting.target = endpoints.kind
         LEFT JOIN deliveries AS head ON waiting.ready = 0 AND head.state = 'pending' AND head.ready = 1
             AND head.target = waiting.target AND head.account_id = waiting.account_id AND head.contact = waiting.contact
         WHERE waiting.state = 'pending' AND (
-            {_HELD} OR waiting.in_doubt = 1
+            paused_at IS NOT NULL OR held_by IS NOT NULL OR waiting.in_doubt = 1
             OR (waiting.attempts > 0 AND waiting.claim_id IS NULL) OR (head.attempts > 0 AND head.claim_id IS NULL)
             OR waiting.accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 minute'))
         UNION ALL
         SELECT MIN(id), NULL, MIN(contact), 'crm', COUNT(*) || ' unrouted',
             'no account here has the Instagram account id ' || instagram_account_id,
-            MIN(received_at), NULL, NULL, 0, NULL, NULL, NULL, 'crmbridge explain ' || MIN(id)
+            MIN(received_at), NULL, 0, NULL, NULL, NULL, 'crmbridge explain ' || MIN(id)
         FROM inbound_events WHERE state = 'unrouted' GROUP BY instagram_account_id""",
     """
     CREATE VIEW dead AS  -- what was given up, until a person has it tried again
         SELECT id, account_id, contact, target, event, COALESCE(message_id, event_id) AS about, finished_at AS died_at,
-            attempts, last_code, last_http_status, last_error, accepted_at, gone AS content_gone, retry_asked_at,
+            attempts, last_code, last_http_status, last_error, accepted_at, gone AS content_gone,
             CASE WHEN gone OR (target = 'instagram' AND last_code = 'in_doubt') THEN 'crmbridge explain ' || id
                 ELSE 'crmbridge dlq retry ' || id END AS to_type
         FROM deliveries WHERE state = 'dead'""",
@@ -95,25 +99,23 @@ VIEWS = (
         FROM placed GROUP BY account_id, target, count""",
     """
     CREATE VIEW account_overview AS  -- one row for each account: what it waits for, what died, when it was last heard
-        SELECT id AS account_id, username, status, status_reason,
-            (SELECT since FROM pauses WHERE account_id = accounts.id AND target = 'crm') AS deliveries_paused_since,
-            (SELECT since FROM pauses WHERE account_id = accounts.id AND target = 'instagram') AS sends_paused_since,
+        SELECT id AS account_id, username, status, status_reason, deliveries_paused_since, sends_paused_since,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'pending' AND target = 'crm' AND account_id = accounts.id) AS pending_webhooks,
+                WHERE state = 'pending' AND target = 'crm' AND account_id = connected.id) AS pending_webhooks,
             (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
-                WHERE state = 'pending' AND target = 'crm' AND account_id = accounts.id)) AS oldest_pending_webhook_at,
+                WHERE state = 'pending' AND target = 'crm' AND account_id = connected.id)) AS oldest_pending_webhook_at,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'dead' AND target = 'crm' AND account_id = accounts.id) AS dead_webhooks,
+                WHERE state = 'dead' AND target = 'crm' AND account_id = connected.id) AS dead_webhooks,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'pending' AND target = 'instagram' AND account_id = accounts.id) AS pending_sends,
+                WHERE state = 'pending' AND target = 'instagram' AND account_id = connected.id) AS pending_sends,
             (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
-                WHERE state = 'pending' AND target = 'instagram' AND account_id = accounts.id))
+                WHERE state = 'pending' AND target = 'instagram' AND account_id = connected.id))
                 AS oldest_pending_send_at,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'dead' AND target = 'instagram' AND account_id = accounts.id) AS dead_sends,
-            (SELECT MAX(received_at) FROM inbound_events WHERE account_id = accounts.id) AS last_event_at,
+                WHERE state = 'dead' AND target = 'instagram' AND account_id = connected.id) AS dead_sends,
+            (SELECT MAX(received_at) FROM inbound_events WHERE account_id = connected.id) AS last_event_at,
             'crmbridge explain ' || id AS to_type
-        FROM accounts WHERE deleted_at IS NULL""",
+        FROM connected""",
 )
 
 

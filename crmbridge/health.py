@@ -13,7 +13,6 @@ Endpoint = tuple[str, str]  # target, account id; the target `ASK` stands for lo
 ASK = "ask"
 Change = Literal["broken", "recovered", "proven"]
 _BREAK_AFTER = 10  # failures in a row over all rows of an endpoint, while some are still in their quick retries
-REPLAY_BURST = 20  # replays that may go one after the other, when none went for long enough
 _OVERLOADED = (408, 429, 502, 503, 504)
 
 
@@ -21,7 +20,7 @@ _OVERLOADED = (408, 429, 502, 503, 504)
 class Room:
     """What an endpoint may get now.
 
-    `calls` at most, of which `retries` may be for rows that failed before, and `replays` of these for rows that
+    `calls` at most, of which `retries` may be for rows that failed before, and `revived` of these for rows that
     were dead. While it is broken it gets one
     `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
     in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
@@ -34,7 +33,7 @@ class Room:
     is_idle: bool = True
     probe: Literal["head", "behind", "ask"] | None = None
     contact: str = ""
-    replays: int = 0
+    revived: int = 1
 
 
 NO_ROOM = Room(0, 0)
@@ -46,6 +45,7 @@ class _State:
     retries_in_flight: int = 0
     failures: int = 0
     worked_s: float = 0.0
+    worked_revision: int = 0
     broken: bool = False
     has_answered: bool = False  # a question, since it was broken
     failing_since_s: float = 0.0
@@ -54,8 +54,7 @@ class _State:
     behind: str | None = None
     tokens: float = 0.0
     counted_s: float = 0.0
-    replays: float = 0.0
-    replays_counted_s: float = 0.0
+    revived_in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,13 @@ class Limits:
     """Sizes: `slots` calls at a time to one endpoint, `for_first_tries` of them never given to retries.
 
     `probe_s` are the pauses between probes of a broken endpoint, the last one repeated; `per_s` bounds the
-    calls a second to one endpoint of a target, and `replay_per_s` those for rows that were dead.
+    calls a second to one endpoint of a target.
     """
 
     slots: int
     for_first_tries: int
     probe_s: Sequence[float]
     per_s: Mapping[str, float]
-    replay_per_s: float = 20.0
 
 
 class Pace:
@@ -131,7 +129,6 @@ class Endpoints:
             return NO_ROOM
         if endpoint[0] == ASK and (state.in_flight or self._pace.free_in_s(endpoint[1])):
             return NO_ROOM
-        replays = self._replays(state, now_s)
         if state.broken:
             if state.in_flight:
                 return NO_ROOM
@@ -140,7 +137,7 @@ class Endpoints:
             contact, state.behind = state.behind, None
             if contact is not None:
                 return Room(1, 1, probe="behind", contact=contact)
-            return Room(1, 1, probe="head", replays=replays)
+            return Room(1, 1, probe="head")
         if endpoint[0] == ASK:
             return Room(1, 1)
         calls = self._limits.slots - state.in_flight
@@ -151,12 +148,7 @@ class Endpoints:
             state.counted_s = now_s
             calls = min(calls, int(state.tokens))
         retries = self._limits.slots - self._limits.for_first_tries - state.retries_in_flight
-        return Room(max(calls, 0), max(retries, 0), is_idle=not state.in_flight, replays=replays)
-
-    def _replays(self, state: _State, now_s: float) -> int:
-        earned = max(now_s - state.replays_counted_s, 0.0) * self._limits.replay_per_s
-        state.replays, state.replays_counted_s = min(state.replays + earned, REPLAY_BURST), now_s
-        return int(state.replays)
+        return Room(max(calls, 0), max(retries, 0), is_idle=not state.in_flight, revived=1 - state.revived_in_flight)
 
     def rests_until_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return before when it is no use to look at an endpoint again."""
@@ -164,13 +156,8 @@ class Endpoints:
         if endpoint[0] == ASK:
             return max(state.rests_until_s, now_s + self._pace.free_in_s(endpoint[1]))
         per_s = self._limits.per_s.get(endpoint[0])
-        paced_s = now_s + (1 - state.tokens) / per_s if per_s is not None and state.tokens < 1 else 0.0
+        paced_s = state.counted_s + (1 - state.tokens) / per_s if per_s is not None and state.tokens < 1 else 0.0
         return max(state.rests_until_s, paced_s)
-
-    def replays_at_s(self, endpoint: Endpoint, number: int, now_s: float) -> float:
-        """Return when that many replays may go to an endpoint."""
-        missing = min(number, REPLAY_BURST) - self._state(endpoint).replays
-        return now_s + max(missing, 0.0) / self._limits.replay_per_s
 
     def is_busy(self, endpoint: Endpoint) -> bool:
         """Tell whether an endpoint has a call now."""
@@ -180,33 +167,36 @@ class Endpoints:
         """Tell whether an endpoint is believed to be down."""
         return self._state(endpoint).broken
 
-    def worked_since(self, endpoint: Endpoint, since_s: float) -> bool:
-        """Tell whether the far side did what was asked after a time."""
-        return self._state(endpoint).worked_s > since_s
+    def worked_since(self, endpoint: Endpoint, since_s: float, revision: int | None = None) -> bool:
+        """Tell whether the far side did what was asked after a time, and as a `revision` of it was then."""
+        state = self._state(endpoint)
+        return state.worked_s > since_s and revision in (None, state.worked_revision)
 
     def failing_s(self, endpoint: Endpoint, now_s: float) -> float:
         """Return for how long an endpoint has done nothing but fail, in seconds; 0 after a success."""
         state = self._state(endpoint)
         return now_s - state.failing_since_s if state.failures else 0.0
 
-    def started(self, endpoint: Endpoint, *, is_retry: bool, is_replay: bool = False) -> None:
+    def started(self, endpoint: Endpoint, *, is_retry: bool, is_revived: bool = False) -> None:
         """Count a call that begins."""
         state = self._state(endpoint)
         state.in_flight += 1
         state.retries_in_flight += int(is_retry)
         state.tokens = max(state.tokens - 1, 0.0)
-        state.replays = max(state.replays - is_replay, 0.0)
+        state.revived_in_flight += is_revived
 
-    def ended(self, endpoint: Endpoint, *, is_retry: bool) -> None:
+    def ended(self, endpoint: Endpoint, *, is_retry: bool, is_revived: bool = False) -> None:
         """Count a call that ended."""
         state = self._state(endpoint)
         state.in_flight -= 1
         state.retries_in_flight -= int(is_retry)
+        state.revived_in_flight -= is_revived
 
-    def worked(self, endpoint: Endpoint, now_s: float) -> Change | None:
+    def worked(self, endpoint: Endpoint, now_s: float, revision: int = 0) -> Change | None:
         """Note that the far side did what was asked; ``proven`` the first time since the start."""
         state = self._state(endpoint)
         is_first, state.worked_s = not state.worked_s, now_s
+        state.worked_revision = max(state.worked_revision, revision)
         was_broken, state.failures, state.probes = state.broken, 0, 0
         state.broken, state.has_answered, state.behind = False, False, None
         state.rests_until_s = 0.0 if was_broken else state.rests_until_s
@@ -274,7 +264,6 @@ class Endpoints:
             state.rests_until_s += seconds
             state.worked_s += seconds
             state.counted_s += seconds
-            state.replays_counted_s += seconds
             state.failing_since_s += seconds
 
     def _state(self, endpoint: Endpoint) -> _State:
