@@ -193,6 +193,8 @@ def _serve(
         deliveries.hasten_look_ups(tx, row["account_id"])
     if endpoint in turn.hastened or ask in turn.hastened:
         row = _again(tx, row)
+    if not any(row[due] for due in (*_DUES, "due_look_up")):
+        return  # nothing is owed, so it does not matter how its far side is
     chosen = _choose(tx, turn, row, room(endpoint, row["trial_since"] is not None), senders, spare)
     if row["kind"] == "instagram" and row["due_look_up"] is not None:
         # Look-ups have a room and a pace of their own, beside that of sends.
