@@ -42,10 +42,20 @@ def fill(path: Path, account_id: str, shop: str, number: int, lanes: int) -> Non
                 (event_id, account_id, shop, contact, f"message:{event_id}", f"mid-{event_id}", payload, now, now),
             )
             db.execute(
-                "INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, state, ready, due,"
+                "INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, place, due,"
                 " correlation_id, accepted_at, aged_from)"
-                " VALUES (?, 'crm', ?, ?, ?, 'message.received', ?, 'pending', ?, ?, 'bench', ?, ?)",
-                (new_id("dlv"), account_id, contact, sequence, event_id, int(sequence == 1), now, now, now),
+                " VALUES (?, 'crm', ?, ?, ?, 'message.received', ?, ?, ?, 'bench', ?, ?)",
+                (
+                    new_id("dlv"),
+                    account_id,
+                    contact,
+                    sequence,
+                    event_id,
+                    "head" if sequence == 1 else "behind",
+                    now,
+                    now,
+                    now,
+                ),
             )
         for lane in range(lanes):
             db.execute(

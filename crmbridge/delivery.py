@@ -362,7 +362,7 @@ class Engine:
                 is_worn=is_worn(claimed, self._schedule),
                 previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
                 contact=claimed.contact,
-                was_head=claimed.ready == 1,
+                was_head=claimed.place == "head",
             )
             ends = f"; what was tried is given up at {claimed.expires_at}"
             self._tell_down((claimed.target, claimed.account_id), f"the last try: {outcome.message}{ends}", now_s)

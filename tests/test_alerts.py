@@ -365,7 +365,8 @@ def test_dead_letters_are_told_and_their_end_too(rig: Rig, office: Office) -> No
 def test_ten_thousand_dead_letters_make_a_handful_of_alerts(rig: Rig, office: Office) -> None:
     account = rig.account()
     rig.say("the first", "mid-1")
-    template = rig.db.rows("SELECT * FROM deliveries")[0]
+    (template,) = rig.db.rows("SELECT * FROM deliveries")
+    del template["state"]  # it follows from the place
 
     def owe_many(tx: Tx) -> None:
         for number in range(10_000):

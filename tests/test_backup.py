@@ -183,7 +183,9 @@ def test_what_did_not_go_out_is_sent_once_in_its_order(rig: Rig, tmp_path: Path)
         rig.send(account, text)
     rig.send(account, "elsewhere", contact="900000000000002")
     file = back_up(rig, tmp_path)
-    row = rig.db.row("SELECT * FROM deliveries WHERE ready = 1 AND target = 'instagram' AND contact = ?", (CUSTOMER,))
+    row = rig.db.row(
+        "SELECT * FROM deliveries WHERE place = 'head' AND target = 'instagram' AND contact = ?", (CUSTOMER,)
+    )
     assert row is not None
     token = accounts.token(rig.rooms.vault, account)
     rig.rooms.client.send(token, SHOP_ID, CUSTOMER, {"text": "one"})  # and then the disk died

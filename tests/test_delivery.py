@@ -41,7 +41,7 @@ def claimed(target: str, *, retries: int = 0, waits: int = 0, age_s: float = 0, 
         "body": "{}",
         "kind": "call",
         "number": retries + waits + 1,
-        "ready": 1,
+        "place": "head",
         "retries": retries,
         "waits": waits,
         "look_ups": 0,
@@ -246,7 +246,7 @@ def test_an_outage_changes_no_order_and_is_asked_by_single_probes(rig: Rig, stat
     for contact in range(4):
         texts = [int(entry.event["message"]) for entry in rig.taken() if entry.event["sender_id"] == f"80{contact}"]
         assert texts == sorted(texts)
-    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE ready = 2") == 0
+    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE place = 'aside'") == 0
 
 
 def test_a_success_after_a_restart_releases_all_that_failed_before_it(rig: Rig) -> None:
@@ -485,7 +485,7 @@ def test_an_account_without_url_is_not_called(rig: Rig) -> None:
 def test_a_lane_without_a_head_is_repaired(rig: Rig) -> None:
     rig.account()
     rig.say("hello", "mid-1")
-    rig.db.write(lambda tx: tx.run("UPDATE deliveries SET ready = 0"))
+    rig.db.write(lambda tx: tx.run("UPDATE deliveries SET place = 'behind'"))
     assert rig.drain() is None
     assert turn.repair(rig.db) == 1
     rig.drain()

@@ -116,7 +116,7 @@ def test_a_worker_that_dies_amid_a_replay_loses_nothing(rig: Rig) -> None:
     account = die(rig, {"801": 25, "802": 2})
     restart(rig)
     revive(rig)
-    row = rig.db.row("SELECT * FROM deliveries WHERE state = 'pending' AND ready = 1")
+    row = rig.db.row("SELECT * FROM deliveries WHERE place = 'head'")
     assert row is not None
     rig.claim(row, account)
     rig.by_hand("UPDATE deliveries SET body = NULL WHERE body = '{}'")
@@ -162,7 +162,7 @@ def test_a_filter_chooses_and_its_count_is_what_is_asked_for(rig: Rig) -> None:
         found = revive(rig, preview=True, **wanted)
         assert (found.matching, found.revived) == (len(listed), len(listed))
         assert revive(rig, **wanted) == found
-        rig.by_hand("UPDATE deliveries SET state = 'dead', finished_at = ? WHERE state = 'pending'", (died[0],))
+        rig.by_hand("UPDATE deliveries SET place = 'dead', finished_at = ? WHERE finished_at IS NULL", (died[0],))
         for row, at in zip(dead.page(rig.db, Filter("crm"), after=None, limit=9), died, strict=True):
             rig.by_hand("UPDATE deliveries SET finished_at = ? WHERE id = ?", (at, row["id"]))
     assert revive(rig, target="instagram").matching == 0

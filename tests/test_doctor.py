@@ -201,12 +201,12 @@ class Stage:
         with contextlib.closing(sqlite3.connect(self.shop.database, timeout=PATIENCE_S)) as connection, connection:
             connection.execute(sql, values)
 
-    def delivery(self, state: str, **values: Any) -> Callable[[], None]:
+    def delivery(self, place: str, **values: Any) -> Callable[[], None]:
         """Write a delivery to the CRM; return what takes it away."""
         now, later = instant(time.time()), instant(time.time() + 80_000)
         row = {
             "id": "dlv_planted", "target": "crm", "account_id": self.account_id, "contact": CUSTOMER, "sequence": 1,
-            "event": "message.received", "state": state, "ready": 1, "due": later, "correlation_id": "test",
+            "event": "message.received", "place": place, "due": later, "correlation_id": "test",
             "accepted_at": now, "aged_from": now, **values,
         }  # fmt: skip
         marks = ", ".join("?" * len(row))
@@ -622,7 +622,7 @@ def sends_paused(stage: Stage, undo: contextlib.ExitStack) -> None:
 
 @fault("webhooks_wait", "warning", "crmbridge explain")
 def waiting(stage: Stage, undo: contextlib.ExitStack) -> None:
-    undo.callback(stage.delivery("pending", accepted_at=instant(time.time() - 7200)))
+    undo.callback(stage.delivery("head", accepted_at=instant(time.time() - 7200)))
 
 
 @fault("webhooks_slow", "warning", "crmbridge explain")

@@ -223,10 +223,10 @@ def test_a_page_costs_the_same_among_100000_events(rig: Rig) -> None:
     first, second = rig.account(url=None), rig.account(OTHER_ID, url=None)
     fill = f"""
         WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 100000)
-        INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, state, ready, due,
+        INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, place, due,
             correlation_id, accepted_at, aged_from, finished_at, gone)
         SELECT 'dlv_' || n, 'crm', CASE n % 2 WHEN 0 THEN '{first["id"]}' ELSE '{second["id"]}' END, '1', n,
-            'message.sent', printf('evt_%026d', n), '{{}}', 'done', 1, '', '', '', '', '2027', n < 60000 FROM number"""
+            'message.sent', printf('evt_%026d', n), '{{}}', 'done', '', '', '', '', '2027', n < 60000 FROM number"""
     rig.say("before", "mid-1")
     few = hundreds_of_steps(rig.db, lambda: page(rig, limit=20))
     rig.db.write_last(lambda tx: tx.run(fill))

@@ -37,7 +37,7 @@ def owe_much(rig: Rig, account: dict[str, Any], number: int = MANY) -> None:
             deliveries.owe(tx, send, body=None, sequence=count, push=True)
             dead = Debt("crm", account["id"], contact, "message.received", "test", event_id=f"evt_dead{name}")
             died = deliveries.owe(tx, dead, body="{}", sequence=count, push=True)
-            asked = {"state": "dead", "finished_at": now}
+            asked = {"place": "dead", "finished_at": now}
             tx.update("deliveries", asked, "id = ?", [died])
 
     rig.db.write(job)

@@ -304,9 +304,9 @@ def test_a_410_to_one_message_alone_pauses_once_and_then_is_an_ordinary_refusal(
     heard = [entry.event["message"] for entry in rig.taken()]
     assert heard == ["0", "1", "2", "3", "4", "behind it"]
     assert [kind for kind, _ in rig.alerts if kind == "crm_gone"] == ["crm_gone"]
-    row = rig.db.row("SELECT retries, last_code, last_http_status, ready FROM deliveries WHERE state = 'pending'")
+    row = rig.db.row("SELECT retries, last_code, last_http_status, place FROM deliveries WHERE state = 'pending'")
     assert row
-    assert (row["last_code"], row["last_http_status"], row["ready"]) == ("crm_error", 410, 2)
+    assert (row["last_code"], row["last_http_status"], row["place"]) == ("crm_error", 410, "aside")
     assert row["retries"] > 5
 
 

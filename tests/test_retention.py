@@ -176,10 +176,10 @@ def _fill(db: Database, account_id: str, number: int, finished_at: str, *, size:
                 '{{"text": "' || hex(zeroblob({size // 2})) || '", "message_type": "text"}}', {at}, {at}, 'test'
             FROM number""")
         tx.run(f"""
-            INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, state, ready, due,
+            INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, place, due,
                 correlation_id, accepted_at, aged_from, finished_at)
             {rows} SELECT 'dlv_' || (n + {first}), 'crm', '{account_id}', '1', n, 'message.received', {event_id},
-                '{{"message": "' || hex(zeroblob({size // 2})) || '"}}', 'done', 1, {at}, 'test', {at}, {at}, {at}
+                '{{"message": "' || hex(zeroblob({size // 2})) || '"}}', 'done', {at}, 'test', {at}, {at}, {at}
             FROM number""")
 
     db.write_last(job)
@@ -249,7 +249,7 @@ def test_over_its_size_no_text_goes_that_is_young_or_would_free_nothing(
 def test_what_is_owed_goes_for_no_size(rig: Rig) -> None:
     account = rig.account()
     _fill(rig.db, account["id"], 400, "2026-01-01T00:00:00.000Z", size=6000)
-    rig.db.write_last(lambda tx: tx.run("UPDATE deliveries SET state = 'pending', finished_at = NULL"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE deliveries SET place = 'aside', finished_at = NULL"))
     prune(rig, max_mb=1)
     assert rig.alerts[-1][0] == "database_large"
     assert count(rig, "deliveries WHERE gone = 0 AND body IS NOT NULL") == 400

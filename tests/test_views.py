@@ -216,8 +216,8 @@ def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
 
     def fill(tx: Tx) -> None:
         for number in range(1, 101):
-            values = {"contact": "c", "sequence": number, "event": "e", "ready": 1, "due": "", "correlation_id": "x"}
-            values |= {"id": f"dlv_{number}", "target": "crm", "account_id": account["id"], "state": "done"}
+            values = {"contact": "c", "sequence": number, "event": "e", "due": "", "correlation_id": "x"}
+            values |= {"id": f"dlv_{number}", "target": "crm", "account_id": account["id"], "place": "done"}
             tx.insert("deliveries", {**values, "accepted_at": "", "aged_from": "", "latency_ms": number})
         tx.run("UPDATE deliveries SET finished_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-59 minutes')")
         tx.run("UPDATE deliveries SET finished_at = '2020-01-01T00:00:00.000Z' WHERE latency_ms > 50")

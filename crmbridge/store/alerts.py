@@ -33,22 +33,21 @@ def save(db: Database, rows: Sequence[Row]) -> None:
 def has_dead(db: Reads, target: Target, account_id: str) -> bool:
     """Tell whether an account has dead deliveries; of its sends only those that ended in doubt count."""
     doubt = " AND last_code = 'in_doubt'" if target == "instagram" else ""
-    sql = f"SELECT 1 FROM deliveries WHERE state = 'dead' AND target = ? AND account_id = ?{doubt} LIMIT 1"
+    sql = f"SELECT 1 FROM deliveries WHERE place = 'dead' AND target = ? AND account_id = ?{doubt} LIMIT 1"
     return db.value(sql, (target, account_id)) is not None
 
 
 def dead_letters(db: Reads, account_id: str) -> tuple[int, Row | None]:
     """Return how many deliveries to an account's CRM are dead, and the one that died first."""
-    where = "FROM deliveries WHERE state = 'dead' AND target = 'crm' AND account_id = ?"
+    where = "FROM deliveries WHERE place = 'dead' AND target = 'crm' AND account_id = ?"
     oldest = db.row(f"SELECT id, finished_at, last_error {where} ORDER BY finished_at, position LIMIT 1", (account_id,))
     return (int(db.value(f"SELECT COUNT(*) {where}", (account_id,))), oldest) if oldest else (0, None)
 
 
 def has_pending(db: Reads, target: Target, account_id: str, before: str = "~") -> bool:
     """Tell whether anything is owed at an endpoint, accepted before then."""
-    sql = (
-        "SELECT 1 FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND accepted_at < ? LIMIT 1"
-    )
+    of = "target = ? AND account_id = ? AND accepted_at < ?"
+    sql = f"SELECT 1 FROM deliveries WHERE finished_at IS NULL AND {of} LIMIT 1"
     return db.value(sql, (target, account_id, before)) is not None
 
 

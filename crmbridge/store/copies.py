@@ -141,7 +141,7 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
         return Contents(
             **_note(copy, path, has_note="backup_note" in tables),
             rows={table: int(_value(copy, f"SELECT COUNT(*) FROM {table}")) for table in _TABLES},
-            pending=int(_value(copy, "SELECT COUNT(*) FROM deliveries WHERE state = 'pending'")),
+            pending=int(_value(copy, "SELECT COUNT(*) FROM deliveries WHERE finished_at IS NULL")),
             strange=strange,
             secrets=[
                 str(sealed)
@@ -230,7 +230,7 @@ def prepare(db: Database, made_at: str, now_s: float) -> int:
     if epoch_s(made_at) > now_s:  # the clock was ahead then: when it really was, nothing tells
         made_at = instant(now_s - _UNSURE_S)
     now = instant(now_s)
-    owed = "state = 'pending' AND target = 'instagram' AND event = ?"
+    owed = "finished_at IS NULL AND target = 'instagram' AND event = ?"
 
     def job(tx: Tx) -> int:
         for row in tx.rows(f"SELECT * FROM deliveries WHERE {owed} AND claim_id IS NOT NULL", (SEND,)):

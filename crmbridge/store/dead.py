@@ -35,7 +35,7 @@ _DEAD = """
         LEFT JOIN endpoints AS endpoint ON endpoint.account_id = dead.account_id AND endpoint.kind = dead.target
         LEFT JOIN outbound_messages AS message ON message.id = dead.message_id
         LEFT JOIN inbound_events AS heard ON heard.id = dead.event_id
-    WHERE dead.state = 'dead'"""
+    WHERE dead.place = 'dead'"""
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,5 @@ def discard_all(db: Database, wanted: Filter, now_s: float, *, by: str, preview:
 
 
 def _discard(tx: Tx, positions: Sequence[int], by: str) -> int:
-    these = f"position IN ({', '.join('?' * len(positions))}) AND state = 'dead'"
-    deliveries.note(tx, these, positions, f"discarded {by}")
-    return tx.update("deliveries", {"state": "done", "last_code": "discarded"}, these, positions)
+    these = f"position IN ({', '.join('?' * len(positions))}) AND place = 'dead'"
+    return deliveries.move(tx, "done", these, positions, {"last_code": "discarded"}, told=f"discarded {by}")

@@ -52,7 +52,7 @@ class Claimed:
     body: str
     kind: CallKind
     number: int  # of this attempt, from 1
-    ready: int
+    place: str
     retries: int
     waits: int
     look_ups: int
@@ -137,13 +137,13 @@ _CARRIED = {entry.name for entry in fields(Claimed)} - {
 # anew each time that it is bound.
 _IN_FRONT = """
     SELECT revived FROM deliveries
-    WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready < 2
-    ORDER BY ready DESC LIMIT 1"""
+    WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place IN ('behind', 'head')
+    ORDER BY place DESC LIMIT 1"""  # 'head' before 'behind'
 
 
 _GO_AHEAD = """
     UPDATE deliveries SET revived = 0
-    WHERE state = 'pending' AND revived = 1 AND target = ? || '' AND account_id = ? AND contact = ?"""
+    WHERE finished_at IS NULL AND revived = 1 AND target = ? || '' AND account_id = ? AND contact = ?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,7 @@ def owe(tx: Tx, debt: Debt, *, body: str | None, sequence: int, push: bool, wait
             "event_id": debt.event_id,
             "message_id": debt.message_id,
             "body": body,
-            "state": "pending" if push else "done",
-            "ready": 1 if in_front is None else 0,
+            "place": "done" if not push else "head" if in_front is None else "behind",
             "due": instant(epoch_s(tx.now) + wait_s) if wait_s else tx.now,
             "last_code": None if push else "not_pushed",
             "correlation_id": debt.correlation_id,
@@ -195,7 +194,7 @@ def owe(tx: Tx, debt: Debt, *, body: str | None, sequence: int, push: bool, wait
 
 
 FRESH, TRIED, REVIVED = 0, 1, 2  # what goes first, and what last
-_RANKED = """state = 'pending' AND ready > 0 AND in_doubt = 0
+_RANKED = """place IN ('head', 'aside') AND in_doubt = 0
         AND (CASE WHEN revived THEN 2 ELSE attempts > 0 END)"""
 _DUE = {
     rank: f"""
@@ -208,11 +207,11 @@ DUES = ", ".join(
     f"(SELECT MIN(due) FROM deliveries WHERE {which} AND account_id = endpoints.account_id) AS {name}"
     for name, which in (
         *((f"due_{rank}", f"{_RANKED} = {rank} AND target = endpoints.kind") for rank in (FRESH, TRIED, REVIVED)),
-        ("due_look_up", "state = 'pending' AND in_doubt = 1 AND ready > 0 AND endpoints.kind = 'instagram'"),
+        ("due_look_up", "place IN ('head', 'aside') AND in_doubt = 1 AND endpoints.kind = 'instagram'"),
     )
 )
 _LOOK_UPS = """
-    SELECT * FROM deliveries WHERE state = 'pending' AND in_doubt = 1 AND ready > 0 AND account_id = ? AND due <= ?
+    SELECT * FROM deliveries WHERE place IN ('head', 'aside') AND in_doubt = 1 AND account_id = ? AND due <= ?
         ORDER BY due LIMIT ?"""
 
 
@@ -231,7 +230,7 @@ def first_behind(db: Reads, target: str, account_id: str, contact: str) -> Row |
     return db.row(
         """
         SELECT * FROM deliveries
-        WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 0
+        WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place = 'behind'
         ORDER BY sequence LIMIT 1""",
         (target, account_id, contact),
     )
@@ -242,7 +241,7 @@ def head_of_the_newest(db: Reads, target: str, account_id: str) -> Row | None:
     newest = db.row(
         """
         SELECT contact, accepted_at FROM deliveries
-        WHERE state = 'pending' AND ready = 0 AND attempts = 0 AND target = ? || '' AND account_id = ?
+        WHERE place = 'behind' AND attempts = 0 AND target = ? || '' AND account_id = ?
         ORDER BY position DESC LIMIT 1""",
         (target, account_id),
     )
@@ -251,7 +250,7 @@ def head_of_the_newest(db: Reads, target: str, account_id: str) -> Row | None:
     return db.row(
         """
         SELECT * FROM deliveries
-        WHERE state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 1
+        WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place = 'head'
             AND claim_id IS NULL AND tried_at < ?""",
         (target, account_id, newest["contact"], newest["accepted_at"]),
     )
@@ -261,7 +260,7 @@ def hasten_look_ups(tx: Tx, account_id: str) -> None:
     """Look at once for the sends that could not be looked for before."""
     tx.run(
         """
-        UPDATE deliveries SET due = ? WHERE state = 'pending' AND in_doubt = 1 AND claim_id IS NULL
+        UPDATE deliveries SET due = ? WHERE place IN ('head', 'aside') AND in_doubt = 1 AND claim_id IS NULL
             AND account_id = ? AND due > ? AND last_code = ?""",
         (tx.now, account_id, tx.now, LOOK_UP_FAILED),
     )
@@ -282,8 +281,8 @@ def wait_no_more(tx: Tx, account_id: str, contact: str) -> None:
     """Let the head of a lane to a CRM go that waited for what the channel was asked."""
     tx.run(
         """
-        UPDATE deliveries SET due = ? WHERE state = 'pending' AND target = 'crm' AND account_id = ? AND contact = ?
-            AND ready = 1 AND attempts = 0 AND due > ?""",
+        UPDATE deliveries SET due = ? WHERE finished_at IS NULL AND target = 'crm' AND account_id = ? AND contact = ?
+            AND place = 'head' AND attempts = 0 AND due > ?""",
         (tx.now, account_id, contact, tx.now),
     )
 
@@ -293,7 +292,7 @@ def take_back(tx: Tx, event_id: str) -> bool:
     row = tx.row(
         """
         SELECT * FROM deliveries WHERE event_id = ? AND target = 'crm' AND attempts = 0 AND body IS NULL
-            AND (state = 'pending' OR last_code = 'not_pushed')""",
+            AND (finished_at IS NULL OR last_code = 'not_pushed')""",
         (event_id,),
     )
     if row is None:
@@ -352,29 +351,25 @@ def _kind(row: Row) -> CallKind:
 
 def record(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool:
     """Store what a claimed call came to; False when the claim is no longer the row's, and nothing was changed."""
-    finished = None if verdict.state == "pending" else tx.now
     failed = outcome.kind not in ("done", "absent", "unclear") and outcome.stops is None
-    leaves = finished or verdict.steps_aside
-    touched = tx.update(
-        "deliveries",
-        {
-            "state": verdict.state,
-            "due": verdict.due,
-            "claim_id": None,
-            "ready": 2 if verdict.steps_aside else claimed.ready,
-            "in_doubt": int(verdict.in_doubt),
-            "look_ups": claimed.look_ups + int(outcome.kind in ("absent", "unclear")),
-            "retries": claimed.retries + int(failed and outcome.counts),
-            "waits": claimed.waits + int(failed and not outcome.counts),
-            "last_code": outcome.code,
-            "last_http_status": outcome.http_status,
-            "last_error": outcome.message,
-            "finished_at": finished,
-            "latency_ms": latency_ms(claimed.accepted_at, tx.now) if verdict.state == "done" else None,
-        },
-        "id = ? AND claim_id = ? AND state = 'pending'",
-        [claimed.id, claimed.claim_id],
-    )
+    values: Row = {
+        "due": verdict.due,
+        "claim_id": None,
+        "in_doubt": int(verdict.in_doubt),
+        "look_ups": claimed.look_ups + int(outcome.kind in ("absent", "unclear")),
+        "retries": claimed.retries + int(failed and outcome.counts),
+        "waits": claimed.waits + int(failed and not outcome.counts),
+        "last_code": outcome.code,
+        "last_http_status": outcome.http_status,
+        "last_error": outcome.message,
+        "latency_ms": latency_ms(claimed.accepted_at, tx.now) if verdict.state == "done" else None,
+    }
+    ours, key = "id = ? AND claim_id = ?", [claimed.id, claimed.claim_id]
+    to: Place | None = None if verdict.state == "pending" else verdict.state
+    if verdict.steps_aside and to is None and claimed.place != "aside":
+        to = "aside"
+    told = {"dead": f"dead {outcome.code}", "aside": "stepped_aside"}.get(to or "")
+    touched = move(tx, to, ours, key, values, told=told) if to else tx.update("deliveries", values, ours, key)
     tx.update(
         "delivery_attempts",
         {
@@ -388,18 +383,13 @@ def record(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool
         "delivery_id = ? AND claim_id = ?",
         [claimed.id, claimed.claim_id],
     )
-    if touched and verdict.state == "dead":
-        note(tx, "id = ?", [claimed.id], f"dead {outcome.code}")
-    elif touched and verdict.steps_aside and claimed.ready < 2:
-        note(tx, "id = ?", [claimed.id], "stepped_aside")
-    if touched and claimed.ready == 0 and verdict.state == "done":
+    lane = (claimed.target, claimed.account_id, claimed.contact)
+    if touched and claimed.place == "behind" and to == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
-        where = "state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND ready = 1"
-        lane = [claimed.target, claimed.account_id, claimed.contact]
-        note(tx, where, lane, "stepped_aside")
-        tx.update("deliveries", {"ready": 2}, where, lane)
-    if touched and leaves:
-        promote(tx, claimed.target, claimed.account_id, claimed.contact)
+        where = "target = ? || '' AND account_id = ? AND contact = ? AND place = 'head'"
+        move(tx, "aside", where, lane, told="stepped_aside")
+    if touched and to is not None:
+        promote(tx, *lane)
     return bool(touched)
 
 
@@ -408,37 +398,65 @@ def latency_ms(accepted_at: str, now: str) -> int:
     return max(round((epoch_s(now) - epoch_s(accepted_at)) * 1000), 0)
 
 
+Place = Literal["behind", "head", "aside", "done", "dead"]
+# From where a row may come to each place.
+_FROM: dict[Place, tuple[Place, ...]] = {
+    "behind": ("head", "dead"),  # it makes room for one that was dead, or was dead itself
+    "head": ("behind",),
+    "aside": ("behind", "head"),
+    "done": ("behind", "head", "aside", "dead"),
+    "dead": ("behind", "head", "aside"),
+}
+
+
+def move(
+    tx: Tx, to: Place, where: str, parameters: Sequence[Any], values: Row | None = None, *, told: str | None = None
+) -> int:
+    """Put rows in another place, with other `values`, where they may come from theirs; return how many there were.
+
+    Nothing else changes `place`. `told` is a word for their stories. Who takes a lane's head away promotes the next.
+    """
+    changed = {"place": to, **(values or {})}
+    if to in ("done", "dead"):
+        changed |= {"claim_id": None, "in_doubt": 0}
+    names, given = ", ".join(f"{name} = ?" for name in changed), [*changed.values()]
+    if to in ("done", "dead"):
+        names, given = f"{names}, finished_at = COALESCE(finished_at, ?)", [*given, tx.now]
+    if told is not None:
+        names, given = f"{names}, notes = COALESCE(notes, '') || ?", [*given, f"{tx.now} {told}\n"]
+    places = ", ".join(f"'{place}'" for place in _FROM[to])
+    return tx.run(f"UPDATE deliveries SET {names} WHERE {where} AND place IN ({places})", (*given, *parameters))
+
+
 def note(tx: Tx, where: str, parameters: Sequence[Any], note: str) -> None:
     """Write down what became of deliveries without a call, for the one who asks what happened to them."""
     tx.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{tx.now} {note}\n", *parameters))
 
 
-def end(tx: Tx, row: Row, state: Literal["done", "dead"], code: str, message: str | None) -> None:
+def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str | None) -> None:
     """End a delivery without a call, and let the next of its lane go."""
-    ended: Row = {"state": state, "claim_id": None, "in_doubt": 0, "last_code": code, "last_error": message}
-    if state == "done" and row["attempts"] and code != "cancelled":
+    ended: Row = {"last_code": code, "last_error": message}
+    if to == "done" and row["attempts"] and code != "cancelled":
         ended["latency_ms"] = latency_ms(row["accepted_at"], tx.now)
-    tx.update("deliveries", {**ended, "finished_at": tx.now}, "id = ?", [row["id"]])
-    note(tx, "id = ?", [row["id"]], f"{state} {code}")
+    move(tx, to, "id = ?", [row["id"]], ended, told=f"{to} {code}")
     if row["claim_id"] is not None:
         overtaken = {"finished_at": tx.now, "outcome": "abandoned", "code": code}
         tx.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
     promote(tx, row["target"], row["account_id"], row["contact"])
 
 
-_PROMOTE = """
-    UPDATE deliveries SET ready = 1, due = ? WHERE id = (
-        SELECT id FROM deliveries WHERE state = 'pending' AND ready = 0 AND target = ? || '' AND account_id = ?
+_NEXT_OF_LANE = """
+    id = (
+        SELECT id FROM deliveries WHERE place = 'behind' AND finished_at IS NULL AND target = ? || '' AND account_id = ?
             AND contact = ? ORDER BY sequence LIMIT 1)
         AND NOT EXISTS (
-            SELECT 1 FROM deliveries AS head WHERE head.state = 'pending' AND head.ready = 1
-                AND head.target = deliveries.target AND head.account_id = deliveries.account_id
-                AND head.contact = deliveries.contact)"""
+            SELECT 1 FROM deliveries AS head WHERE head.place = 'head' AND head.target = deliveries.target
+                AND head.account_id = deliveries.account_id AND head.contact = deliveries.contact)"""
 
 
 def promote(tx: Tx, target: Target, account_id: str, contact: str) -> None:
     """Make the first waiting row the lane's head, unless the lane has one."""
-    tx.run(_PROMOTE, (tx.now, target, account_id, contact))
+    move(tx, "head", _NEXT_OF_LANE, (target, account_id, contact), {"due": tx.now})
 
 
 def first_try(db: Reads, delivery_id: str) -> str | None:
@@ -471,8 +489,8 @@ def tried_send(db: Reads, account_id: str, contact: str) -> Row | None:
     """Return the send to a contact that was tried and is not settled, if there is one."""
     return db.row(
         """
-        SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND ready = 1 AND attempts > 0 AND event = ? LIMIT 1""",
+        SELECT * FROM deliveries WHERE finished_at IS NULL AND target = 'instagram' AND account_id = ? AND contact = ?
+            AND place = 'head' AND attempts > 0 AND event = ? LIMIT 1""",
         (account_id, contact, SEND),
     )
 
@@ -481,8 +499,8 @@ def tried_behind(db: Reads, account_id: str, contact: str) -> list[Row]:
     """Return the sends to a contact that were tried, died, were revived and wait behind another one."""
     return db.rows(
         """
-        SELECT * FROM deliveries WHERE state = 'pending' AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND ready = 0 AND attempts > 0""",
+        SELECT * FROM deliveries WHERE finished_at IS NULL AND target = 'instagram' AND account_id = ? AND contact = ?
+            AND place = 'behind' AND attempts > 0""",
         (account_id, contact),
     )
 
@@ -491,7 +509,7 @@ def given_up_in_doubt(db: Reads, account_id: str, contact: str) -> list[Row]:
     """Return the sends to a contact that ended without our knowing whether they had gone out."""
     return db.rows(
         """
-        SELECT * FROM deliveries WHERE state = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'
+        SELECT * FROM deliveries WHERE place = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'
             AND account_id = ? AND contact = ?""",
         (account_id, contact),
     )
@@ -506,9 +524,9 @@ def doubtful_replies(db: Reads, account_id: str) -> list[Row]:
     """Return the private replies that were tried and are not settled, or ended in doubt."""
     return db.rows(
         f"""
-        SELECT * FROM deliveries WHERE state = 'pending' AND {_PRIVATE_REPLIES} AND ready = 1 AND attempts > 0
+        SELECT * FROM deliveries WHERE finished_at IS NULL AND {_PRIVATE_REPLIES} AND place = 'head' AND attempts > 0
         UNION ALL
-        SELECT * FROM deliveries WHERE state = 'dead' AND last_code = 'in_doubt' AND {_PRIVATE_REPLIES}""",
+        SELECT * FROM deliveries WHERE place = 'dead' AND last_code = 'in_doubt' AND {_PRIVATE_REPLIES}""",
         (account_id, account_id),
     )
 
@@ -518,14 +536,14 @@ def headless(db: Reads) -> list[Row]:
     return db.rows(
         """
         SELECT DISTINCT target, account_id, contact FROM deliveries AS waiting
-        WHERE state = 'pending' AND ready = 0 AND NOT EXISTS (
+        WHERE place = 'behind' AND NOT EXISTS (
             SELECT 1 FROM deliveries AS head
-            WHERE head.state = 'pending' AND head.target = waiting.target AND head.account_id = waiting.account_id
-                AND head.contact = waiting.contact AND head.ready = 1)"""
+            WHERE head.finished_at IS NULL AND head.target = waiting.target AND head.account_id = waiting.account_id
+                AND head.contact = waiting.contact AND head.place = 'head')"""
     )
 
 
-_WAITS = "state = 'pending' AND claim_id IS NULL"
+_WAITS = "finished_at IS NULL AND claim_id IS NULL"
 _DAY_S = 86_400.0  # after this the usual window has ended; `windows` knows more
 
 
@@ -565,7 +583,7 @@ def follow_clock(tx: Tx, seconds: float, newest: int | None) -> None:
     due, aged_from = sqlite.shifted("due"), sqlite.shifted("aged_from")
     where, parameters = ("", []) if newest is None else (" AND position <= ?", [newest])
     tx.run(
-        f"UPDATE deliveries SET due = {due}, aged_from = {aged_from} WHERE state = 'pending'{where}",
+        f"UPDATE deliveries SET due = {due}, aged_from = {aged_from} WHERE finished_at IS NULL{where}",
         [f"{seconds:+.3f}", f"{seconds:+.3f}", *parameters],
     )
 
@@ -573,15 +591,14 @@ def follow_clock(tx: Tx, seconds: float, newest: int | None) -> None:
 def revive(tx: Tx, rows: Sequence[Row], *, by: str | None = None) -> None:
     """Owe dead deliveries of one lane again, in their old places in it, with their time and their retries unused."""
     target, account_id, contact = lane = [rows[0][name] for name in ("target", "account_id", "contact")]
-    fresh = {"state": "pending", "ready": 0, "due": tx.now, "aged_from": tx.now, "finished_at": None}
+    fresh: Row = {"due": tx.now, "aged_from": tx.now, "finished_at": None}
     fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "revived": 1}
-    these, positions = f"position IN ({', '.join('?' * len(rows))})", [row["position"] for row in rows]
-    tx.update("deliveries", fresh, these, positions)
-    note(tx, these, positions, f"revived {by}" if by else "revived")
+    these, positions = f"position IN ({_marks(rows)})", [row["position"] for row in rows]
+    move(tx, "behind", these, positions, fresh, told=f"revived {by}" if by else "revived")
     # A send that was tried stays in front: its echo may still come.
-    later = "ready = 1 AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
-    where = f"state = 'pending' AND target = ? || '' AND account_id = ? AND contact = ? AND {later}"
-    tx.update("deliveries", {"ready": 0}, where, [*lane, min(row["sequence"] for row in rows)])
+    later = "place = 'head' AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
+    where = f"target = ? || '' AND account_id = ? AND contact = ? AND {later}"
+    move(tx, "behind", where, [*lane, min(row["sequence"] for row in rows)])
     promote(tx, target, account_id, contact)
 
 
@@ -599,7 +616,7 @@ def unserved(db: Reads) -> list[Row]:
         FROM accounts CROSS JOIN (SELECT 'crm' AS target UNION ALL SELECT 'instagram') AS targets
             LEFT JOIN endpoints ON account_id = accounts.id AND kind = targets.target
         WHERE (deleted_at IS NOT NULL OR (kind = 'crm' AND url IS NULL)) AND EXISTS (
-            SELECT 1 FROM deliveries WHERE state = 'pending' AND deliveries.target = targets.target
+            SELECT 1 FROM deliveries WHERE finished_at IS NULL AND deliveries.target = targets.target
                 AND deliveries.account_id = accounts.id)"""
     )
 
@@ -609,20 +626,16 @@ def left_over(db: Reads, endpoint: Row, limit: int) -> list[Row]:
     key = (endpoint["target"], endpoint["account_id"])
     if not db.value(_UNSERVED, key):
         return []
-    owed = "SELECT position, message_id FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ?"
+    owed = "SELECT position, message_id FROM deliveries WHERE finished_at IS NULL AND target = ? AND account_id = ?"
     return db.rows(f"{owed} LIMIT ?", (*key, limit))
 
 
-def end_all(tx: Tx, rows: Sequence[Row], state: Literal["done", "dead"], code: str, message: str | None) -> None:
+def end_all(tx: Tx, rows: Sequence[Row], to: Literal["done", "dead"], code: str, message: str | None) -> None:
     """End pending deliveries whose lanes go no further, without a call. A send in doubt ends so."""
-    owed = [row["position"] for row in rows]
-    tx.run(
-        f"""
-        UPDATE deliveries SET state = ?, claim_id = NULL, last_code = CASE in_doubt WHEN 1 THEN 'in_doubt' ELSE ? END,
-            in_doubt = 0, last_error = ?, finished_at = ?, notes = COALESCE(notes, '') || ?
-        WHERE position IN ({_marks(owed)})""",
-        (state, code, message, tx.now, f"{tx.now} {state} {code}\n", *owed),
-    )
+    for in_doubt, told in ((1, "in_doubt"), (0, code)):  # before the mark of the doubt goes
+        these = f"position IN ({_marks(rows)}) AND in_doubt = {in_doubt}"
+        ended = {"last_code": told, "last_error": message}
+        move(tx, to, these, [row["position"] for row in rows], ended, told=f"{to} {told}")
 
 
 def _marks(values: Sequence[Any]) -> str:

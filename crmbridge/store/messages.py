@@ -339,7 +339,7 @@ def status(db: Reads, message_id: str) -> dict[str, Any] | None:
         "message_id": message["id"],
         **{name: message[name] for name in shown.split()},
         "attempt_count": send["attempts"] if send else 0,
-        "next_attempt_at": send["due"] if send and waits and send["ready"] and not held else None,
+        "next_attempt_at": send["due"] if send and waits and send["place"] != "behind" and not held else None,
         "held": {name: held[name] for name in ("since", "until", "reason")} if held else None,
         "status_history": history,
         "attempts": attempts,

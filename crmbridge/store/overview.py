@@ -54,7 +54,7 @@ def attempts(db: Reads, number: int) -> list[Row]:
     return db.rows(
         """
         SELECT delivery_id, account_id, target, event, kind, number, started_at, delivery_attempts.finished_at, outcome,
-            code, http_status, duration_ms, state, ready, due, attempts, retries, waits, in_doubt, look_ups, accepted_at
+            code, http_status, duration_ms, state, place, due, attempts, retries, waits, in_doubt, look_ups, accepted_at
         FROM delivery_attempts JOIN deliveries ON deliveries.id = delivery_id
         ORDER BY delivery_attempts.position DESC LIMIT ?""",
         (number,),

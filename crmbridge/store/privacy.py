@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crmbridge.events import instant, new_id
-from crmbridge.store import accounts, contacts, messages, questions, turn
+from crmbridge.store import accounts, contacts, deliveries, messages, questions, turn
 from crmbridge.store.database import Database, Reads, Row, Tx
 
 _AT_ONCE = 200
@@ -41,7 +41,9 @@ def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
     db.overwrite_what_is_deleted()
     lane, alias, total = (account_id, contact), _alias(), Erased()
     # The last first: what waits behind a head must not become one.
-    owed = "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY state <> 'pending', sequence DESC"
+    owed = (
+        "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY finished_at IS NOT NULL, sequence DESC"
+    )
     sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
     private = """
         SELECT deliveries.id FROM outbound_messages JOIN deliveries ON message_id = outbound_messages.id
@@ -95,13 +97,8 @@ def _within(contact: str) -> str:
 
 def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     marks = _marks(ids)
-    tx.run(
-        f"""
-        UPDATE deliveries SET contact = ?, body = NULL, gone = 1, claim_id = NULL, in_doubt = 0,
-            last_code = CASE state WHEN 'done' THEN last_code ELSE 'erased' END, last_error = NULL, state = 'done',
-            finished_at = COALESCE(finished_at, ?) WHERE id IN ({marks})""",
-        (alias, tx.now, *ids),
-    )
+    deliveries.move(tx, "done", f"id IN ({marks})", ids, {"last_code": "erased"})
+    tx.update("deliveries", {"contact": alias, "body": None, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)
     tx.run(
         f"""
         UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'erased'

@@ -59,8 +59,8 @@ def sweep(db: Database, terms: Terms, *, budget_s: float = 10, pause: Callable[[
     def is_large() -> bool:
         return 0 < terms.bytes_most < db.used_bytes()
 
-    for state in ("done", "dead"):
-        swept.texts += run.work_off(_texts(state, terms.texts_before))
+    for place in ("done", "dead"):
+        swept.texts += run.work_off(_texts(place, terms.texts_before))
     swept.unrouted += run.work_off(_unrouted(terms.unrouted_before))
     swept.unrouted += run.work_off(_unrouted(_EVER), most=_count_unrouted(db) - terms.unrouted_most)
     swept.rows += run.work_off(_deliveries(terms.rows_before))
@@ -134,7 +134,7 @@ def _marks(keys: Sequence[Any]) -> str:
 
 
 _FINISHED = "finished_at < ?"
-_DELIVERY = "SELECT position, id, state, target, event_id, message_id, finished_at FROM deliveries"
+_DELIVERY = "SELECT position, id, place, target, event_id, message_id, finished_at FROM deliveries"
 
 
 def _still(db: Reads, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]) -> list[Row]:
@@ -142,11 +142,11 @@ def _still(db: Reads, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]
     return [row for row in db.rows(f"{sql} IN ({_marks(keys)})", keys) if fits(row)]
 
 
-def _texts(state: str, before: str, which: str = "") -> _Kind:
+def _texts(place: str, before: str, which: str = "") -> _Kind:
     """What finished deliveries said, and what they were made of."""
 
     def fits(row: Row) -> bool:
-        return row["state"] == state and _is_old(row, before)
+        return row["place"] == place and _is_old(row, before)
 
     def take(tx: Tx, positions: Sequence[Any]) -> int:
         rows = _still(tx, f"{_DELIVERY} WHERE position", positions, fits)
@@ -157,8 +157,8 @@ def _texts(state: str, before: str, which: str = "") -> _Kind:
         taken = [row["position"] for row in rows]
         return tx.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
 
-    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND state = ?{which} AND {_FINISHED} ORDER BY finished_at"
-    return _Kind(sql, (state, before), take)
+    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND place = ?{which} AND {_FINISHED} ORDER BY finished_at"
+    return _Kind(sql, (place, before), take)
 
 
 def _long_texts(before: str) -> _Kind:
@@ -194,7 +194,7 @@ def _deliveries(before: str) -> _Kind:
         )
         return touched
 
-    sql = f"SELECT position FROM deliveries WHERE state <> 'pending' AND {_FINISHED} ORDER BY finished_at"
+    sql = f"SELECT position FROM deliveries WHERE finished_at IS NOT NULL AND {_FINISHED} ORDER BY finished_at"
     return _Kind(sql, (before,), take)
 
 

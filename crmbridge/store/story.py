@@ -125,10 +125,10 @@ def _life(
 def _owed(db: Reads, row: Row) -> Owed:
     attempts = db.rows("SELECT * FROM delivery_attempts WHERE delivery_id = ? ORDER BY position", (row["id"],))
     head = None
-    if row["state"] == "pending" and row["ready"] == 0:
+    if row["place"] == "behind":
         head = db.row(
-            "SELECT * FROM deliveries WHERE state = 'pending' AND target = ? AND account_id = ? AND contact = ?"
-            " AND ready = 1",
+            "SELECT * FROM deliveries WHERE finished_at IS NULL AND target = ? AND account_id = ? AND contact = ?"
+            " AND place = 'head'",
             (row["target"], row["account_id"], row["contact"]),
         )
     lived = {"begin": row["accepted_at"], "end": row["finished_at"] or "9999"}
@@ -167,8 +167,8 @@ def waiting(db: Reads, contact: Row) -> list[Row]:
     """Return how many deliveries wait in each lane of a contact, and which is the head."""
     return db.rows(
         """
-        SELECT target, COUNT(*) AS number, MAX(CASE WHEN ready = 1 THEN id END) AS head FROM deliveries
-        WHERE state = 'pending' AND account_id = ? AND contact = ? GROUP BY target""",
+        SELECT target, COUNT(*) AS number, MAX(CASE WHEN place = 'head' THEN id END) AS head FROM deliveries
+        WHERE finished_at IS NULL AND account_id = ? AND contact = ? GROUP BY target""",
         (contact["account_id"], contact["contact"]),
     )
 

@@ -258,9 +258,10 @@ def _claim(tx: Tx, turn: Turn, row: Row, account: Row, endpoint: Row, terms: Ter
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
         problem: Row = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
-        if row["target"] == "crm" and row["ready"] < 2:  # ours alone is at fault: the lane goes on, told by sequence
-            problem |= {"ready": 2}
-        tx.update("deliveries", problem, "id = ?", [row["id"]])
+        if row["target"] == "crm" and row["place"] != "aside":  # ours alone is at fault: the lane goes on
+            deliveries.move(tx, "aside", "id = ?", [row["id"]], problem)
+        else:
+            tx.update("deliveries", problem, "id = ?", [row["id"]])
         deliveries.promote(tx, row["target"], row["account_id"], row["contact"])
         turn.unrendered.append(row)
         return
@@ -453,5 +454,5 @@ def _end_some(endpoint: Row, tx: Tx, _: Sequence[Row]) -> int:
 
 def counts(db: Reads) -> Mapping[str, int]:
     """Return how many deliveries are pending, by target."""
-    rows = db.rows("SELECT target, COUNT(*) AS number FROM deliveries WHERE state = 'pending' GROUP BY target")
+    rows = db.rows("SELECT target, COUNT(*) AS number FROM deliveries WHERE finished_at IS NULL GROUP BY target")
     return {row["target"]: row["number"] for row in rows}

@@ -163,8 +163,9 @@ TABLES = (
         event_id         TEXT,                       -- evt_…: what the CRM sees
         message_id       TEXT,                       -- msg_…: the outbound message it is about
         body             TEXT,                       -- what the CRM gets; rendered at the first claim
-        state            TEXT NOT NULL,              -- pending | done | dead
-        ready            INTEGER NOT NULL,           -- 0 waits behind the lane's head, 1 head, 2 stepped aside
+        place            TEXT NOT NULL,              -- behind | head | aside of its lane, done or dead
+        state            TEXT GENERATED ALWAYS AS (CASE WHEN place IN ('done', 'dead') THEN place ELSE 'pending' END)
+                         VIRTUAL,                    -- for who looks: pending | done | dead
         due              TEXT NOT NULL,              -- next try, or the end of the lease while claimed
         claim_id         TEXT,                       -- set while a call is in flight
         attempts         INTEGER NOT NULL DEFAULT 0, -- calls made
@@ -188,31 +189,34 @@ TABLES = (
     """
     CREATE INDEX deliveries_due ON deliveries (
             target, account_id, (CASE WHEN revived THEN 2 ELSE attempts > 0 END), due)
-        WHERE state = 'pending' AND ready > 0 AND in_doubt = 0""",
+        WHERE place IN ('head', 'aside') AND in_doubt = 0""",
+    "CREATE UNIQUE INDEX deliveries_head ON deliveries (target, account_id, contact) WHERE place = 'head'",
     """
-    CREATE INDEX deliveries_lane ON deliveries (target, account_id, contact, ready, sequence)
-        WHERE state = 'pending'""",
+    CREATE INDEX deliveries_lane ON deliveries (target, account_id, contact, place, sequence)
+        WHERE finished_at IS NULL""",
     """
     CREATE INDEX deliveries_untried ON deliveries (target, account_id, position)
-        WHERE state = 'pending' AND ready = 0 AND attempts = 0""",
-    "CREATE INDEX deliveries_old ON deliveries (target, account_id, aged_from) WHERE state = 'pending'",
+        WHERE place = 'behind' AND attempts = 0""",
+    "CREATE INDEX deliveries_old ON deliveries (target, account_id, aged_from) WHERE finished_at IS NULL",
     "CREATE INDEX deliveries_claimed ON deliveries (claim_id) WHERE claim_id IS NOT NULL",
-    "CREATE INDEX deliveries_dead ON deliveries (target, finished_at) WHERE state = 'dead'",
+    "CREATE INDEX deliveries_dead ON deliveries (target, finished_at) WHERE place = 'dead'",
     """
     CREATE INDEX deliveries_in_doubt ON deliveries (account_id, contact)
-        WHERE state = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'""",
+        WHERE place = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'""",
     "CREATE INDEX deliveries_message ON deliveries (message_id) WHERE message_id IS NOT NULL",
     "CREATE INDEX deliveries_event ON deliveries (event_id) WHERE event_id IS NOT NULL",
-    "CREATE INDEX deliveries_doubtful ON deliveries (account_id, due) WHERE state = 'pending' AND in_doubt = 1",
-    "CREATE INDEX deliveries_age ON deliveries (finished_at) WHERE state <> 'pending'",
-    "CREATE INDEX deliveries_dead_account ON deliveries (target, account_id) WHERE state = 'dead'",
+    """
+    CREATE INDEX deliveries_doubtful ON deliveries (account_id, due)
+        WHERE place IN ('head', 'aside') AND in_doubt = 1""",
+    "CREATE INDEX deliveries_age ON deliveries (finished_at) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX deliveries_dead_account ON deliveries (target, account_id) WHERE place = 'dead'",
     "CREATE INDEX deliveries_contact ON deliveries (account_id, contact)",
     "CREATE INDEX deliveries_slow ON deliveries (finished_at) WHERE latency_ms > 5000",
     """
-    CREATE INDEX deliveries_texts ON deliveries (state, finished_at)
+    CREATE INDEX deliveries_texts ON deliveries (place, finished_at)
         WHERE gone = 0 AND finished_at IS NOT NULL""",
     """
-    CREATE INDEX deliveries_long ON deliveries (state, finished_at)
+    CREATE INDEX deliveries_long ON deliveries (place, finished_at)
         WHERE gone = 0 AND length(CAST(body AS BLOB)) > 4000""",
     "CREATE INDEX deliveries_feed ON deliveries (account_id, gone, position) WHERE target = 'crm'",
     """
@@ -305,7 +309,7 @@ TABLES = (
     )""",
     """
     CREATE VIEW webhook_deliveries AS                -- what is and was owed to CRMs
-        SELECT id, account_id, contact, sequence, event, event_id, message_id, state, ready, due,
+        SELECT id, account_id, contact, sequence, event, event_id, message_id, state, place, due,
                attempts, last_code, last_http_status, last_error, accepted_at, finished_at, correlation_id
         FROM deliveries WHERE target = 'crm'""",
 )

@@ -23,14 +23,16 @@ VIEWS = (
                 WHEN held_by = 'error' THEN 'the account is in error: ' || COALESCE(held_reason, 'no reason given')
                 WHEN held_by IS NOT NULL THEN 'held: ' || COALESCE(held_reason, held_by)
                 WHEN waiting.in_doubt THEN 'Instagram may have taken it; it is looked for'
-                WHEN waiting.ready = 0 THEN 'waits behind ' || COALESCE(head.id, 'nobody: the next sweep mends it')
+                WHEN waiting.place = 'behind'
+                    THEN 'waits behind ' || COALESCE(head.id, 'nobody: the next sweep mends it')
                 WHEN waiting.attempts > 0 THEN 'failed '
                     || CASE waiting.attempts WHEN 1 THEN 'once' ELSE waiting.attempts || ' times' END
                     || ': ' || COALESCE(waiting.last_error, waiting.last_code, 'no answer yet')
                 ELSE 'not tried yet: its endpoint rests or is busy, or no worker runs'
             END AS why,
             waiting.accepted_at AS since,
-            CASE WHEN paused_at IS NULL AND held_by IS NULL AND waiting.ready > 0 THEN waiting.due END AS next_try,
+            CASE WHEN paused_at IS NULL AND held_by IS NULL AND waiting.place <> 'behind' THEN waiting.due END
+                AS next_try,
             waiting.attempts, waiting.last_code, waiting.last_http_status, waiting.last_error,
             CASE
                 WHEN paused_at IS NOT NULL OR held_by = 'unauthorized' THEN 'crmbridge account resume '
@@ -41,9 +43,9 @@ VIEWS = (
                 ELSE 'crmbridge explain ' || COALESCE(head.id, waiting.id) END AS to_type
         FROM endpoints CROSS JOIN deliveries AS waiting
             ON waiting.account_id = endpoints.account_id AND waiting.target = endpoints.kind
-        LEFT JOIN deliveries AS head ON waiting.ready = 0 AND head.state = 'pending' AND head.ready = 1
+        LEFT JOIN deliveries AS head ON waiting.place = 'behind' AND head.place = 'head'
             AND head.target = waiting.target AND head.account_id = waiting.account_id AND head.contact = waiting.contact
-        WHERE waiting.state = 'pending' AND (
+        WHERE waiting.finished_at IS NULL AND (
             paused_at IS NOT NULL OR held_by IS NOT NULL OR waiting.in_doubt = 1
             OR (waiting.attempts > 0 AND waiting.claim_id IS NULL) OR (head.attempts > 0 AND head.claim_id IS NULL)
             OR waiting.accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 minute'))
@@ -58,7 +60,7 @@ VIEWS = (
             attempts, last_code, last_http_status, last_error, accepted_at, gone AS content_gone,
             CASE WHEN gone OR (target = 'instagram' AND last_code = 'in_doubt') THEN 'crmbridge explain ' || id
                 ELSE 'crmbridge dlq retry ' || id END AS to_type
-        FROM deliveries WHERE state = 'dead'""",
+        FROM deliveries WHERE place = 'dead'""",
     """
     CREATE VIEW recent AS  -- every event for a CRM and every send, the newest first
         SELECT accepted_at AS at, account_id, contact,
@@ -79,7 +81,7 @@ VIEWS = (
         -- without what was held meanwhile, by a pause or the account's status, and what a person had tried again
         WITH counted AS (
             SELECT account_id, target, latency_ms, COUNT(*) AS number FROM deliveries
-            WHERE state <> 'pending' AND latency_ms IS NOT NULL
+            WHERE finished_at IS NOT NULL AND latency_ms IS NOT NULL
                 AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour')
                 AND instr(COALESCE(notes, ''), ' revived') = 0 AND NOT EXISTS (
                     SELECT 1 FROM past_holds
@@ -101,18 +103,19 @@ VIEWS = (
     CREATE VIEW account_overview AS  -- one row for each account: what it waits for, what died, when it was last heard
         SELECT id AS account_id, username, status, status_reason, deliveries_paused_since, sends_paused_since,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'pending' AND target = 'crm' AND account_id = connected.id) AS pending_webhooks,
+                WHERE finished_at IS NULL AND target = 'crm' AND account_id = connected.id) AS pending_webhooks,
             (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
-                WHERE state = 'pending' AND target = 'crm' AND account_id = connected.id)) AS oldest_pending_webhook_at,
+                WHERE finished_at IS NULL AND target = 'crm' AND account_id = connected.id))
+                AS oldest_pending_webhook_at,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'dead' AND target = 'crm' AND account_id = connected.id) AS dead_webhooks,
+                WHERE place = 'dead' AND target = 'crm' AND account_id = connected.id) AS dead_webhooks,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'pending' AND target = 'instagram' AND account_id = connected.id) AS pending_sends,
+                WHERE finished_at IS NULL AND target = 'instagram' AND account_id = connected.id) AS pending_sends,
             (SELECT accepted_at FROM deliveries WHERE position = (SELECT MIN(position) FROM deliveries
-                WHERE state = 'pending' AND target = 'instagram' AND account_id = connected.id))
+                WHERE finished_at IS NULL AND target = 'instagram' AND account_id = connected.id))
                 AS oldest_pending_send_at,
             (SELECT COUNT(*) FROM deliveries
-                WHERE state = 'dead' AND target = 'instagram' AND account_id = connected.id) AS dead_sends,
+                WHERE place = 'dead' AND target = 'instagram' AND account_id = connected.id) AS dead_sends,
             (SELECT MAX(received_at) FROM inbound_events WHERE account_id = connected.id) AS last_event_at,
             'crmbridge explain ' || id AS to_type
         FROM connected""",
