@@ -283,13 +283,25 @@ class Engine:
             in_flight=in_flight,
         )
         settled, self._unrecorded = self._unrecorded, []
-        self._newest = max(self._newest, found.newest)
         self._barren = 0 if settled or found.claimed or found.late else self._barren + 1
         for claimed in found.claimed:
             with self._changed:
                 self._in_flight[claimed.claim_id] = claimed
             self._endpoints.started(_endpoint(claimed), is_retry=_is_retry(claimed), is_revived=claimed.is_revived)
             self._pool.submit(self._attempt, claimed)
+        self._remember(found, look, now_s)
+        for question in found.questions:
+            self._ask(question)
+        for entry in found.stopped:  # before what came of it
+            self._tell_stopped(entry, now_s)
+        for entry in found.recorded:
+            self._report(entry, now_s, is_ours=entry.claimed not in found.fenced)
+        self._report_oddities(found)
+        return now_s if self._hasten else self._next_s(now_s)
+
+    def _remember(self, found: Turn, look: Collection[str] | None, now_s: float) -> None:
+        """Keep what a turn has seen of the endpoints it looked at, so that the next one looks only where it must."""
+        self._newest = max(self._newest, found.newest)
         self._hasten = {
             one: until for one, until in self._hasten.items() if found.hastened.get(one, 0) == turn.HASTEN_AT_ONCE
         }
@@ -300,17 +312,8 @@ class Engine:
         self._seen |= dict.fromkeys(found.dues, "") | found.served
         passed = {one: due_s for one, due_s in self._dues.items() if look is not None and one[1] not in look}
         self._dues = passed | {one: epoch_s(due) for one, due in found.dues.items() if due is not None}
-        self._conversations.want(
-            frozenset(one for (kind, one), due_s in self._dues.items() if kind == ASK and due_s <= now_s)
-        )
-        for question in found.questions:
-            self._ask(question)
-        for entry in found.stopped:  # before what came of it
-            self._tell_stopped(entry, now_s)
-        for entry in found.recorded:
-            self._report(entry, now_s, is_ours=entry.claimed not in found.fenced)
-        self._report_oddities(found)
-        return now_s if self._hasten else self._next_s(now_s)
+        waiting = (one for (kind, one), due_s in self._dues.items() if kind == ASK and due_s <= now_s)
+        self._conversations.want(frozenset(waiting))
 
     def _accounts_due(self, answers: Sequence[tuple[Question, bool]], now_s: float) -> set[str]:
         """Return the accounts for which there is something to do by now."""

@@ -177,29 +177,19 @@ def _serve(
     in_flight: Collection[str],
 ) -> None:
     """Claim what an endpoint may get, or note that it is to be asked how it is."""
-    endpoint, ask, now = (row["kind"], row["account_id"]), (ASK, row["account_id"]), tx.now
-    turn.dues[endpoint] = None
-    if row["ask_at"] and row["paused_at"] is None and row["url" if row["kind"] == "crm" else "secret_sealed"]:
-        turn.dues[endpoint] = row["ask_at"]
-        if row["ask_at"] <= now:
-            turn.questions.append(Question(endpoint, accounts.found(tx, row["account_id"]), row))
+    endpoint, ask = (row["kind"], row["account_id"]), (ASK, row["account_id"])
+    turn.dues[endpoint] = _question_due(tx, turn, row)
     if not endpoints.is_open(row) or (row["kind"] == "crm" and row["url"] is None):
         return
     turn.served[endpoint] = f"{row['revision']} {row['aged_from']}"
-    if endpoint in hasten:
-        turn.hastened[endpoint] = deliveries.hasten(tx, *endpoint, hasten[endpoint], HASTEN_AT_ONCE)
-    if row["kind"] == "instagram" and ask in hasten:
-        turn.hastened[ask] = 0
-        deliveries.hasten_look_ups(tx, row["account_id"])
-    if endpoint in turn.hastened or ask in turn.hastened:
-        row = _again(tx, row)
+    row = _hastened(tx, turn, row, hasten)
     if not any(row[due] for due in (*_DUES, "due_look_up")):
         return  # nothing is owed, so it does not matter how its far side is
     chosen = _choose(tx, turn, row, room(endpoint, row["trial_since"] is not None), senders, spare)
-    if row["kind"] == "instagram" and row["due_look_up"] is not None:
+    if row["due_look_up"] is not None and row["due_look_up"] <= tx.now and len(turn.claimed) < senders:
         # Look-ups have a room and a pace of their own, beside that of sends.
-        calls = room(ask, False).calls if row["due_look_up"] <= now and len(turn.claimed) < senders else 0
-        doubtful = deliveries.in_doubt(tx, row["account_id"], now, calls + len(in_flight)) if calls else []
+        calls = room(ask, False).calls
+        doubtful = deliveries.in_doubt(tx, row["account_id"], tx.now, calls + len(in_flight)) if calls else []
         chosen += [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
     if chosen:
         account = accounts.found(tx, row["account_id"])
@@ -210,6 +200,27 @@ def _serve(
     turn.dues[endpoint] = min((row[due] for due in _DUES if row[due]), default=None)
     if row["kind"] == "instagram":
         turn.dues[ask] = row["due_look_up"]
+
+
+def _question_due(tx: Tx, turn: Turn, row: Row) -> str | None:
+    """Return when a far side is to be asked about what holds it back; note the question if that is now."""
+    goes_where = row["url" if row["kind"] == "crm" else "secret_sealed"]
+    if row["ask_at"] is None or row["paused_at"] is not None or not goes_where:
+        return None
+    if row["ask_at"] <= tx.now:
+        turn.questions.append(Question((row["kind"], row["account_id"]), accounts.found(tx, row["account_id"]), row))
+    return str(row["ask_at"])
+
+
+def _hastened(tx: Tx, turn: Turn, row: Row, hasten: Mapping[Endpoint, str]) -> Row:
+    """Make due what failed while an endpoint was down, if it has recovered; return the endpoint as it is then."""
+    endpoint, ask = (row["kind"], row["account_id"]), (ASK, row["account_id"])
+    if endpoint in hasten:
+        turn.hastened[endpoint] = deliveries.hasten(tx, *endpoint, hasten[endpoint], HASTEN_AT_ONCE)
+    if row["kind"] == "instagram" and ask in hasten:
+        turn.hastened[ask] = 0
+        deliveries.hasten_look_ups(tx, row["account_id"])
+    return _again(tx, row) if endpoint in turn.hastened or ask in turn.hastened else row
 
 
 def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int) -> list[Row]:
