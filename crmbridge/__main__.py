@@ -520,7 +520,7 @@ def _dlq_discard(options: argparse.Namespace) -> int:
 
 def _require_choice(options: argparse.Namespace) -> None:
     if bool(options.ids) == options.all:
-        raise Misconfigured("name the deliveries, or say --all")
+        raise Misconfigured("name the deliveries, or say --all" + (", not both" if options.all else ""))
 
 
 def _dlq_filters(db: database.Database, options: argparse.Namespace) -> Any:

@@ -89,7 +89,7 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
     def read(value: str) -> float:
         number = _number(value)
         if not low <= number <= high:
-            raise ValueError(f"must be between {low:g} and {high:g}")
+            raise ValueError(f"must be between {low:.10g} and {high:.10g}")
         return number
 
     return read

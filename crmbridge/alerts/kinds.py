@@ -47,7 +47,8 @@ KINDS = {
         "the CRM answers 401: it does not accept our signature, and deliveries are held",
         "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT, or, when only the CRM was wrong, "
         "crmbridge account resume ACCOUNT --deliveries: either sends again what the 401 ended, too; a test is sent "
-        "every five minutes for a week, and when the CRM takes it and an event, all others go on by themselves",
+        "every five minutes for a week, but no more after two that were in vain, and when the CRM takes it and an "
+        "event, all others go on by themselves",
         "the CRM takes an event again; or nothing waits for it any more",
     ),
     "crm_gone": Kind(

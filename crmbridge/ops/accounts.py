@@ -18,8 +18,7 @@ def show(db: Database) -> None:
         name = row["username"] or "-"
         terminal.say(f"{row['id']}  {row['status']:8} {subscribed:14} {row['instagram_account_id']}  {name}  {target}")
         for what, kind in endpoints.WHAT.items():
-            hold = endpoints.locked(db, row["id"], kind)
-            if hold:
+            for hold in endpoints.locks(endpoints.find(db, row["id"], kind)):
                 until = f" until {hold['until']}" if hold["until"] else ""
                 why = f": {hold['reason']}" if hold["reason"] else ""
                 terminal.say(f"  {what} held since {hold['since']}{until}{why}")
@@ -61,7 +60,10 @@ def resume(db: Database, account_id: str, what: Sequence[str], *, held: bool) ->
         if was_held:
             terminal.say(f"released {name} of {account_id}")
         elif (left := endpoints.locked(db, account_id, target)) is not None:
-            terminal.say(f"{name} of {account_id} are still held: {left['reason'] or left['cause']}")
+            todo = endpoints.to_type(account_id, target, left["cause"])
+            terminal.say(
+                f"{name} of {account_id} are still held: {left['reason'] or left['cause']}; to end that: {todo}"
+            )
         elif not was_paused and not again:
             terminal.say(f"{name} of {account_id} were not paused")
 

@@ -210,7 +210,8 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
         yield Finding("warning", f"{what}_paused", text, todo=todo, account_id=account["id"])
     held = endpoints.find(db, account["id"], "crm")
     if held is not None and held["held_by"] in ("gone", "unauthorized"):
-        asked = f"is asked again at {held['ask_at']}" if held["ask_at"] else "is not asked again by itself"
+        is_asked = held["ask_at"] and held["paused_at"] is None
+        asked = f"is asked again at {held['ask_at']}" if is_asked else "is not asked again by itself"
         text = f"{about} deliveries are held since {held['held_at']}: {held['held_reason']}; it {asked}"
         todo = endpoints.to_type(account["id"], "crm", held["held_by"])
         yield Finding("warning", "deliveries_held", text, todo=todo, account_id=account["id"])

@@ -306,7 +306,9 @@ def _foresee(found: Story, owed: Owed, name: str, now: str, patience: Patience) 
         return
     if row["state"] == "done":
         if row["last_code"] == "not_pushed":
-            found.next.append(f"{name}: nothing is pushed to this account's CRM; GET /api/v1/events gives it the event")
+            found.next.append(
+                f"{name}: it was not pushed, for want of a crm_webhook_url; GET /api/v1/events gives the CRM the event"
+            )
         return
     if owed.hold is not None:
         _say_held(found, owed.hold, f"{name} is", row["account_id"], row["target"])
@@ -331,7 +333,8 @@ def _foresee(found: Story, owed: Owed, name: str, now: str, patience: Patience) 
 
 def _tell_held(found: Story, hold: Row, what: str, begin: str) -> None:
     since = f", since {hold['since']}" if hold["since"] < begin else ""
-    text = f"{what} held until {hold['ended_at']}{since}: {hold['reason'] or 'no reason given'}"
+    reason = endpoints.why_held(hold["cause"], hold["reason"]) or "no reason given"
+    text = f"{what} held until {hold['ended_at']}{since}: {reason}"
     found.tell(max(hold["since"], begin), "held", text)
 
 
@@ -340,10 +343,10 @@ def _say_held(found: Story, hold: Row, what: str, account_id: str, target: Targe
     found.next.append(
         f"{what} held since {hold['since']}{until}, without ageing: {hold['reason'] or 'no reason given'}"
     )
-    if hold["cause"] not in ("inactive", "error"):  # what the account's status holds goes on when that is mended
+    if hold["cause"] not in ("inactive", "error"):
         found.advise(endpoints.to_type(account_id, target, hold["cause"]))
-    else:
-        found.next.append(f"PUT /api/v1/accounts/{account_id} with a new access_token, or status active, lets it go on")
+    elif (todo := f"to let it go on: {endpoints.to_type(account_id, target, hold['cause'])}") not in found.next:
+        found.next.append(todo)
 
 
 def _say_dead(found: Story, row: Row, name: str) -> None:
@@ -367,12 +370,14 @@ def _account(db: Database, account_id: str, now: str) -> Story:
     row = story.account(db, account_id)
     subscribed = {1: "yes", 0: f"no: {row['subscription_error']}", None: "unknown"}[row["subscription_ok"]]
     live = accounts.find(db, account_id)
+    status = row["status"] if live else "deleted"
     end = reading.token_end(live) if live else None
     facts: dict[str, str | int | None] = {
         "instagram_account_id": row["instagram_account_id"],
         "username": row["username"],
-        "status": row["status"] + (f": {row['status_reason']}" if row["status_reason"] else ""),
-        "status_since": row["status_since"],
+        "status": status + (f": {row['status_reason']}" if row["status_reason"] else ""),
+        "status_since": row["deleted_at"]
+        or (row["status_since"] if row["status"] != "active" else _active_since(db, row)),
         "crm_webhook_url": log.origin(row["crm_webhook_url"]) if row["crm_webhook_url"] else _PULLED,
         "subscribed": subscribed,
         "token_checked_at": row["token_checked_at"],
@@ -381,6 +386,7 @@ def _account(db: Database, account_id: str, now: str) -> Story:
     }
     found = Story("account", account_id, facts)
     found.tell(row["created_at"], "created", "created here")
+    found.tell(row["deleted_at"], "deleted", "deleted: its secrets are gone, and what it was owed ended")
     for seen in overview.accounts(db, account_id):
         for target, name in overview.NAMES.items():
             facts[f"pending_{name}"], facts[f"dead_{name}"] = seen[f"pending_{name}"], seen[f"dead_{name}"]
@@ -403,6 +409,13 @@ def _account(db: Database, account_id: str, now: str) -> Story:
         found.advise(waiting["to_type"])
     found.steps.sort(key=lambda step: step.at)
     return found
+
+
+def _active_since(db: Database, account: Row) -> str:
+    """Return since when an account is in use, which a pause does not change."""
+    past = endpoints.past(db, account["id"], "instagram", begin="", end="9999")
+    ended = [hold["ended_at"] for hold in past if hold["cause"] != "operator"]
+    return str(max(ended, default=account["created_at"]))
 
 
 def _conversation(db: Database, conversation_id: str) -> Story:

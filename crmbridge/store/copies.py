@@ -140,7 +140,9 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
         admin = "FROM api_keys WHERE revoked_at IS NULL AND admin IS NOT 0"
         return Contents(
             **_note(copy, path, has_note="backup_note" in tables),
-            rows={table: int(_value(copy, f"SELECT COUNT(*) FROM {table}")) for table in _TABLES},
+            rows={
+                table: int(_value(copy, f"SELECT COUNT(*) FROM {table}")) for table in _TABLES if table != "endpoints"
+            },
             pending=int(_value(copy, "SELECT COUNT(*) FROM deliveries WHERE finished_at IS NULL")),
             strange=strange,
             secrets=[

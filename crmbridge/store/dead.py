@@ -18,6 +18,10 @@ _SAID: dict[str, str] = {
     "endpoint_held": "Its endpoint is held back: ",
     "in_doubt": "It may have arrived, and would arrive twice: look into Instagram, then use force.",
 }
+_NOT_DEAD = {
+    "discarded": "It is not dead any more: somebody discarded it.",
+    "not_pushed": "It is not dead: the account had no crm_webhook_url, so the CRM reads it by GET /api/v1/events.",
+}
 _AT_ONCE = 200
 _EVENTS = (*inbound.TOLD, *messages.TOLD, deliveries.SEND, deliveries.ACTION)
 # Why a dead row cannot be tried again; a send in doubt can, by force.
@@ -122,8 +126,8 @@ def retryable(db: Reads, delivery_id: str, *, force: bool) -> Row:
     row = _dead(db, delivery_id)
     because: str | None = row["because"]
     if because == "endpoint_held":
-        held = endpoints.locked(db, row["account_id"], row["target"])
-        todo = endpoints.to_type(row["account_id"], row["target"], held["cause"]) if held else ""
+        held = endpoints.locks(endpoints.find(db, row["account_id"], row["target"]))
+        todo = ", then ".join(endpoints.to_type(row["account_id"], row["target"], one["cause"]) for one in held)
         raise Conflict(_SAID[because] + todo, code=because)
     if because is not None and not (force and because == "in_doubt"):
         raise Conflict(_SAID[because], code=because)
@@ -133,7 +137,8 @@ def retryable(db: Reads, delivery_id: str, *, force: bool) -> Row:
 def _dead(db: Reads, delivery_id: str) -> Row:
     row = db.row(f"SELECT dead.*, {_BECAUSE} AS because {_DEAD} AND dead.id = ?", (delivery_id,))
     if row is None:
-        raise Conflict("It is not dead: it was delivered, or is being tried.", code="not_dead")
+        code = db.value("SELECT last_code FROM deliveries WHERE id = ?", (delivery_id,))
+        raise Conflict(_NOT_DEAD.get(code, "It is not dead: it was delivered, or is being tried."), code="not_dead")
     return row
 
 

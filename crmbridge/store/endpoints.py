@@ -70,24 +70,30 @@ def is_open(row: Row) -> bool:
     return row["paused_at"] is None and row["held_by"] is None
 
 
-def lock(row: Row | None) -> Row | None:
-    """Return `cause`, `since`, `until`, `reason` and `ask_at` of what holds an endpoint back, or None.
+def locks(row: Row | None) -> list[Row]:
+    """Return `cause`, `since`, `until`, `reason` and `ask_at` of each lock of an endpoint, a person's first.
 
-    The `cause` is a pause's ``operator`` before that of a hold.
+    The `cause` of a pause is ``operator``.
     """
-    if row is None or is_open(row):
-        return None
-    if row["paused_at"] is not None:
+    found: list[Row] = []
+    if row is not None and row["paused_at"] is not None:
         shown = {"since": row["paused_at"], "until": row["paused_until"], "reason": row["paused_reason"]}
-        return {"cause": "operator", **shown, "ask_at": None}
-    reason = row["held_reason"] or f"the account is {row['held_by']}"
-    return {
-        "cause": row["held_by"],
-        "since": row["held_at"],
-        "until": None,
-        "reason": reason,
-        "ask_at": row["ask_at"],
-    }
+        found.append({"cause": "operator", **shown, "ask_at": None})
+    if row is not None and row["held_by"] is not None:
+        asked = row["ask_at"] if row["paused_at"] is None else None  # who is paused is not asked
+        shown = {"since": row["held_at"], "until": None, "reason": why_held(row["held_by"], row["held_reason"])}
+        found.append({"cause": row["held_by"], **shown, "ask_at": asked})
+    return found
+
+
+def why_held(cause: str, reason: str | None) -> str | None:
+    """Return the reason of a lock, or what its cause says without one."""
+    return reason or (f"the account was {cause}" if cause in ("inactive", "error") else None)
+
+
+def lock(row: Row | None) -> Row | None:
+    """Return the first of an endpoint's locks, or None."""
+    return next(iter(locks(row)), None)
 
 
 def locked(db: Reads, account_id: str, kind: str) -> Row | None:
@@ -285,6 +291,10 @@ def to_type(account_id: str, kind: Target, cause: str) -> str:
     """Return what ends a pause or a hold."""
     name = next(name for name, place in WHAT.items() if place == kind)
     command, put = f"crmbridge account resume {account_id} --{name}", f"PUT /api/v1/accounts/{account_id}"
+    if cause == "inactive":
+        return f'{put} with {{"status": "active"}}'
+    if cause == "error":
+        return f"{put} with a new access_token, or, if that is not at fault, {command}"
     if cause == "gone":
         return f"mend crm_webhook_url ({put}), or {command}"
     if cause == "unauthorized":
