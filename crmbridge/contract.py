@@ -217,6 +217,8 @@ def _utf_8(body: bytes) -> bytes:
         raise Invalid(f"The body is not UTF-8 ({where}); send JSON as UTF-8.", code="malformed_json") from None
     while (bare := body.lstrip(_BLANKS).removeprefix(codecs.BOM_UTF8)) != body:
         body = bare
+    if not body:
+        raise Invalid("The body is empty; send a JSON object.", code="malformed_json")
     return body
 
 

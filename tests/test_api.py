@@ -428,6 +428,12 @@ def test_a_body_that_is_no_request_is_refused(
     )
 
 
+def test_a_forgotten_body_is_called_empty(shop: Shop) -> None:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {shop.key}"}
+    answer = requests.post(shop.url + SEND, data=b" \n", headers=headers, timeout=PATIENCE_S)
+    assert error(answer, 400)["message"] == "The body is empty; send a JSON object."
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [

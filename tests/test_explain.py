@@ -118,6 +118,17 @@ def test_an_account_and_a_conversation_have_stories(rig: Rig) -> None:
     assert "secret" not in str(rig.db.rows("SELECT url, id FROM endpoints")) + str(account)
 
 
+def test_a_long_conversation_says_that_its_newest_deliveries_are_shown(rig: Rig) -> None:
+    rig.account()
+    for number in range(21):
+        rig.say("hello", f"mid-{number}")
+        if number == 18:
+            assert "shown" not in stories(rig, CUSTOMER)[0]["facts"]
+    (conversation,) = stories(rig, CUSTOMER)
+    assert conversation["facts"]["shown"] == "the newest 20 deliveries"
+    assert len(conversation["steps"]) == 20
+
+
 def test_no_story_tells_what_a_message_says(rig: Rig) -> None:
     troubled(rig)
     rig.say("a secret question", "mid-secret")

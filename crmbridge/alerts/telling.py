@@ -103,7 +103,8 @@ def span(seconds: float) -> str:
         return f"{max(int(seconds), 0)} s"
     if hours < 1:
         return f"{minutes} min"
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    whole, rest = (f"{hours} h", f"{minutes % 60} min") if hours < 48 else (f"{hours // 24} d", f"{hours % 24} h")
+    return whole if rest.startswith("0 ") else f"{whole} {rest}"
 
 
 def _sentence(words: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from crmbridge import __version__, answers, config, crm, log, net, terminal
+from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import kind_of
 from crmbridge.errors import BridgeError, Invalid, Misconfigured, Refused, Retry, Unavailable
 from crmbridge.events import epoch_s, instant
@@ -273,8 +274,9 @@ def _figures(report: Report, service: list[machine.Process]) -> tuple[()]:
 def _queues(report: Report) -> Iterator[Finding]:
     """Look for what has waited for long though nothing holds it, and for slow deliveries."""
     db = report.look.db
-    if db is None:
+    if db is None or report.settings is None:
         return
+    tried = report.settings.delivery
     for row in overview.accounts(db):
         one = row["account_id"]
         for target, name in overview.NAMES.items():
@@ -282,8 +284,9 @@ def _queues(report: Report) -> Iterator[Finding]:
             age_s = time.time() - epoch_s(oldest) if oldest else 0
             if age_s > _OLD_S and endpoints.locked(db, one, target) is None:
                 far = "the CRM" if target == "crm" else "Instagram"
+                lives_s = tried.crm_give_up_s if target == "crm" else tried.instagram_give_up_s
                 yield Finding("warning", f"{name}_wait", f"{one}: {name} to {far} wait for {age_s / 60:.0f} min",
-                              "what waits for 24 hours is given up and dies", f"crmbridge explain {one}", one
+                              f"what waits for {telling.span(lives_s)} is given up and dies", f"crmbridge explain {one}", one
                               )  # fmt: skip
             if late and late["p95_ms"] > _SLOW_MS:
                 yield Finding("warning", f"{name}_slow", f"{one}: {name} of the last hour: {overview.said(late)}",
@@ -565,7 +568,7 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
         return
     except Unavailable as error:
         yield Finding("error", "instagram_unreached", f"{about}: {check.message(error)}",
-                      "sends wait, and are given up after 24 hours",
+                      f"sends wait, and are given up after {telling.span(given.delivery.instagram_give_up_s)}",
                       f"curl -sI {log.origin(given.instagram.graph_url)}; look at https://metastatus.com", one
                       )  # fmt: skip
         return
@@ -635,7 +638,8 @@ def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None)
         level = "warning" if slug == "crm_rate_limited" else "error"
         yield Finding(level, slug, f"{about}: the CRM at {place} did not take a signed test event: "  # type: ignore[arg-type]
                       f"{check.message(error)}",
-                      "after 401 or 410 all events are held; after anything else they wait, and die after 24 hours",
+                      "after 401 or 410 all events are held; after anything else they wait, and die after "
+                      + telling.span(given.delivery.crm_give_up_s),
                       todo, one)  # fmt: skip
     else:
         yield Finding("ok", "crm", f"{about}: the CRM at {place} took a signed test event", account_id=one)

@@ -421,6 +421,8 @@ def _active_since(db: Database, account: Row) -> str:
 def _conversation(db: Database, conversation_id: str) -> Story:
     contact, rows = story.conversation(db, conversation_id)
     found = Story("conversation", conversation_id, {"account": contact["account_id"], "contact": contact["contact"]})
+    if len(rows) == story.NEWEST:
+        found.facts["shown"] = f"the newest {story.NEWEST} deliveries"
     for lane in story.waiting(db, contact):
         found.facts[f"pending_{overview.NAMES[lane['target']]}"] = lane["number"]
         if lane["head"]:

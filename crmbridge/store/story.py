@@ -8,7 +8,7 @@ from crmbridge.store.database import Reads, Row
 
 Kind = Literal["message", "event", "account", "conversation"]
 MEANINGS_MOST = 50
-_ITEMS = 20
+NEWEST = 20  # deliveries of a conversation that are told
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def conversation(db: Reads, conversation_id: str) -> tuple[Row, list[Row]]:
     contact = _one(db, "SELECT * FROM contacts WHERE conversation_id = ?", conversation_id)
     rows = db.rows(
         "SELECT * FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY position DESC LIMIT ?",
-        (contact["account_id"], contact["contact"], _ITEMS),
+        (contact["account_id"], contact["contact"], NEWEST),
     )
     return contact, rows[::-1]
 
