@@ -74,20 +74,25 @@ def _in_turn(options: Any, cases: Mapping[str, _Case], also: Sequence[str] = ())
         for turn in range(options.rounds + 1):  # the first one warms up
             texts = [f"message {one}" for one in range((turn + 1) * number)]
             for name, stage in stages.items():
-                orders = load.webhooks(stage, texts, customers=1)[-number:]
-                shops = () if name == first else also
-                others = [load.webhooks(stage, [f"beside {text}" for text in texts[-number:]], shop) for shop in shops]
-                sent = [order for at_once in zip(orders, *others, strict=True) for order in at_once]
-                before = stage.reading()
-                shots = load.fire(sent, per_s=_PER_S * len(sent) / number)
-                used = before.until(stage.reading(), number)
-                came = load.check(stage, orders, shots, {})
+                took, cpu = _flow(stage, texts, number, () if name == first else also)
                 if turn:
-                    times[name].append([came.at[shot.text] - shot.due for shot in shots if shot.text in came.at])
-                    cpu_ms[name].append(used["cpu_ms"])
+                    times[name].append(took)
+                    cpu_ms[name].append(cpu)
     proc.say(f"{_PER_S} messages a second, due -> CRM, ms", "p50", "p99", "p50 over", "p99 over", "CPU")
     for name, rounds in times.items():
         told = proc.ranks([one for some in rounds for one in some])
         own, least = ([proc.ranks(some) for some in times[which]] for which in (name, first))
         over = [statistics.median(a[rank] / b[rank] for a, b in zip(own, least, strict=True)) for rank in told]
         proc.say(f"  {name}", *told.values(), *over, statistics.median(cpu_ms[name]))
+
+
+def _flow(stage: Stage, texts: Sequence[str], number: int, also: Sequence[str]) -> tuple[list[float], float]:
+    """Let the last `number` texts flow; return what each took, and the CPU a message, in ms."""
+    orders = load.webhooks(stage, texts, customers=1)[-number:]
+    others = [load.webhooks(stage, [f"beside {text}" for text in texts[-number:]], shop) for shop in also]
+    sent = [order for at_once in zip(orders, *others, strict=True) for order in at_once]
+    before = stage.reading()
+    shots = load.fire(sent, per_s=_PER_S * len(sent) / number)
+    used = before.until(stage.reading(), number)
+    came = load.check(stage, orders, shots, {})
+    return [came.at[shot.text] - shot.due for shot in shots if shot.text in came.at], used["cpu_ms"]

@@ -341,7 +341,7 @@ class Engine:
 
     def _judge(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Finished:
         """Note what a call says about its endpoint, and decide what becomes of its delivery."""
-        endpoint, change = _endpoint(claimed), None
+        endpoint = _endpoint(claimed)
         if claimed.target == "crm" and outcome.stops and self._is_unwanted_alone(claimed, outcome):
             is_gone = outcome.kind == "retry"
             outcome = replace(outcome, code=_UNWANTED if is_gone else outcome.code, counts=True, stops=None)
@@ -350,6 +350,18 @@ class Engine:
         rest_s = max(outcome.rest_s, (outcome.after_s or 0) if claimed.target == "instagram" else 0)
         if rest_s:
             self._endpoints.rest(endpoint, now_s + min(rest_s, HINT_MAX_S))
+        change = self._note_call(claimed, outcome, now_s)
+        if change is not None:
+            self._follow(endpoint, change, outcome, now_s)
+        works = not self._endpoints.is_broken(endpoint)
+        verdict = decide(claimed, outcome, self._schedule, now_s, self._jitter, endpoint_works=works)
+        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault", "unclear"):
+            outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
+        return Finished(claimed, outcome, verdict)
+
+    def _note_call(self, claimed: Claimed, outcome: Outcome, now_s: float) -> Change | None:
+        """Tell the endpoints, and the alarm, whether the far side works; return what changed by that."""
+        endpoint, change = _endpoint(claimed), None
         answered = outcome.kind in ("refused", "absent", "unclear") or (outcome.kind == "retry" and outcome.counts)
         if outcome.kind == "done" or (claimed.target == "instagram" and answered):
             change = self._endpoints.worked(endpoint, now_s, claimed.revision)
@@ -369,13 +381,7 @@ class Engine:
             )
             ends = f"; what was tried is given up at {claimed.expires_at}"
             self._tell_down((claimed.target, claimed.account_id), f"the last try: {outcome.message}{ends}", now_s)
-        if change is not None:
-            self._follow(endpoint, change, outcome, now_s)
-        works = not self._endpoints.is_broken(endpoint)
-        verdict = decide(claimed, outcome, self._schedule, now_s, self._jitter, endpoint_works=works)
-        if verdict.state == "dead" and claimed.kind == "look_up" and outcome.kind in ("retry", "fault", "unclear"):
-            outcome = replace(outcome, code="in_doubt")  # nobody could tell whether it was sent
-        return Finished(claimed, outcome, verdict)
+        return change
 
     def _follow(self, endpoint: Endpoint, change: Change, outcome: Outcome, now_s: float) -> None:
         """Do what follows from an endpoint's change: what failed while it was down is tried at once."""
@@ -540,38 +546,9 @@ class Engine:
     # --- what is told ---
 
     def _report(self, entry: Finished, now_s: float, *, is_ours: bool) -> None:
-        claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
-        latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
-        write = log.info if outcome.kind == "done" else log.error if verdict.state == "dead" else log.warning
-        write(
-            "delivery.attempted",
-            delivery=claimed.id,
-            target=claimed.target,
-            kind=claimed.kind if claimed.kind != "call" else None,
-            event=claimed.event,
-            account=claimed.account_id,
-            event_id=claimed.event_id,
-            message_id=claimed.message_id,
-            attempt=claimed.number,
-            outcome=outcome.kind,
-            code=outcome.code,
-            http=outcome.http_status,
-            error=outcome.message if outcome.kind != "done" else None,
-            ms=outcome.ms,
-            latency_ms=latency_ms,
-            state=verdict.state,
-            next_s=round(epoch_s(verdict.due) - now_s, 1) if verdict.state == "pending" else None,
-            correlation=claimed.correlation_id,
-        )
-        if is_ours and verdict.state == "done" and latency_ms > SLOW_S * 1000:
-            log.warning(
-                "performance.delivery_slow",
-                delivery=claimed.id,
-                target=claimed.target,
-                account=claimed.account_id,
-                latency_ms=latency_ms,
-                correlation=claimed.correlation_id,
-            )
+        """Write a call's line into the log, and raise and clear the alerts that follow from it."""
+        _log(entry, now_s, is_ours=is_ours)
+        claimed, outcome = entry.claimed, entry.outcome
         if outcome.kind == "done":
             for kind in _STOPS[claimed.target]:
                 if claimed.account_id in self._alarm.opened(kind) and not self._is_held(claimed):
@@ -581,17 +558,20 @@ class Engine:
             self._alarm.alert("system_fault", problem, account=claimed.account_id, delivery=claimed.id)
         if outcome.alert:
             self._alarm.alert(outcome.alert, outcome.message or "", account=claimed.account_id, delivery=claimed.id)
-        if not is_ours or verdict.state != "dead":
-            return
+        if is_ours and entry.verdict.state == "dead":
+            self._tell_dead(claimed, outcome)
+
+    def _tell_dead(self, claimed: Claimed, outcome: Outcome) -> None:
+        """Raise the alert about a delivery that is dead, where it was not the customer's or the CRM's own doing."""
         if claimed.target == "crm":
-            problem = f"delivery {claimed.id} to the CRM is dead: {outcome.message}"
-            self._alarm.alert("dead_letter", problem, account=claimed.account_id, delivery=claimed.id)
+            kind, problem = "dead_letter", f"delivery {claimed.id} to the CRM is dead"
         elif outcome.code == "in_doubt":
-            problem = f"send {claimed.message_id} ended in doubt: {outcome.message}"
-            self._alarm.alert("in_doubt", problem, account=claimed.account_id, delivery=claimed.id)
+            kind, problem = "in_doubt", f"send {claimed.message_id} ended in doubt"
         elif outcome.kind == "retry" and not outcome.counts:
-            problem = f"send {claimed.message_id} could not go out in time: {outcome.message}"
-            self._alarm.alert("sends_expired", problem, account=claimed.account_id, delivery=claimed.id)
+            kind, problem = "sends_expired", f"send {claimed.message_id} could not go out in time"
+        else:
+            return
+        self._alarm.alert(kind, f"{problem}: {outcome.message}", account=claimed.account_id, delivery=claimed.id)
 
     def _report_oddities(self, found: Turn) -> None:
         for claimed in found.fenced:
@@ -616,6 +596,41 @@ class Engine:
                         self._alarm.withdraw(own, account=name)
                 return
         self._alarm.alert(kind, message, account=account, delivery=entry.claimed.id)
+
+
+def _log(entry: Finished, now_s: float, *, is_ours: bool) -> None:
+    claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
+    latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
+    write = log.info if outcome.kind == "done" else log.error if verdict.state == "dead" else log.warning
+    write(
+        "delivery.attempted",
+        delivery=claimed.id,
+        target=claimed.target,
+        kind=claimed.kind if claimed.kind != "call" else None,
+        event=claimed.event,
+        account=claimed.account_id,
+        event_id=claimed.event_id,
+        message_id=claimed.message_id,
+        attempt=claimed.number,
+        outcome=outcome.kind,
+        code=outcome.code,
+        http=outcome.http_status,
+        error=outcome.message if outcome.kind != "done" else None,
+        ms=outcome.ms,
+        latency_ms=latency_ms,
+        state=verdict.state,
+        next_s=round(epoch_s(verdict.due) - now_s, 1) if verdict.state == "pending" else None,
+        correlation=claimed.correlation_id,
+    )
+    if is_ours and verdict.state == "done" and latency_ms > SLOW_S * 1000:
+        log.warning(
+            "performance.delivery_slow",
+            delivery=claimed.id,
+            target=claimed.target,
+            account=claimed.account_id,
+            latency_ms=latency_ms,
+            correlation=claimed.correlation_id,
+        )
 
 
 def _started_pool(threads: int) -> ThreadPoolExecutor:

@@ -329,7 +329,10 @@ def _news(**changes: Any) -> telling.News:
     return telling.News(**{**facts, **changes})
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (61, "1 min"), (7500, "2 h 5 min"), (86_400, "24 h"), (266_400, "3 d 2 h")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (61, "1 min"), (7500, "2 h 5 min"), (86_400, "24 h"), (172_800, "2 d"), (266_400, "3 d 2 h")],
+)
 def test_durations_are_told_as_people_say_them(seconds: float, words: str) -> None:
     assert telling.span(seconds) == words
 

@@ -248,14 +248,10 @@ def _message(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
     if not is_unsupported:
         message.take("is_unsupported", _flag)
     text, attachments, reply_to = _words(message), _attachments(message), _reply_to(item.parts, message)
-    extra: dict[str, Any] = {"is_self": True} if item.is_self else {}
-    reply, referral = message.take("quick_reply", _object), _referral_of(item, message)
-    if reply:
-        extra["quick_reply"] = {"payload": item.parts.begin("quick_reply", reply).take("payload", _scalar)}
-    if referral:
-        extra["referral"] = referral
+    extra = _extra(item, message)
     # Of what has no id only the keys that are known tell it from others: the rest may differ when it is told again.
     things = [(one.type, one.url, one.external_id) for one in attachments]
+    referral = extra.get("referral")
     known = [item.sender, item.recipient, item.time, text, things, extra.get("quick_reply"), _identity(referral)]
     key = mid or _hash(known)
     if text is None and not attachments and "quick_reply" not in extra:
@@ -273,6 +269,16 @@ def _message(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
         reply_to=reply_to,
         extra=extra,
     )
+
+
+def _extra(item: _Item, message: Told) -> dict[str, Any]:
+    extra: dict[str, Any] = {"is_self": True} if item.is_self else {}
+    reply, referral = message.take("quick_reply", _object), _referral_of(item, message)
+    if reply:
+        extra["quick_reply"] = {"payload": item.parts.begin("quick_reply", reply).take("payload", _scalar)}
+    if referral:
+        extra["referral"] = referral
+    return extra
 
 
 def _edit(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:

@@ -38,14 +38,8 @@ def run(
 
     The configuration `ini` is sealed in with the key file's key, and that key, when asked, with a passphrase.
     """
-    place, is_folder = settings.store.path, target.endswith("/") or Path(target).is_dir()
-    if keep is not None and (keep < 1 or not is_folder):
-        raise Misconfigured("--keep says how many backups to leave in a FOLDER, one or more")
     began_s, monotonic_s = time.time() if now_s is None else now_s, time.monotonic()
-    name = f"crmbridge-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began_s))}.db"
-    file = (Path(target, name) if is_folder else Path(target)).absolute()
-    if os.path.lexists(file):
-        raise Misconfigured(f"{file} is there already: a backup overwrites nothing")
+    place, file = settings.store.path, _file(target, keep, began_s)
     secret: str | BridgeError | OSError | None = None
     try:
         secret = _new_passphrase(passphrase_file) if with_key else None
@@ -103,6 +97,17 @@ def run(
     else:
         terminal.say(f"  it needs the key file: keep a copy of {settings.vault.key_file}, but not beside the backups")
     return 0
+
+
+def _file(target: str, keep: int | None, began_s: float) -> Path:
+    is_folder = target.endswith("/") or Path(target).is_dir()
+    if keep is not None and (keep < 1 or not is_folder):
+        raise Misconfigured("--keep says how many backups to leave in a FOLDER, one or more")
+    name = f"crmbridge-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began_s))}.db"
+    file = (Path(target, name) if is_folder else Path(target)).absolute()
+    if os.path.lexists(file):
+        raise Misconfigured(f"{file} is there already: a backup overwrites nothing")
+    return file
 
 
 def _seal(note: dict[str, str | None], key_file: Path, ini: Path | None, secret: str | None) -> str | None:

@@ -136,11 +136,7 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     try:
         given = report.settings = config.load(path)
     except Misconfigured as error:
-        is_there = os.access(path, os.R_OK)
-        why = "the service does not start with it" if is_there else "all else is told there"
-        todo = _SET % path if is_there else "run it as root, or name the file: crmbridge doctor --config FILE"
-        slug = "ini_broken" if is_there else "ini_unseen"
-        report.found.append(Finding("error" if is_there else "blind", slug, check.message(error), why, todo))
+        report.found.append(_no_ini(path, check.message(error)))
         return _without_data(report, log_path)
     place = given.store.path
     if _is_strange(place.parent):
@@ -154,17 +150,35 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     report.add("memory", lambda: machine.memory(service))  # as root: others' memory is shown to nobody else
     with contextlib.suppress(OSError):
         owner.become(owner.of(place), place.parent)
-    report.look = check.look(given)
-    report.found += [_explained(one, path, report) for one in report.look.found]
-    if report.look.db is not None and any(one.slug == "database" and one.level != "ok" for one in report.look.found):
-        report.look.db.close()
-        report.look.db = None
-    db = report.look.db
-    rows = accounts.everyone(db) if db is not None else []
+    rows = _checked(report, given, path)
     if only and only not in {row["id"] for row in rows}:
         text = f"there is no account {only}"
         report.found.append(Finding("blind", "account_unknown", text, todo="crmbridge account list"))
-    urls = [row["crm_webhook_url"] for row in rows if row["crm_webhook_url"]]
+    _resting(report, given, path, log_path, seen, rows)
+    if calls:
+        stranger = listener if service and listener and not any(one.pid == listener.pid for one in service) else None
+        chosen = [row for row in rows if only in (None, row["id"])]
+        report.add("calls", lambda: _calls(report, chosen, stranger))
+    else:
+        report.found.append(Finding("note", "no_calls", "nobody was called: Instagram, CRMs and the bridge itself"))
+    return _sorted(report)
+
+
+def _checked(report: Report, given: config.Settings, path: Path) -> list[Row]:
+    """Look at what `check` looks at; return the accounts."""
+    report.look = look = check.look(given)
+    report.found += [_explained(one, path, report) for one in look.found]
+    if look.db is not None and any(one.slug == "database" and one.level != "ok" for one in look.found):
+        look.db.close()
+        look.db = None
+    return accounts.everyone(look.db) if look.db is not None else []
+
+
+def _resting(
+    report: Report, given: config.Settings, path: Path, log_path: Path, seen: list[machine.Process], rows: list[Row]
+) -> None:
+    """Look at all for which nobody is called."""
+    db, urls = report.look.db, [row["crm_webhook_url"] for row in rows if row["crm_webhook_url"]]
     foreign = [one for one in seen if not any("crmbridge" in word for word in one.words)]
     report.add("sqlite", lambda: machine.wal_reset(foreign))
     report.add("clock", lambda: machine.clock(db))
@@ -174,14 +188,14 @@ def examine(path: Path, *, calls: bool, only: str | None, log_path: Path) -> Rep
     report.add("backups", lambda: machine.backups(given, db))
     report.add("log", lambda: machine.logged(log_path))
     report.add("queues", lambda: _queues(report))
-    report.add("figures", lambda: _figures(report, service))
-    if calls:
-        stranger = listener if service and listener and not any(one.pid == listener.pid for one in service) else None
-        chosen = [row for row in rows if only in (None, row["id"])]
-        report.add("calls", lambda: _calls(report, chosen, stranger))
-    else:
-        report.found.append(Finding("note", "no_calls", "nobody was called: Instagram, CRMs and the bridge itself"))
-    return _sorted(report)
+    report.add("figures", lambda: _figures(report, [one for one in seen if one.serves]))
+
+
+def _no_ini(path: Path, said: str) -> Finding:
+    if os.access(path, os.R_OK):
+        return Finding("error", "ini_broken", said, "the service does not start with it", _SET % path)
+    todo = "run it as root, or name the file: crmbridge doctor --config FILE"
+    return Finding("blind", "ini_unseen", said, "all else is told there", todo)
 
 
 def _without_data(report: Report, log_path: Path) -> Report:
@@ -240,23 +254,22 @@ def told(report: Report, seconds: float, *, verbose: bool) -> str:
     counts = [(_NAMED[level], sum(one.level == level for one in report.found)) for level in _ORDER]
     lines = [f"crmbridge {__version__} on {socket.gethostname()}, {instant(time.time())[:19]}Z, took {seconds:.1f} s"]
     lines.append(", ".join(f"{number} {name}" for name, number in counts if number))
-    for one in report.found:
-        if one.level == "ok":
-            continue
-        lines += ["", *_wrapped(f"{_NAMED[one.level]}  ", f"{one.what}  [{one.slug}]")]
-        lines += _wrapped("  why:  ", one.why) if one.why else []
-        lines += ["  type: " + one.todo] if one.todo else []
+    lines += [line for one in report.found if one.level != "ok" for line in _shown(one)]
     good = [one for one in report.found if one.level == "ok"]
-    lines.append("")
-    if verbose:
-        lines += [line for one in good for line in _wrapped("ok  ", one.what)]
-    else:
-        lines += [line for one in good if one.slug in ("memory", "sizes") for line in _wrapped("ok  ", one.what)]
-        slugs = list(dict.fromkeys(one.slug for one in good if one.slug not in ("memory", "sizes")))
+    whole = [one for one in good if verbose or one.slug in ("memory", "sizes")]
+    lines += ["", *(line for one in whole for line in _wrapped("ok  ", one.what))]
+    if not verbose:
+        slugs = dict.fromkeys(one.slug for one in good if one not in whole)
         lines += _wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
     if any("$ADMIN" in one.todo for one in report.found):
         lines += ["", "ADMIN is an admin key: ADMIN=$(crmbridge key create --name doctor --admin)"]
     return "\n".join(map(terminal.escaped, lines))
+
+
+def _shown(one: Finding) -> list[str]:
+    lines = ["", *_wrapped(f"{_NAMED[one.level]}  ", f"{one.what}  [{one.slug}]")]
+    lines += _wrapped("  why:  ", one.why) if one.why else []
+    return lines + (["  type: " + one.todo] if one.todo else [])
 
 
 def _wrapped(head: str, text: str) -> list[str]:
@@ -286,8 +299,8 @@ def _queues(report: Report) -> Iterator[Finding]:
                 far = "the CRM" if target == "crm" else "Instagram"
                 lives_s = tried.crm_give_up_s if target == "crm" else tried.instagram_give_up_s
                 yield Finding("warning", f"{name}_wait", f"{one}: {name} to {far} wait for {age_s / 60:.0f} min",
-                              f"what waits for {telling.span(lives_s)} is given up and dies", f"crmbridge explain {one}", one
-                              )  # fmt: skip
+                              f"what waits for {telling.span(lives_s)} is given up and dies",
+                              f"crmbridge explain {one}", one)  # fmt: skip
             if late and late["p95_ms"] > _SLOW_MS:
                 yield Finding("warning", f"{name}_slow", f"{one}: {name} of the last hour: {overview.said(late)}",
                               "customers wait for it", f"crmbridge explain {one}", one)  # fmt: skip

@@ -150,9 +150,15 @@ def disk(settings: config.Settings, db: database.Database | None) -> Iterator[Fi
 
 def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
     """Look at whose the files are, who may read them and who may write the code."""
-    folder, code = settings.store.path.parent, config.ROOT / "crmbridge"
-    whose = folder.stat()
-    user = f"{whose.st_uid}:{whose.st_gid}"
+    whose = settings.store.path.parent.stat()
+    found = [*_data(settings, whose), *_ini(settings, source, whose), *_code(source, whose)]
+    yield from found
+    if not {one.slug for one in found} & {"wrong_owner", "data_open", "code_writable"}:
+        yield Finding("ok", "files", "owners and modes of the files")
+
+
+def _data(settings: config.Settings, whose: os.stat_result) -> Iterator[Finding]:
+    folder = settings.store.path.parent
     # Only what is ours: the folder may be shared, as /tmp or a home is.
     names = (settings.store.path.name, settings.store.queue_path.name)
     own = [path for path in folder.iterdir() if path.name.startswith(names) or path.name == "backups"]
@@ -166,7 +172,7 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
         named = ", ".join(path.name for path in strange[:4]) + (" …" if len(strange) > 4 else "")
         yield Finding("error", "wrong_owner", f"{len(strange)} file(s) in {folder} are of another owner: {named}",
                       "the service cannot open them: it does not start, or fails at any time",
-                      f"chown -hR {user} {_named(folder, strange)}")  # fmt: skip
+                      f"chown -hR {whose.st_uid}:{whose.st_gid} {_named(folder, strange)}")  # fmt: skip
     open_to = [path for path in own if path.name != "backups" and _others_may(path, 0o007)]
     if open_to:
         yield Finding("warning", "data_open", f"{', '.join(str(path) for path in open_to[:3])} is open to every user",
@@ -174,13 +180,20 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
     if stat.S_IMODE(whose.st_mode) & (0o002 | stat.S_ISVTX) == 0o002:
         yield Finding("warning", "folder_open", f"every user may exchange files in {folder}",
                       "whoever does that has the service read theirs", f"chmod o-w {folder}")  # fmt: skip
+
+
+def _ini(settings: config.Settings, source: Path, whose: os.stat_result) -> Iterator[Finding]:
     has_secrets = bool(settings.instagram.app_secrets or settings.instagram.verify_token or settings.alerts.url)
     if has_secrets and _others_may(source, 0o004):
         yield Finding("warning", "ini_open", f"{source} is open to every user", "it holds the app secret",
                       f"chmod 640 {source}")  # fmt: skip
     if not os.access(source, os.R_OK):
-        yield Finding("error", "ini_closed", f"{source} cannot be read by the user of {folder}",
+        yield Finding("error", "ini_closed", f"{source} cannot be read by the user of {settings.store.path.parent}",
                       "the service does not start", f"chgrp {whose.st_gid} {source} && chmod 640 {source}")  # fmt: skip
+
+
+def _code(source: Path, whose: os.stat_result) -> Iterator[Finding]:
+    code = config.ROOT / "crmbridge"
     places = [path for path in (code, *code.rglob("*.py")) if "__pycache__" not in path.parts]
     loose = [path for path in places if _may_write(path.stat(), whose.st_uid)]
     if loose:
@@ -188,8 +201,6 @@ def files(settings: config.Settings, source: Path) -> Iterator[Finding]:
         yield Finding(level, "code_writable", f"the service's user may change the code: {loose[0]}",  # type: ignore[arg-type]
                       "whoever breaks into the service stays for good",
                       f"chown -R root:root {config.ROOT} && chmod -R go-w {config.ROOT}")  # fmt: skip
-    if not (strange or open_to or loose):
-        yield Finding("ok", "files", "owners and modes of the files")
 
 
 def _named(folder: Path, paths: list[Path]) -> str:
@@ -387,6 +398,12 @@ def settings(given: config.Settings, source: Path, crm_urls: list[str]) -> Itera
     if new:
         yield Finding("note", "ini_keys_new", f"{source} does not have {len(new)} of the keys: {', '.join(new)}",
                       "they have their defaults", "crmbridge init")  # fmt: skip
+    yield from _meta_secrets(given, source)
+    yield from _open_networks(given, source, crm_urls)
+    yield from _proxy(given, source)
+
+
+def _meta_secrets(given: config.Settings, source: Path) -> Iterator[Finding]:
     odd = [word for word in given.instagram.app_secrets if not re.fullmatch(r"[0-9a-f]{32}", word)]
     if odd:
         yield Finding("warning", "app_secret_odd", f"{len(odd)} of [instagram] app_secrets is not 32 hex digits",
@@ -397,6 +414,9 @@ def settings(given: config.Settings, source: Path, crm_urls: list[str]) -> Itera
         yield Finding("warning", "verify_token_odd", "[instagram] verify_token is short, quoted or has spaces",
                       "quotes are part of it, and who guesses it can have Meta's console confirm the address",
                       f"openssl rand -hex 16, for {source} and Meta's console")  # fmt: skip
+
+
+def _open_networks(given: config.Settings, source: Path, crm_urls: list[str]) -> Iterator[Finding]:
     wide = [str(net) for net in given.crm.allow_networks if net.prefixlen < (8 if net.version == 4 else 16)]
     if wide:
         yield Finding("warning", "networks_wide", f"[crm] allow_networks opens {', '.join(wide)}",
@@ -406,6 +426,9 @@ def settings(given: config.Settings, source: Path, crm_urls: list[str]) -> Itera
         yield Finding("note", "http_unneeded", "[crm] allow_http is on, and no account's CRM needs it",
                       "a CRM that is set by mistake as http:// gets messages unencrypted", "allow_http = false"
                       )  # fmt: skip
+
+
+def _proxy(given: config.Settings, source: Path) -> Iterator[Finding]:
     loopback = given.web.host in ("127.0.0.1", "::1", "localhost")
     proxy = given.web.trusted_proxy
     if given.web.public_url.startswith("https:") and loopback and not proxy:

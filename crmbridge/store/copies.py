@@ -121,16 +121,7 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
         tables = {row[0] for row in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables.issuperset((*_TABLES, "schema_migration")):
             raise Misconfigured(f"{path} is a database, but none of crmbridge")
-        applied = [row[0] for row in copy.execute("SELECT name FROM schema_migration ORDER BY name")]
-        problem = schema.problem(applied)
-        if problem and from_elsewhere:
-            raise Misconfigured(problem)
-        strange = [problem] if problem else schema.strange(copy, applied)
-        if strange and from_elsewhere:
-            raise Misconfigured(
-                f"it is not as crmbridge makes it: {', '.join(strange)}. What stands in it beside may run when it is "
-                "read. If it is your own, take it out of a copy, as by: sqlite3 COPY 'DROP VIEW name'"
-            )
+        strange = _strange(copy, is_refused=from_elsewhere)
         found = [row[0] for row in copy.execute("PRAGMA integrity_check(3)")]
         if found != ["ok"]:
             raise Misconfigured(f"{path} is damaged: {'; '.join(found).replace(chr(10), ' ')}")
@@ -160,6 +151,21 @@ def look_through(path: Path, *, from_elsewhere: bool = False) -> Contents:
             all_admins=int(_value(copy, f"SELECT COUNT(*) {admin}")),
             keys=int(_value(copy, "SELECT COUNT(*) FROM api_keys WHERE revoked_at IS NULL AND admin IS 0")),
         )
+
+
+def _strange(copy: sqlite3.Connection, *, is_refused: bool) -> list[str]:
+    """Name what is not of this version's making in a copy, or refuse the copy for it."""
+    applied = [row[0] for row in copy.execute("SELECT name FROM schema_migration ORDER BY name")]
+    problem = schema.problem(applied)
+    if problem and is_refused:
+        raise Misconfigured(problem)
+    strange = [problem] if problem else schema.strange(copy, applied)
+    if strange and is_refused:
+        raise Misconfigured(
+            f"it is not as crmbridge makes it: {', '.join(strange)}. What stands in it beside may run when it is "
+            "read. If it is your own, take it out of a copy, as by: sqlite3 COPY 'DROP VIEW name'"
+        )
+    return strange
 
 
 def _note(copy: sqlite3.Connection, path: Path, *, has_note: bool) -> dict[str, Any]:

@@ -100,47 +100,55 @@ class AccountRoutes:
         row = call.account(call.path["account_id"])
         request = call.read(contract.AccountUpdate)
         given = request.model_fields_set
-        values: Row = {}
-        crm: Row = {}
-        instagram: Row = {}
         status = request.status if "status" in given else None
-        url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
-        made = signing.make_secret() if _lacks_secret(row, request, url) else None
-        secret = request.webhook_secret if "webhook_secret" in given else made
-        warnings: list[str] = []
-        if given & {"crm_webhook_url", "webhook_secret"}:
-            warnings = self._check_target(
-                url, secret, has_secret=row["webhook_secret_sealed"] and not given & {"webhook_secret"}
-            )
-        if "crm_webhook_url" in given:
-            crm["url"] = request.crm_webhook_url
-        if "webhook_secret" in given or made:
-            crm |= self._rotated(row, secret, call.now_s)
+        crm, made, warnings = self._with_crm(row, request, call.now_s)
         if status == "active" and not row["access_token_sealed"] and "access_token" not in given:
             raise Conflict("The account has no access token: send a new one.", code="token_missing")
-        if "access_token" in given:
-            identity = self._identify(request.access_token, {row["instagram_account_id"]})
-            instagram["secret_sealed"] = accounts.seal(self._vault, row["instagram_id"], request.access_token)
-            values |= {
-                "app_scoped_id": identity.app_scoped_id,
-                "username": identity.username or row["username"],
-                "token_checked_at": instant(call.now_s),
-                "token_expires_at": None,
-                "token_refresh_at": _refresh_at(call.now_s),
-                "token_refusals": 0,
-            }
-            if row["status"] == "error" and status is None:
-                status = "active"
+        values, instagram = (
+            self._with_token(row, request.access_token, call.now_s) if "access_token" in given else ({}, {})
+        )
+        if "access_token" in given and row["status"] == "error" and status is None:
+            status = "active"
         row = accounts.update(call.db, row["id"], values, ends={"crm": crm, "instagram": instagram}, status=status)
         if row["crm_webhook_url"] is None:  # the CRM reads the rest when it asks
             turn.end_leftovers(call.db)
-        if url and given & {"crm_webhook_url", "webhook_secret"}:
+        if row["crm_webhook_url"] and given & {"crm_webhook_url", "webhook_secret"}:
             self._release(call, row, "crm")
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
         if "access_token" in given:
             row = self._subscribe(call, row, request.access_token)
         self._wake({row["id"]})
         return self._answer(call, row, made=made, warnings=warnings)
+
+    def _with_crm(self, row: Row, request: contract.AccountUpdate, now_s: float) -> tuple[Row, str | None, list[str]]:
+        """Return what changes of the CRM's endpoint, the secret that was made for it, and the warnings."""
+        given = request.model_fields_set
+        changes: Row = {}
+        warnings: list[str] = []
+        url = request.crm_webhook_url if "crm_webhook_url" in given else row["crm_webhook_url"]
+        made = signing.make_secret() if _lacks_secret(row, request, url) else None
+        secret = request.webhook_secret if "webhook_secret" in given else made
+        if given & {"crm_webhook_url", "webhook_secret"}:
+            has_secret = row["webhook_secret_sealed"] and "webhook_secret" not in given
+            warnings = self._check_target(url, secret, has_secret=has_secret)
+        if "crm_webhook_url" in given:
+            changes["url"] = url
+        if "webhook_secret" in given or made:
+            changes |= self._rotated(row, secret, now_s)
+        return changes, made, warnings
+
+    def _with_token(self, row: Row, token: str, now_s: float) -> tuple[Row, Row]:
+        """Return what a new token changes of the account and of its endpoint, once Instagram says whose it is."""
+        identity = self._identify(token, {row["instagram_account_id"]})
+        account = {
+            "app_scoped_id": identity.app_scoped_id,
+            "username": identity.username or row["username"],
+            "token_checked_at": instant(now_s),
+            "token_expires_at": None,
+            "token_refresh_at": _refresh_at(now_s),
+            "token_refusals": 0,
+        }
+        return account, {"secret_sealed": accounts.seal(self._vault, row["instagram_id"], token)}
 
     def _release(self, call: Call, row: Row, target: Target) -> None:
         """End what a far side's answer holds back, as this caller says that it is mended."""
