@@ -4,6 +4,7 @@ here it is shown for what it is. Knows no command.
 
 import re
 import sys
+import textwrap
 from typing import TextIO
 
 # What shows nothing though Python calls it printable: Unicode's Default_Ignorable_Code_Point, and the empty braille.
@@ -24,6 +25,14 @@ def escaped(text: str) -> str:
         char if char.isprintable() and not _UNSEEN.match(char) else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def wrapped(head: str, text: str) -> list[str]:
+    """Return a text as lines of 110 characters below a head; a word that is longer stays whole."""
+    return textwrap.wrap(
+        escaped(text), 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def say(*lines: str, at_once: bool = False) -> None:

@@ -14,7 +14,6 @@ import secrets
 import shlex
 import socket
 import ssl
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -257,26 +256,19 @@ def told(report: Report, seconds: float, *, verbose: bool) -> str:
     lines += [line for one in report.found if one.level != "ok" for line in _shown(one)]
     good = [one for one in report.found if one.level == "ok"]
     whole = [one for one in good if verbose or one.slug in ("memory", "sizes")]
-    lines += ["", *(line for one in whole for line in _wrapped("ok  ", one.what))]
+    lines += ["", *(line for one in whole for line in terminal.wrapped("ok  ", one.what))]
     if not verbose:
         slugs = dict.fromkeys(one.slug for one in good if one not in whole)
-        lines += _wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
+        lines += terminal.wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
     if any("$ADMIN" in one.todo for one in report.found):
         lines += ["", "ADMIN is an admin key: ADMIN=$(crmbridge key create --name doctor --admin)"]
     return "\n".join(map(terminal.escaped, lines))
 
 
 def _shown(one: Finding) -> list[str]:
-    lines = ["", *_wrapped(f"{_NAMED[one.level]}  ", f"{one.what}  [{one.slug}]")]
-    lines += _wrapped("  why:  ", one.why) if one.why else []
+    lines = ["", *terminal.wrapped(f"{_NAMED[one.level]}  ", f"{one.what}  [{one.slug}]")]
+    lines += terminal.wrapped("  why:  ", one.why) if one.why else []
     return lines + (["  type: " + one.todo] if one.todo else [])
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        terminal.escaped(text), 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
 
 
 def _figures(report: Report, service: list[machine.Process]) -> tuple[()]:

@@ -1,6 +1,5 @@
 """``crmbridge explain ID``: what became of a message, what comes next, and what to type. Never what it says."""
 
-import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +17,6 @@ _SHOWN_AT_ONCE = 3
 _PAST_HOLDS = 10
 UNKNOWN = "Nothing here has this id. What was refused, or only read, is in the log alone, by its correlation id."
 _PULLED = "none: the CRM reads its events when it asks"
-_WIDTH = 110
 _FAR_SIDE = {"crm": "the CRM", "instagram": "Instagram"}
 _WHAT = {"crm": "deliveries", "instagram": "sends"}
 _CAME_TO = {
@@ -111,20 +109,13 @@ def _lines(found: dict[str, Any]) -> str:
     if found["steps"]:
         lines.append("")
     for step in found["steps"]:
-        lines += _wrapped(f"{step['at']}  ", step["text"])
+        lines += terminal.wrapped(f"{step['at']}  ", step["text"])
     if found["next"] or found["to_type"]:
         lines.append("")
     for text in found["next"]:
-        lines += _wrapped("next: ", text)
+        lines += terminal.wrapped("next: ", text)
     lines += [f"type: {command}" for command in found["to_type"]]
     return "\n".join(map(terminal.escaped, lines))
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        terminal.escaped(text), _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
 
 
 # --- messages and events ---
