@@ -137,6 +137,11 @@ class Shop:
     def wait_replaced(self, pid: int) -> None:
         until(self.pids, lambda pids: pids not in ([], [pid]))
 
+    def wait_calling(self) -> None:
+        """Wait until a call is in flight."""
+        asked = "SELECT COUNT(*) FROM deliveries WHERE claim_id IS NOT NULL"
+        until(lambda: self.box.run("sqlite3", "-readonly", f"{DATA}/bridge.db", asked).stdout.strip() != "0")
+
     def wait_live(self) -> None:
         until(lambda: self.ask("GET", f"{URL}/health/live"))
 

@@ -101,6 +101,7 @@ def test_a_restart_loses_nothing_and_keeps_the_supervisor(shop: Shop, command: s
 def test_a_stop_waits_for_calls_in_flight(shop: Shop) -> None:
     shop.crm_answers(status=200, delay_s=4)
     assert shop.customer_says("in flight") == 200
+    shop.wait_calling()
     shop.rc("stop")
     assert not shop.pids()
     assert not shop.supervisors()

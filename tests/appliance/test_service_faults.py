@@ -60,6 +60,7 @@ def test_a_stop_ends_within_its_time_when_the_crm_hangs(shop: Shop) -> None:
     shop.start_sandbox()
     shop.crm_answers(status=200, delay_s=60)
     assert shop.customer_says("hanging") == 200
+    shop.wait_calling()
     began = time.monotonic()
     shop.rc("stop")
     assert 2 <= time.monotonic() - began < 8 + restart_s

@@ -133,9 +133,7 @@ def test_a_broken_upgrade_goes_back_by_itself_within_ten_seconds(
 ) -> None:
     name = "0099_later" if migration == "pass" else "0098_broken"
     to(shop.box, later(tmp_path / "next", "9.0.0", name=name, migration=migration, edits=edits))
-    began_s = time.monotonic()
-    shop.rc("restart")
-    restart_s = time.monotonic() - began_s
+    restart_s = restarted(shop)
     said, status, outage_s = upgraded(shop)
     print(f"{outage_s:.1f} s from the stop to the link back")
     assert status == 1, said
@@ -144,9 +142,18 @@ def test_a_broken_upgrade_goes_back_by_itself_within_ten_seconds(
     assert f"putting {__version__} back" in said
     assert f"{__version__} is as before" in said
     assert (version(shop.box), shop.health()) == (__version__, "healthy")
-    assert outage_s < max(10, 5 + 2 * restart_s)  # on an idle machine a restart takes two
+    restart_s = max(restart_s, restarted(shop))
+    assert outage_s < 10 * max(1, restart_s / 2)  # on an idle machine a restart takes two
     assert shop.customer_says("after") == 200
     delivered(shop, "before", "after")
+
+
+def restarted(shop: Shop) -> float:
+    """Restart the service; return the seconds, by which this machine's speed is told."""
+    began_s = time.monotonic()
+    shop.rc("restart")
+    shop.wait_healthy()
+    return time.monotonic() - began_s
 
 
 def upgraded(shop: Shop) -> tuple[str, int, float]:
