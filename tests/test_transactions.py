@@ -1,7 +1,7 @@
 """What a transaction promises to the rooms that write: its time, what follows it, and small steps for many rows."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,12 +46,21 @@ def test_what_is_to_happen_after_a_commit_happens_once_though_its_job_ran_twice(
         with pytest.raises(ValueError, match="it cannot be"):
             db.write(bad)
 
-    threads = [threading.Thread(target=lambda: db.write(first))]
-    threads[0].start()
+    def started(job: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                job()
+            finally:
+                db.close_thread()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    threads = [started(lambda: db.write(first))]
     waiting.until(db._turn.locked)
     for number, job in enumerate((lambda: db.write(good), run_bad), start=1):
-        threads.append(threading.Thread(target=job))
-        threads[-1].start()
+        threads.append(started(job))
         waiting.until(lambda number=number: len(db._waiting) == number)  # type: ignore[misc]
     may_go.set()
     for thread in threads:
