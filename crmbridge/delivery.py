@@ -17,7 +17,7 @@ from crmbridge.clock import SET_S, Clock
 from crmbridge.errors import AttemptFailed, BridgeError, InDoubt, Invalid, Refused, Retry, Unclear
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.health import ASK, NO_ROOM, Change, Endpoint, Endpoints, Limits, Pace, Room
-from crmbridge.store import deliveries, endpoints, turn, vitals
+from crmbridge.store import deliveries, endpoints, history, turn, vitals
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import ACTION, Claimed, Outcome, Patience, Verdict
 from crmbridge.store.turn import Finished, Question, Terms, Turn
@@ -410,7 +410,7 @@ class Engine:
         """
         if (claimed.last_code, claimed.last_http_status) == (_UNWANTED, outcome.http_status):
             return True  # found so before
-        began = deliveries.first_try(self._db, claimed.id) or claimed.claimed_at
+        began = history.first_call(self._db, claimed.id) or claimed.claimed_at
         return self._endpoints.worked_since(_endpoint(claimed), epoch_s(began) + _ROUNDED_S, claimed.revision)
 
     def _follow_clock(self) -> None:

@@ -187,7 +187,7 @@ def test_what_was_held_says_so_ever_after(rig: Rig) -> None:
     told = [step["text"] for step in story(rig, account["id"])["steps"] if step["step"] == "held"]
     assert sorted(text.partition(" held")[0] for text in told) == ["deliveries", "sends"]
     prune(rig, days=91)
-    assert rig.db.rows("SELECT * FROM past_holds") == []
+    assert rig.db.rows("SELECT * FROM history WHERE kind LIKE '%_held'") == []
 
 
 def test_a_call_in_flight_a_doubt_and_a_death_in_doubt_are_told(rig: Rig) -> None:

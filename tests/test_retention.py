@@ -65,7 +65,7 @@ def test_texts_go_first_then_rows_and_never_what_is_owed(rig: Rig) -> None:
     assert rig.status(message_id)["status"] == "sent"
     prune(rig, 84)
     assert count(rig, "inbound_events") == 1
-    for table in ("outbound_messages", "status_transitions", "delivery_attempts"):
+    for table in ("outbound_messages", "history"):
         assert count(rig, table) == 0
     rig.crm.answer_always(None)
     rig.drain()

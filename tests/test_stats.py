@@ -27,6 +27,12 @@ def test_a_late_delivery_has_its_latency_and_one_warning(rig: Rig, caplog: pytes
     assert warning["latency_ms"] == 7000
 
 
+def told(rig: Rig, subject: str) -> list[tuple[str, str | None]]:
+    """Return what history has of a subject, in its order: kinds and codes."""
+    rows = rig.db.rows("SELECT kind, code FROM history WHERE subject = ? ORDER BY position", (subject,))
+    return [(row["kind"], row["code"]) for row in rows]
+
+
 def test_what_was_done_without_a_call_has_no_latency(rig: Rig) -> None:
     rig.account(url=None)
     rig.say("hello", "mid-1")
@@ -40,10 +46,10 @@ def test_an_echo_that_proves_a_doubtful_send_ends_its_latency(rig: Rig) -> None:
     rig.drain()
     rig.now_s += 4
     rig.echo("hello", str(rig.meta.sent[0].mid))
-    row = rig.db.row("SELECT latency_ms, notes FROM deliveries WHERE target = 'instagram'")
+    row = rig.db.row("SELECT id, latency_ms FROM deliveries WHERE target = 'instagram'")
     assert row is not None
     assert row["latency_ms"] == 4000
-    assert row["notes"].endswith(" done echo\n")
+    assert told(rig, row["id"])[-1] == ("done", "echo")
 
 
 def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
@@ -60,14 +66,11 @@ def test_what_happened_between_the_calls_is_noted(rig: Rig) -> None:
     rig.send(account)
     rig.meta.fault("messages", status=403, body=wire.error_body(10, "outside of allowed window.", subcode=2534022))
     rig.drain()
-    notes = rig.db.rows("SELECT notes FROM deliveries ORDER BY position")
-    assert [line.split()[1:] for line in notes[0]["notes"].splitlines()] == [
-        ["stepped_aside"],
-        ["dead", "crm_error"],
-        ["revived"],
-    ]
-    assert notes[1]["notes"] is None
-    assert notes[3]["notes"].endswith("dead window_closed\n")
+    ids = [one["id"] for one in rig.db.rows("SELECT id FROM deliveries ORDER BY position")]
+    between = [(kind, code) for kind, code in told(rig, ids[0]) if kind != "call"]
+    assert between == [("stepped_aside", None), ("dead", "crm_error"), ("revived", None)]
+    assert told(rig, ids[1]) == []  # it was done at once
+    assert told(rig, ids[3])[-1] == ("dead", "window_closed")
 
 
 def test_what_meta_repeats_is_counted(rig: Rig) -> None:
@@ -75,8 +78,8 @@ def test_what_meta_repeats_is_counted(rig: Rig) -> None:
     for _ in range(3):
         rig.say("hello", "mid-1", at_s=1_799_999_999)
         rig.now_s += 5
-    row = rig.db.row("SELECT repeats, repeated_at FROM inbound_events")
-    assert row == {"repeats": 2, "repeated_at": "2027-01-15T08:00:10.000Z"}
+    repeats = rig.db.rows("SELECT at FROM history WHERE kind = 'repeat' ORDER BY position")
+    assert [row["at"] for row in repeats] == ["2027-01-15T08:00:05.000Z", "2027-01-15T08:00:10.000Z"]
 
 
 def test_percentiles_are_of_the_last_thousand_requests() -> None:

@@ -142,16 +142,14 @@ def test_the_log_and_the_operators_lists_hold_the_origin_of_a_crm_alone(hushed: 
     for number, port in enumerate(("99999", HIDDEN)):
         shop.change(f"UPDATE endpoints SET url = 'http://127.0.0.1:{port}/{HIDDEN}' WHERE kind = 'crm'")
         shop.meta.customer_says(SHOP_ID, f"90000000000077{number}", "hello")
-        tried = (
-            "SELECT COUNT(DISTINCT delivery_id) FROM delivery_attempts WHERE outcome = 'retry' AND code <> 'crm_error'"
-        )
+        tried = "SELECT COUNT(DISTINCT subject) FROM history WHERE outcome = 'retry' AND code <> 'crm_error'"
         shop.wait_rows(tried, [(number + 1,)])
     shop.bridge.stop()
     told = shop.log()
     lists: tuple[tuple[str, ...], ...] = (("account", "list"), ("explain", shop.account_id))
     for words in (*lists, ("check",), ("dlq", "list"), ("doctor", "--verbose"), ("doctor", "--json")):
         told += typed(shop.bridge.folder, *words)[1]
-    story = json.dumps(shop.rows("SELECT error FROM delivery_attempts"))
+    story = json.dumps(shop.rows("SELECT text FROM history"))
     assert HIDDEN not in told + story
     assert "public_url=https://bridge.invalid" in told
     shop.change(f"UPDATE endpoints SET url = 'https://crm.example.com:444/{HIDDEN}' WHERE kind = 'crm'")

@@ -123,7 +123,7 @@ def test_nothing_of_what_is_planted_everywhere_is_in_the_bundle(planted: Shop, t
     files = unpacked(target)
     assert set(files) == {
         "README.txt", "doctor.json", "doctor.txt", "versions.txt", "log.txt", "configuration.json", "check.txt",
-        "machine.txt", "alerts.json", "attempts.json", "schema.json", "tables.json",
+        "machine.txt", "alerts.json", "calls.json", "schema.json", "tables.json",
     }  # fmt: skip
     for name, text in files.items():
         assert "could not be made" not in text, (name, text)
@@ -133,7 +133,7 @@ def test_nothing_of_what_is_planted_everywhere_is_in_the_bundle(planted: Shop, t
             assert number not in text, name
     # And yet it tells what happened.
     assert json.loads(files["tables.json"])["deliveries"] >= 3
-    outcomes = [(one["target"], one["http_status"], one["outcome"]) for one in json.loads(files["attempts.json"])]
+    outcomes = [(one["target"], one["http"], one["outcome"]) for one in json.loads(files["calls.json"])]
     assert ("crm", 500, "retry") in outcomes
     assert json.loads(files["configuration.json"])["alerts.command"] == "(set)"
     assert json.loads(files["configuration.json"])["web.public_url"] == "https://bridge.invalid"

@@ -204,7 +204,7 @@ def test_no_explanation_reads_a_whole_table(rig: Rig, monkeypatch: pytest.Monkey
 def scans(rig: Rig, query: str, parameters: Sequence[Any]) -> list[str]:
     """Return where a query reads all of a table that grows with the messages."""
     plan = [row["detail"] for row in rig.db.rows(f"EXPLAIN QUERY PLAN {query}", parameters)]
-    large = ("deliveries", "waiting", "head", "inbound_events", "outbound_messages", "delivery_attempts")
+    large = ("deliveries", "waiting", "head", "inbound_events", "outbound_messages", "history")
     found = [step for step in plan if step.startswith("SCAN") and step.split()[1] in large]
     # In the order of its rows with a limit, or over an index that holds only what is asked for.
     partial = ("deliveries_expiry", "deliveries_dead_account", "deliveries_slow", "inbound_unrouted")
@@ -254,7 +254,7 @@ def test_what_was_held_or_revived_lifts_no_percentile(rig: Rig) -> None:
 
     def to_the_last_hour(tx: Tx) -> None:
         by = f"{time.time() - 60 - rig.now_s:+.3f}"
-        for table, columns in (("deliveries", ("accepted_at", "finished_at")), ("past_holds", ("since", "ended_at"))):
+        for table, columns in (("deliveries", ("accepted_at", "finished_at")), ("history", ("at", "until"))):
             moved = ", ".join(f"{column} = {shifted(column)}" for column in columns)
             tx.run(f"UPDATE {table} SET {moved}", [by] * len(columns))
 

@@ -7,7 +7,7 @@ from typing import Any
 from crmbridge import log, terminal
 from crmbridge.events import epoch_s, instant
 from crmbridge.instagram import reading
-from crmbridge.store import accounts, alerts, endpoints, overview, story
+from crmbridge.store import accounts, alerts, dead, endpoints, overview, story
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Row
 from crmbridge.store.deliveries import Patience
@@ -144,9 +144,9 @@ def _message(life: Life, now: str, patience: Patience) -> Story:
     for owed in life.owed:
         if owed.row["target"] == "instagram":
             _deliver(found, owed, now, patience)
-    for change in life.transitions[1:]:  # the first is its acceptance
-        if change["reason"] != "revived":  # told with the delivery
-            found.tell(change["at"], "status", f"status {change['status']}: {_how(life, change)}")
+    for change in life.changes:
+        if change["text"] != "revived":  # told with the delivery
+            found.tell(change["at"], "status", f"status {change['code']}: {_how(life, change)}")
     for owed in life.owed:
         if owed.row["target"] == "crm":
             _deliver(found, owed, now, patience)
@@ -209,10 +209,10 @@ def _parties(life: Life, contact: str) -> dict[str, str | int | None]:
 
 def _how(life: Life, change: Row) -> str:
     """Tell how we know of a change of status."""
-    status = change["status"]
+    status = change["code"]
     if status == "sent":
         send = next((owed for owed in life.owed if owed.row["target"] == "instagram"), None)
-        last = send.attempts[-1] if send and send.attempts else None
+        last = send.calls[-1] if send and send.calls else None
         if last and last["kind"] == "look_up" and last["outcome"] == "done":
             return "it was found in Instagram's conversation"
         proven = send is not None and send.row["last_code"] == "echo"
@@ -220,7 +220,7 @@ def _how(life: Life, change: Row) -> str:
     if status == "read":
         seen = any(heard["kind"] == "message.read" for heard in life.heard)
         return "Instagram's receipt for it" if seen else "inferred: the customer has read a later message"
-    return str(change["reason"] or _HOW.get(status, "?"))
+    return str(change["text"] or _HOW.get(status, "?"))
 
 
 def _problem(code: str | None, text: str | None) -> str | None:
@@ -236,7 +236,6 @@ def _repeats(heard: Row) -> str:
 # --- deliveries ---
 
 _BY_A_PERSON = {
-    "asked": "a person asked for another try of many (dlq retry{who})",
     "revived": "a person had it tried again (dlq retry{who})",
     "restored": "a backup was put back, after which it may have gone out: it is looked for first",
     "discarded": "a person wants it no more (dlq discard{who})",
@@ -252,42 +251,45 @@ def _deliver(found: Story, owed: Owed, now: str, patience: Patience) -> None:
     found.tell(
         row["accepted_at"], "owed", text if is_send else f"{text}, {row['event_id']}, sequence {row['sequence']}"
     )
-    notes = [line.split(" ", 2) for line in (row["notes"] or "").splitlines()]
-    for at, word, *by in notes:
-        if word == "revived" and by == ["mended"]:
-            found.tell(at, word, f"{name} to {to}: tried again, as a person mended what the CRM's 401 was about")
-        elif word in _BY_A_PERSON:
-            who = f", by {by[0]}" if by else ""
-            found.tell(at, word, f"{name} to {to}: {_BY_A_PERSON[word].format(who=who)}")
+    for befell in owed.befell:
+        kind, who = befell["kind"], befell["text"]
+        if kind == "revived" and who == dead.MENDED:
+            found.tell(
+                befell["at"], kind, f"{name} to {to}: tried again, as a person mended what the CRM's 401 was about"
+            )
+        elif kind in _BY_A_PERSON:
+            by = f", by {who}" if who else ""
+            found.tell(befell["at"], kind, f"{name} to {to}: {_BY_A_PERSON[kind].format(who=by)}")
     for hold in owed.held:
         _tell_held(found, hold, f"{name} to {to}", row["accepted_at"])
-    for attempt in owed.attempts:
-        found.tell(attempt["started_at"], attempt["kind"], f"{name} to {to}, {_attempt(attempt, row['target'])}")
-    for at, word, *code in notes:
-        if word == "stepped_aside":
+    for call in owed.calls:
+        found.tell(call["started_at"], call["kind"], f"{name} to {to}, {_call(call, row['target'])}")
+    for befell in owed.befell:
+        kind = befell["kind"]
+        if kind == "stepped_aside":
             text = f"{name} to {to} stepped aside: later events of this conversation may overtake it"
-            found.tell(at, word, text)
-        elif word in ("done", "dead"):
+            found.tell(befell["at"], kind, text)
+        elif kind in ("done", "dead"):
             ended = {
                 "echo": "settled by its echo", "not_pushed": "not pushed any more: the CRM reads it when it asks",
                 "account_deleted": "given up: the account was deleted",
-            }.get(code[0], f"given up: {code[0]}")  # fmt: skip
-            found.tell(at, word, f"{name} to {to} {ended}")
+            }.get(befell["code"], f"given up: {befell['code']}")  # fmt: skip
+            found.tell(befell["at"], kind, f"{name} to {to} {ended}")
     _foresee(found, owed, name, now, patience)
 
 
-def _attempt(attempt: Row, target: str) -> str:
-    is_call = attempt["kind"] == "call"
-    head = f"attempt {attempt['number']}" if is_call else f"looking for what attempt {attempt['number']} sent"
-    parts = [_CAME_TO.get(attempt["outcome"], str(attempt["outcome"]))]
-    if attempt["http_status"] is not None:
-        parts.insert(0, f"HTTP {attempt['http_status']}")
-    if attempt["duration_ms"] is not None:
-        parts.append(f"{attempt['duration_ms']} ms")
+def _call(call: Row, target: str) -> str:
+    is_call = call["kind"] == "call"
+    head = f"attempt {call['number']}" if is_call else f"looking for what attempt {call['number']} sent"
+    parts = [_CAME_TO.get(call["outcome"], str(call["outcome"]))]
+    if call["http_status"] is not None:
+        parts.insert(0, f"HTTP {call['http_status']}")
+    if call["duration_ms"] is not None:
+        parts.append(f"{call['duration_ms']} ms")
     # What a CRM's status means is told by its code.
-    text = None if target == "crm" and attempt["http_status"] is not None else attempt["error"]
-    is_told = attempt["outcome"] in ("done", "absent", None)
-    return f"{head}: {', '.join(parts)}" + ("" if is_told else f" ({_problem(attempt['code'], text)})")
+    text = None if target == "crm" and call["http_status"] is not None else call["error"]
+    is_told = call["outcome"] in ("done", "absent", None)
+    return f"{head}: {', '.join(parts)}" + ("" if is_told else f" ({_problem(call['code'], text)})")
 
 
 def _foresee(found: Story, owed: Owed, name: str, now: str, patience: Patience) -> None:

@@ -31,7 +31,7 @@ from crmbridge.ops import check, doctor, machine
 from crmbridge.store import alerts, overview
 from crmbridge.store.database import Database
 
-_LINES, _ATTEMPTS = 2000, 300
+_LINES, _CALLS = 2000, 300
 _ABOUT = """What this is: the state of a crmbridge, for whoever looks for a fault in it. Struck out are tokens, secrets,
 message texts, names, free text and the paths of URLs; long numbers, such as customers' ids, are a hash. Host names
 stay. Look through it before you give it away.
@@ -187,13 +187,13 @@ def _alerts(db: Database) -> list[dict[str, Any]]:
     return [{**row, "message": "[…]"} for row in alerts.everything(db) if row["cleared_at"] is None]
 
 
-def _attempts(db: Database) -> list[dict[str, Any]]:
-    return overview.attempts(db, _ATTEMPTS)
+def _calls(db: Database) -> list[dict[str, Any]]:
+    return overview.calls(db, _CALLS)
 
 
 _TABLES: dict[str, Callable[[Database], Any]] = {
     "alerts.json": _alerts,
-    "attempts.json": _attempts,
+    "calls.json": _calls,
     "schema.json": overview.schema,
     "tables.json": overview.tables,
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 from crmbridge.errors import Misconfigured
 from crmbridge.events import epoch_s, instant
-from crmbridge.store import accounts, deliveries, questions, schema, sqlite
+from crmbridge.store import accounts, deliveries, history, questions, schema, sqlite
 from crmbridge.store.database import Database, Row, Tx
 from crmbridge.store.deliveries import SEND
 
@@ -243,7 +243,7 @@ def prepare(db: Database, made_at: str, now_s: float) -> int:
     def job(tx: Tx) -> int:
         for row in tx.rows(f"SELECT * FROM deliveries WHERE {owed} AND claim_id IS NOT NULL", (SEND,)):
             deliveries.release(tx, row, due=now, in_doubt=True)
-        deliveries.note(tx, owed, [SEND], "restored")
+        history.note_where(tx, "restored", owed, [SEND])
         sends = tx.run(
             f"""
             UPDATE deliveries SET in_doubt = 1, look_ups = 0, attempts = attempts + 1, due = ?,

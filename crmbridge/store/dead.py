@@ -203,7 +203,7 @@ def release(db: Database, account: Row, target: Target) -> tuple[bool, int]:
     """
     where = f"""
         AND dead.target = ? AND dead.account_id = ? AND dead.last_code = 'crm_unauthorized'
-        AND instr(COALESCE(dead.notes, ''), ' revived {MENDED}') = 0"""
+        AND NOT EXISTS (SELECT 1 FROM history WHERE subject = dead.id AND kind = 'revived' AND text = '{MENDED}')"""
     key = [target, account["id"]]
     again = _revive_pages(db, where, key, MENDED, _NOT_ITSELF.format("")) if target == "crm" else 0
     return endpoints.let_go(db, account["id"], target), again
@@ -238,4 +238,6 @@ def discard_all(db: Database, wanted: Filter, now_s: float, *, by: str, preview:
 
 def _discard(tx: Tx, positions: Sequence[int], by: str) -> int:
     these = f"position IN ({', '.join('?' * len(positions))}) AND place = 'dead'"
-    return deliveries.move(tx, "done", these, positions, {"last_code": "discarded"}, told=f"discarded {by}")
+    return deliveries.move(
+        tx, "done", these, positions, {"last_code": "discarded"}, told={"kind": "discarded", "text": by}
+    )

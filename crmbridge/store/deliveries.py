@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic_core
 
 from crmbridge.events import epoch_s, instant, new_id
-from crmbridge.store import sqlite
+from crmbridge.store import history, sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Reads, Row, Tx
 
@@ -303,7 +303,7 @@ def take_back(tx: Tx, event_id: str) -> bool:
 
 
 def claim(tx: Tx, row: Row, account: Row, body: str, *, lease_until: str, expires_at: str, endpoint: Row) -> Claimed:
-    """Lease a due row to a fresh claim id and write the attempt, before the call is made."""
+    """Lease a due row to a fresh claim id and count the attempt, before the call is made."""
     claim_id, kind = new_id("clm"), _kind(row)
     leased: Row = {"claim_id": claim_id, "due": lease_until}
     number = row["attempts"]
@@ -313,8 +313,6 @@ def claim(tx: Tx, row: Row, account: Row, body: str, *, lease_until: str, expire
     if row["target"] == "crm":
         leased["body"] = body
     tx.update("deliveries", leased, "id = ?", [row["id"]])
-    attempt = {"delivery_id": row["id"], "claim_id": claim_id, "kind": kind, "number": number, "started_at": tx.now}
-    tx.insert("delivery_attempts", attempt)
     carried = {name: row[name] for name in _CARRIED}
     return Claimed(
         claim_id=claim_id,
@@ -336,13 +334,8 @@ def claim(tx: Tx, row: Row, account: Row, body: str, *, lease_until: str, expire
 
 def _seen(db: Reads, row: Row) -> tuple[str, ...]:
     """Return what the look-ups for a send's last call told, in their order; those without an answer told nothing."""
-    rows = db.rows(
-        """
-        SELECT outcome FROM delivery_attempts WHERE delivery_id = ? AND number = ? AND kind = 'look_up'
-            AND outcome IN ('absent', 'unclear') ORDER BY position""",
-        (row["id"], row["attempts"]),
-    )
-    return tuple(found["outcome"] for found in rows)
+    told = [one["outcome"] for one in history.of(db, row["id"], "look_up") if one["outcome"] in ("absent", "unclear")]
+    return tuple(told[len(told) - row["look_ups"] :])
 
 
 def _kind(row: Row) -> CallKind:
@@ -356,38 +349,34 @@ def record(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool
         "due": verdict.due,
         "claim_id": None,
         "in_doubt": int(verdict.in_doubt),
-        "look_ups": claimed.look_ups + int(outcome.kind in ("absent", "unclear")),
+        "look_ups": claimed.look_ups + int(outcome.kind in ("absent", "unclear")) if claimed.kind == "look_up" else 0,
         "retries": claimed.retries + int(failed and outcome.counts),
         "waits": claimed.waits + int(failed and not outcome.counts),
         "last_code": outcome.code,
         "last_http_status": outcome.http_status,
         "last_error": outcome.message,
+        "last_ms": outcome.ms,
         "latency_ms": latency_ms(claimed.accepted_at, tx.now) if verdict.state == "done" else None,
     }
     ours, key = "id = ? AND claim_id = ?", [claimed.id, claimed.claim_id]
     to: Place | None = None if verdict.state == "pending" else verdict.state
     if verdict.steps_aside and to is None and claimed.place != "aside":
         to = "aside"
-    told = {"dead": f"dead {outcome.code}", "aside": "stepped_aside"}.get(to or "")
+    if (claimed.kind, claimed.number, outcome.kind) != ("call", 1, "done"):  # which the row itself tells
+        came_to: Row = {"outcome": outcome.kind, "code": outcome.code, "text": outcome.message, "ms": outcome.ms}
+        came_to |= {"http": outcome.http_status, "until": tx.now, "correlation": claimed.correlation_id}
+        history.note_where(tx, claimed.kind, ours, key, at=claimed.claimed_at, **came_to)
+    told: Told | None = None
+    if to == "dead":
+        told = {"kind": "dead", "code": outcome.code}
+    elif to == "aside":
+        told = {"kind": "stepped_aside"}
     touched = move(tx, to, ours, key, values, told=told) if to else tx.update("deliveries", values, ours, key)
-    tx.update(
-        "delivery_attempts",
-        {
-            "finished_at": tx.now,
-            "outcome": outcome.kind,
-            "code": outcome.code,
-            "http_status": outcome.http_status,
-            "error": outcome.message,
-            "duration_ms": outcome.ms,
-        },
-        "delivery_id = ? AND claim_id = ?",
-        [claimed.id, claimed.claim_id],
-    )
     lane = (claimed.target, claimed.account_id, claimed.contact)
     if touched and claimed.place == "behind" and to == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
         where = "target = ? || '' AND account_id = ? AND contact = ? AND place = 'head'"
-        move(tx, "aside", where, lane, told="stepped_aside")
+        move(tx, "aside", where, lane, told={"kind": "stepped_aside"})
     if touched and to is not None:
         promote(tx, *lane)
     return bool(touched)
@@ -399,6 +388,7 @@ def latency_ms(accepted_at: str, now: str) -> int:
 
 
 Place = Literal["behind", "head", "aside", "done", "dead"]
+Told = dict[str, Any]  # what history gets of a move: kind, and code or text
 # From where a row may come to each place.
 _FROM: dict[Place, tuple[Place, ...]] = {
     "behind": ("head", "dead"),  # it makes room for one that was dead, or was dead itself
@@ -410,11 +400,11 @@ _FROM: dict[Place, tuple[Place, ...]] = {
 
 
 def move(
-    tx: Tx, to: Place, where: str, parameters: Sequence[Any], values: Row | None = None, *, told: str | None = None
+    tx: Tx, to: Place, where: str, parameters: Sequence[Any], values: Row | None = None, *, told: Told | None = None
 ) -> int:
     """Put rows in another place, with other `values`, where they may come from theirs; return how many there were.
 
-    Nothing else changes `place`. `told` is a word for their stories. Who takes a lane's head away promotes the next.
+    Nothing else changes `place`. `told` is for their history. Who takes a lane's head away promotes the next.
     """
     changed = {"place": to, **(values or {})}
     if to in ("done", "dead"):
@@ -422,15 +412,11 @@ def move(
     names, given = ", ".join(f"{name} = ?" for name in changed), [*changed.values()]
     if to in ("done", "dead"):
         names, given = f"{names}, finished_at = COALESCE(finished_at, ?)", [*given, tx.now]
-    if told is not None:
-        names, given = f"{names}, notes = COALESCE(notes, '') || ?", [*given, f"{tx.now} {told}\n"]
     places = ", ".join(f"'{place}'" for place in _FROM[to])
-    return tx.run(f"UPDATE deliveries SET {names} WHERE {where} AND place IN ({places})", (*given, *parameters))
-
-
-def note(tx: Tx, where: str, parameters: Sequence[Any], note: str) -> None:
-    """Write down what became of deliveries without a call, for the one who asks what happened to them."""
-    tx.run(f"UPDATE deliveries SET notes = COALESCE(notes, '') || ? WHERE {where}", (f"{tx.now} {note}\n", *parameters))
+    where = f"{where} AND place IN ({places})"
+    if told is not None:
+        history.note_where(tx, where=where, parameters=parameters, **told)
+    return tx.run(f"UPDATE deliveries SET {names} WHERE {where}", (*given, *parameters))
 
 
 def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str | None) -> None:
@@ -438,10 +424,9 @@ def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str |
     ended: Row = {"last_code": code, "last_error": message}
     if to == "done" and row["attempts"] and code != "cancelled":
         ended["latency_ms"] = latency_ms(row["accepted_at"], tx.now)
-    move(tx, to, "id = ?", [row["id"]], ended, told=f"{to} {code}")
     if row["claim_id"] is not None:
-        overtaken = {"finished_at": tx.now, "outcome": "abandoned", "code": code}
-        tx.update("delivery_attempts", overtaken, "delivery_id = ? AND claim_id = ?", [row["id"], row["claim_id"]])
+        _break_off(tx, row, code)
+    move(tx, to, "id = ?", [row["id"]], ended, told={"kind": to, "code": code})
     promote(tx, row["target"], row["account_id"], row["contact"])
 
 
@@ -459,11 +444,11 @@ def promote(tx: Tx, target: Target, account_id: str, contact: str) -> None:
     move(tx, "head", _NEXT_OF_LANE, (target, account_id, contact), {"due": tx.now})
 
 
-def first_try(db: Reads, delivery_id: str) -> str | None:
-    """Return when the first call of a delivery began, or None."""
-    sql = "SELECT MIN(started_at) FROM delivery_attempts WHERE delivery_id = ? AND kind = 'call'"
-    found = db.value(sql, (delivery_id,))
-    return str(found) if found else None
+def _break_off(tx: Tx, row: Row, code: str) -> None:
+    """Write down that nobody waits for the answer to a call any more."""
+    kind = _kind(row)
+    began = row["tried_at"] if kind == "call" else tx.now  # of a look-up that is not written before it is over
+    history.note(tx, row["id"], kind, at=began, until=tx.now, outcome="abandoned", code=code)
 
 
 def abandoned(db: Reads) -> list[Row]:
@@ -476,13 +461,8 @@ def release(tx: Tx, row: Row, *, due: str, in_doubt: bool) -> None:
     released = {"claim_id": None, "due": due, "in_doubt": int(in_doubt), "last_code": "abandoned"}
     if in_doubt and not row["in_doubt"]:
         released["retries"] = row["retries"] + 1
+    _break_off(tx, row, "abandoned")
     tx.update("deliveries", released, "id = ?", [row["id"]])
-    tx.run(
-        """
-        UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'abandoned'
-        WHERE delivery_id = ? AND claim_id = ?""",
-        (tx.now, row["id"], row["claim_id"]),
-    )
 
 
 def tried_send(db: Reads, account_id: str, contact: str) -> Row | None:
@@ -594,7 +574,7 @@ def revive(tx: Tx, rows: Sequence[Row], *, by: str | None = None) -> None:
     fresh: Row = {"due": tx.now, "aged_from": tx.now, "finished_at": None}
     fresh |= {"retries": 0, "waits": 0, "in_doubt": 0, "revived": 1}
     these, positions = f"position IN ({_marks(rows)})", [row["position"] for row in rows]
-    move(tx, "behind", these, positions, fresh, told=f"revived {by}" if by else "revived")
+    move(tx, "behind", these, positions, fresh, told={"kind": "revived", "text": by})
     # A send that was tried stays in front: its echo may still come.
     later = "place = 'head' AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
     where = f"target = ? || '' AND account_id = ? AND contact = ? AND {later}"
@@ -635,7 +615,7 @@ def end_all(tx: Tx, rows: Sequence[Row], to: Literal["done", "dead"], code: str,
     for in_doubt, told in ((1, "in_doubt"), (0, code)):  # before the mark of the doubt goes
         these = f"position IN ({_marks(rows)}) AND in_doubt = {in_doubt}"
         ended = {"last_code": told, "last_error": message}
-        move(tx, to, these, [row["position"] for row in rows], ended, told=f"{to} {told}")
+        move(tx, to, these, [row["position"] for row in rows], ended, told={"kind": to, "code": told})
 
 
 def _marks(values: Sequence[Any]) -> str:

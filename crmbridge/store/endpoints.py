@@ -10,7 +10,7 @@ from typing import Literal
 
 from crmbridge.errors import Invalid
 from crmbridge.events import epoch_s, instant, new_id
-from crmbridge.store import sqlite
+from crmbridge.store import history, sqlite
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Reads, Row, Tx
 
@@ -263,9 +263,12 @@ def follow_clock(tx: Tx, seconds: float) -> None:
 # --- what was held, for those who ask afterwards ---
 
 
+_HELD: dict[str, history.Kind] = {"crm": "crm_held", "instagram": "instagram_held"}
+IS_HELD = "kind IN ('crm_held', 'instagram_held')"  # of history
+
+
 def _remember(tx: Tx, row: Row, cause: str, reason: str | None, since: str) -> None:
-    where: Row = {"account_id": row["account_id"], "target": row["kind"]}
-    tx.insert("past_holds", {**where, "cause": cause, "reason": reason, "since": since, "ended_at": tx.now})
+    history.note(tx, row["account_id"], _HELD[row["kind"]], at=since, until=tx.now, code=cause, text=reason)
 
 
 def forget(tx: Tx, account_id: str) -> None:
@@ -279,12 +282,11 @@ def forget(tx: Tx, account_id: str) -> None:
 
 def past(db: Reads, account_id: str, kind: str, *, begin: str, end: str) -> list[Row]:
     """Return `cause`, `reason`, `since` and `ended_at` of the locks of an endpoint that met a time and are over."""
-    return db.rows(
-        """
-        SELECT * FROM past_holds WHERE account_id = ? AND target = ? AND ended_at > ? AND since < ?
-        ORDER BY ended_at""",
-        (account_id, kind, begin, end),
-    )
+    return [
+        {"cause": row["code"], "reason": row["text"], "since": row["at"], "ended_at": row["until"]}
+        for row in history.of(db, account_id, _HELD[kind])
+        if row["until"] > begin and row["at"] < end
+    ]
 
 
 def to_type(account_id: str, kind: Target, cause: str) -> str:

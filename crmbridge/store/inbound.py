@@ -114,9 +114,9 @@ def _keep_one(
     )
     if not inserted:
         tx.run(
-            "UPDATE inbound_events SET repeats = repeats + 1, repeated_at = ?"
+            "INSERT INTO history (subject, at, kind, correlation) SELECT id, ?, 'repeat', ? FROM inbound_events"
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
-            (tx.now, external_account_id, event.dedupe_key),
+            (tx.now, correlation_id, external_account_id, event.dedupe_key),
         )
         _complete(tx, account, external_account_id, event)
         return Kept("duplicate", event, None, account["id"] if account else None)

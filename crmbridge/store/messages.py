@@ -9,7 +9,7 @@ from crmbridge import matching
 from crmbridge.errors import Conflict, Invalid
 from crmbridge.events import Thread, epoch_s, instant, new_id
 from crmbridge.matching import Match
-from crmbridge.store import accounts, contacts, deliveries, endpoints, windows
+from crmbridge.store import accounts, contacts, deliveries, endpoints, history, windows
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
 
@@ -81,7 +81,6 @@ def accept(db: Database, request: Request) -> tuple[Row, bool]:
                 "send_before": before,
             },
         )
-        _transition(tx, message_id, "pending", None, tx.now)
         sequence = contacts.next_sequence(tx, "instagram", request.account_id, request.recipient_id, tx.now)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
@@ -215,7 +214,7 @@ def revive(tx: Tx, message_id: str) -> None:
     """A person has a failed message sent once more; runs inside a write."""
     anew = {"status": "pending", "error_code": None, "error_message": None, "error_retryable": None}
     tx.update("outbound_messages", anew, "id = ?", [message_id])
-    _transition(tx, message_id, "pending", "revived", tx.now)
+    history.note(tx, message_id, "status", code="pending", text="revived")
 
 
 def fail(tx: Tx, message_id: str, code: str, problem: str) -> None:
@@ -266,13 +265,13 @@ def advance(tx: Tx, message_id: str, status: str, *, at: str, reason: str | None
         forward = message["status"] == "pending"
     if not forward:
         return
-    latest = tx.value("SELECT MAX(at) FROM status_transitions WHERE message_id = ?", (message_id,))
-    at = max(at, latest or at)  # a receipt's own time may lie before the message's
+    latest = tx.value("SELECT MAX(at) FROM history WHERE subject = ? AND kind = 'status'", (message_id,))
+    at = max(at, latest or message["created_at"])  # a receipt's own time may lie before the message's
     changed: Row = {"status": status}
     if status != "failed":
         changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
     tx.update("outbound_messages", changed, "id = ?", [message_id])
-    _transition(tx, message_id, status, reason, at)
+    history.note(tx, message_id, "status", at=at, code=status, text=reason)
     _owe_status(tx, found(tx, message_id), at)
 
 
@@ -322,18 +321,11 @@ def status(db: Reads, message_id: str) -> dict[str, Any] | None:
     if message is None:
         return None
     send = _delivery(db, message_id)
-    attempts = db.rows(
-        """
-        SELECT kind, number, started_at, finished_at, outcome, code, http_status, error FROM delivery_attempts
-        WHERE delivery_id = ? ORDER BY position""",
-        (send["id"] if send else "",),
-    )
+    calls = history.calls(db, send) if send else []
     waits = send is not None and send["state"] == "pending" and send["claim_id"] is None
     account = accounts.find(db, message["account_id"]) if waits else None
     held = endpoints.locked(db, account["id"], "instagram") if account else None
-    history = db.rows(
-        "SELECT status, at AS timestamp FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,)
-    )
+    changes = [{"status": row["code"], "timestamp": row["at"]} for row in history.of(db, message_id, "status")]
     shown = "status account_id recipient_id instagram_message_id created_at sent_at delivered_at read_at retry_count"
     return {
         "message_id": message["id"],
@@ -341,8 +333,8 @@ def status(db: Reads, message_id: str) -> dict[str, Any] | None:
         "attempt_count": send["attempts"] if send else 0,
         "next_attempt_at": send["due"] if send and waits and send["place"] != "behind" and not held else None,
         "held": {name: held[name] for name in ("since", "until", "reason")} if held else None,
-        "status_history": history,
-        "attempts": attempts,
+        "status_history": [{"status": "pending", "timestamp": message["created_at"]}, *changes],
+        "attempts": [{name: call[name] for name in call if name != "duration_ms"} for call in calls],
         "error": error_of(message),
         "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
     }
@@ -417,11 +409,7 @@ def end_all(tx: Tx, message_ids: Sequence[str]) -> None:
         f"SELECT id FROM outbound_messages WHERE status = 'pending' AND id IN ({marks})", message_ids
     ):
         tx.update("outbound_messages", ended, "id = ?", [message["id"]])
-        _transition(tx, message["id"], "failed", "account_deleted", tx.now)
-
-
-def _transition(tx: Tx, message_id: str, status: str, reason: str | None, at: str) -> None:
-    tx.insert("status_transitions", {"message_id": message_id, "status": status, "reason": reason, "at": at})
+        history.note(tx, message["id"], "status", code="failed", text="account_deleted")
 
 
 def found(db: Reads, message_id: str) -> Row:

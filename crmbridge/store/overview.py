@@ -49,13 +49,13 @@ def tables(db: Reads) -> dict[str, int]:
     return {row["name"]: int(db.value(f"SELECT COUNT(*) FROM {row['name']}")) for row in names}
 
 
-def attempts(db: Reads, number: int) -> list[Row]:
-    """Return the last calls, without what they carried, for whom, and what was answered in words."""
+def calls(db: Reads, number: int) -> list[Row]:
+    """Return the last calls that did not succeed at once, without what was answered in words."""
     return db.rows(
         """
-        SELECT delivery_id, account_id, target, event, kind, number, started_at, delivery_attempts.finished_at, outcome,
-            code, http_status, duration_ms, state, place, due, attempts, retries, waits, in_doubt, look_ups, accepted_at
-        FROM delivery_attempts JOIN deliveries ON deliveries.id = delivery_id
-        ORDER BY delivery_attempts.position DESC LIMIT ?""",
+        SELECT told.subject AS delivery_id, account_id, target, event, told.kind, told.at, told.until, told.outcome,
+            told.code, told.http, told.ms, state, place, due, attempts, retries, waits, in_doubt, look_ups, accepted_at
+        FROM history AS told JOIN deliveries ON deliveries.id = subject
+        WHERE told.kind IN ('call', 'look_up') ORDER BY told.position DESC LIMIT ?""",
         (number,),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crmbridge.events import instant, new_id
-from crmbridge.store import accounts, contacts, deliveries, messages, questions, turn
+from crmbridge.store import accounts, contacts, deliveries, history, messages, questions, turn
 from crmbridge.store.database import Database, Reads, Row, Tx
 
 _AT_ONCE = 200
@@ -99,12 +99,7 @@ def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     marks = _marks(ids)
     deliveries.move(tx, "done", f"id IN ({marks})", ids, {"last_code": "erased"})
     tx.update("deliveries", {"contact": alias, "body": None, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)
-    tx.run(
-        f"""
-        UPDATE delivery_attempts SET finished_at = ?, outcome = 'abandoned', code = 'erased'
-        WHERE finished_at IS NULL AND delivery_id IN ({marks})""",
-        (tx.now, *ids),
-    )
+    tx.run(f"UPDATE history SET text = NULL WHERE subject IN ({marks})", ids)
 
 
 def _blank_messages(tx: Tx, ids: Sequence[str], alias: str) -> None:
@@ -194,17 +189,17 @@ def _erase_account(db: Database, account_id: str) -> Erased:
     erased = Erased(
         deliveries=_in_steps(
             db, "SELECT id FROM deliveries WHERE account_id = ?", of_account,
-            lambda tx, ids: _delete(tx, ids, ("delivery_attempts", "delivery_id"), ("deliveries", "id")),
+            lambda tx, ids: _delete(tx, ids, "deliveries"),
         ),
         messages=_in_steps(
             db, "SELECT id FROM outbound_messages WHERE account_id = ?", of_account,
-            lambda tx, ids: _delete(tx, ids, ("status_transitions", "message_id"), ("outbound_messages", "id")),
+            lambda tx, ids: _delete(tx, ids, "outbound_messages"),
         ),
         events=_in_steps(
             db, "SELECT id FROM inbound_events WHERE account_id = ?", of_account,
-            lambda tx, ids: _delete(tx, ids, ("inbound_events", "id")),
+            lambda tx, ids: _delete(tx, ids, "inbound_events"),
         )
-        + _in_steps(db, unrouted, (external_id,), lambda tx, ids: _delete(tx, ids, ("inbound_events", "id"))),
+        + _in_steps(db, unrouted, (external_id,), lambda tx, ids: _delete(tx, ids, "inbound_events")),
     )  # fmt: skip
     _in_steps(
         db, "SELECT contact AS id FROM contacts WHERE account_id = ?", of_account,
@@ -215,16 +210,16 @@ def _erase_account(db: Database, account_id: str) -> Erased:
     blank = {"instagram_account_id": "erased", "app_scoped_id": None, "username": None}
 
     def finish(tx: Tx) -> None:
-        tx.run("DELETE FROM past_holds WHERE account_id = ?", of_account)
+        history.forget(tx, of_account)
         tx.update("accounts", blank, "id = ?", of_account)
 
     db.write_last(finish)
     return erased
 
 
-def _delete(tx: Tx, ids: Sequence[str], *places: tuple[str, str]) -> None:
-    for table, column in places:
-        tx.run(f"DELETE FROM {table} WHERE {column} IN ({_marks(ids)})", ids)
+def _delete(tx: Tx, ids: Sequence[str], table: str) -> None:
+    history.forget(tx, ids)
+    tx.run(f"DELETE FROM {table} WHERE id IN ({_marks(ids)})", ids)
 
 
 def _in_steps(db: Database, query: str, parameters: Sequence[Any], job: Callable[[Tx, Sequence[str]], Any]) -> int:

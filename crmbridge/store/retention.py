@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crmbridge.store import endpoints, history
 from crmbridge.store.database import Database, Reads, Row, Tx
 
 _STEP_S = 0.001  # what a step aims at, inside its transaction
@@ -65,7 +66,7 @@ def sweep(db: Database, terms: Terms, *, budget_s: float = 10, pause: Callable[[
     swept.unrouted += run.work_off(_unrouted(_EVER), most=_count_unrouted(db) - terms.unrouted_most)
     swept.rows += run.work_off(_deliveries(terms.rows_before))
     swept.rows += run.work_off(_events("noted", terms.rows_before))
-    swept.rows += run.work_off(_past_holds(terms.rows_before))
+    swept.rows += run.work_off(_holds(terms.rows_before))
     swept.rows += run.work_off(_events("dropped", min(terms.unrouted_before, terms.keys_before)))
     swept.texts += run.work_off(_long_texts(terms.keys_before), go_on=is_large)
     swept.rows += run.work_off(_deliveries(terms.keys_before), go_on=is_large)
@@ -171,27 +172,26 @@ def _is_old(row: Row, before: str) -> bool:
 
 
 def _deliveries(before: str) -> _Kind:
-    """Finished deliveries with their attempts and what they were made of."""
+    """Finished deliveries with their history and what they were made of."""
 
     def take(tx: Tx, positions: Sequence[Any]) -> int:
         rows = _still(tx, f"{_DELIVERY} WHERE position", positions, lambda row: _is_old(row, before))
         ids, taken = [row["id"] for row in rows], [row["position"] for row in rows]
         events = [row["event_id"] for row in rows if row["event_id"]]
         messages = list({row["message_id"] for row in rows if row["message_id"]})
-        tx.run(f"DELETE FROM delivery_attempts WHERE delivery_id IN ({_marks(ids)})", ids)
+        history.forget(tx, [*ids, *events])
         touched = tx.run(f"DELETE FROM deliveries WHERE position IN ({_marks(taken)})", taken)
         tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(events)})", events)
         # A message stays as long as anything is known of what became of it.
-        tx.run(
-            f"DELETE FROM outbound_messages WHERE id IN ({_marks(messages)})"
-            " AND NOT EXISTS (SELECT 1 FROM deliveries WHERE message_id = outbound_messages.id)",
-            messages,
-        )
-        tx.run(
-            f"DELETE FROM status_transitions WHERE message_id IN ({_marks(messages)})"
-            " AND NOT EXISTS (SELECT 1 FROM outbound_messages WHERE id = status_transitions.message_id)",
-            messages,
-        )
+        owed = {
+            row["id"]
+            for row in tx.rows(
+                f"SELECT message_id AS id FROM deliveries WHERE message_id IN ({_marks(messages)})", messages
+            )
+        }
+        over = [one for one in messages if one not in owed]
+        history.forget(tx, over)
+        tx.run(f"DELETE FROM outbound_messages WHERE id IN ({_marks(over)})", over)
         return touched
 
     sql = f"SELECT position FROM deliveries WHERE finished_at IS NOT NULL AND {_FINISHED} ORDER BY finished_at"
@@ -207,18 +207,20 @@ def _events(state: str, before: str) -> _Kind:
     def take(tx: Tx, ids: Sequence[Any]) -> int:
         rows = _still(tx, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == state)
         taken = [row["id"] for row in rows]
+        history.forget(tx, taken)
         return tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, (state, before), take)
 
 
-def _past_holds(before: str) -> _Kind:
+def _holds(before: str) -> _Kind:
     """What was held back so long ago that no row tells of it any more."""
 
     def take(tx: Tx, positions: Sequence[Any]) -> int:
-        return tx.run(f"DELETE FROM past_holds WHERE position IN ({_marks(positions)})", positions)
+        return tx.run(f"DELETE FROM history WHERE position IN ({_marks(positions)})", positions)
 
-    return _Kind("SELECT position FROM past_holds WHERE ended_at < ? ORDER BY ended_at", (before,), take)
+    sql = f"SELECT position FROM history WHERE {endpoints.IS_HELD} AND until < ? ORDER BY until"
+    return _Kind(sql, (before,), take)
 
 
 def _unrouted(before: str) -> _Kind:

@@ -3,23 +3,27 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crmbridge.store import accounts, endpoints
+from crmbridge.store import accounts, endpoints, history
 from crmbridge.store.database import Reads, Row
 
 Kind = Literal["message", "event", "account", "conversation"]
 MEANINGS_MOST = 50
 NEWEST = 20  # deliveries of a conversation that are told
+_REPEATS = """
+    (SELECT COUNT(*) FROM history WHERE subject = inbound_events.id AND kind = 'repeat') AS repeats,
+    (SELECT MAX(at) FROM history WHERE subject = inbound_events.id AND kind = 'repeat') AS repeated_at"""
 
 
 @dataclass(frozen=True)
 class Owed:
-    """A delivery with its attempts, the holds that it outlived (`held`), and what it waits for.
+    """A delivery with its calls, what befell it between them, the holds that it outlived (`held`), and what it awaits.
 
     That is what locks its endpoint, or the head of its lane. Its age counts from `aged_from`.
     """
 
     row: Row
-    attempts: list[Row]
+    calls: list[Row]
+    befell: list[Row]
     held: list[Row]
     hold: Row | None
     head: Row | None
@@ -31,14 +35,14 @@ class Owed:
 class Life:
     """A message that was sent (`message`) or something that came in (`event`), with all that became of it.
 
-    `heard` are the channel's echoes and receipts of it.
+    `changes` are those of its status, `heard` the channel's echoes and receipts of it, each with its `repeats`.
     """
 
     message: Row | None
     event: Row | None
     account: Row | None
     conversation_id: str | None
-    transitions: list[Row]
+    changes: list[Row]
     heard: list[Row]
     owed: list[Owed]
 
@@ -86,22 +90,21 @@ def of_message(db: Reads, message_id: str) -> Life:
     """Return what became of a message that a CRM asked us to send."""
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
     heard = db.rows(
-        "SELECT id, kind, state, occurred_at, received_at, repeats, repeated_at FROM inbound_events"
+        f"SELECT id, kind, state, occurred_at, received_at, {_REPEATS} FROM inbound_events"
         " WHERE account_id = ? AND instagram_message_id = ?",
         (message["account_id"], message["instagram_message_id"]),
     )
     # Sorted here: with ORDER BY SQLite reads all of the account's events by their age.
     heard.sort(key=lambda row: str(row["received_at"]))
-    transitions = db.rows("SELECT * FROM status_transitions WHERE message_id = ? ORDER BY position", (message_id,))
     owed = db.rows("SELECT * FROM deliveries WHERE message_id = ? ORDER BY position", (message_id,))
-    return _life(db, message, None, message["account_id"], message["recipient_id"], transitions, heard, owed)
+    return _life(db, message, None, message["account_id"], message["recipient_id"], heard, owed)
 
 
 def of_event(db: Reads, event_id: str) -> Life:
     """Return what became of something that the channel told us."""
-    event = _one(db, "SELECT * FROM inbound_events WHERE id = ?", event_id)
+    event = _one(db, f"SELECT *, {_REPEATS} FROM inbound_events WHERE id = ?", event_id)
     owed = db.rows("SELECT * FROM deliveries WHERE event_id = ? ORDER BY position", (event_id,))
-    return _life(db, None, event, event["account_id"], event["contact"], [], [], owed)
+    return _life(db, None, event, event["account_id"], event["contact"], [], owed)
 
 
 def _life(
@@ -110,7 +113,6 @@ def _life(
     event: Row | None,
     account_id: str | None,
     contact: str,
-    transitions: list[Row],
     heard: list[Row],
     rows: list[Row],
 ) -> Life:
@@ -119,11 +121,12 @@ def _life(
         "SELECT conversation_id FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
     )
     owed = [_owed(db, row) for row in rows]
-    return Life(message, event, account, conversation_id, transitions, heard, owed)
+    changes = history.of(db, message["id"], "status") if message else []
+    return Life(message, event, account, conversation_id, changes, heard, owed)
 
 
 def _owed(db: Reads, row: Row) -> Owed:
-    attempts = db.rows("SELECT * FROM delivery_attempts WHERE delivery_id = ? ORDER BY position", (row["id"],))
+    befell = [one for one in history.of(db, row["id"]) if one["kind"] not in history.CALLS]
     head = None
     if row["place"] == "behind":
         head = db.row(
@@ -137,7 +140,7 @@ def _owed(db: Reads, row: Row) -> Owed:
     aged_from = max(row["aged_from"], end["aged_from"]) if end else row["aged_from"]
     before = "SELECT send_before FROM outbound_messages WHERE id = ?"
     send_before = db.value(before, (row["message_id"],)) if row["target"] == "instagram" else None
-    return Owed(row, attempts, held, endpoints.lock(end), head, aged_from, send_before)
+    return Owed(row, history.calls(db, row), befell, held, endpoints.lock(end), head, aged_from, send_before)
 
 
 def account(db: Reads, account_id: str) -> Row:

@@ -249,7 +249,7 @@ def _counted(history: History, database: Path) -> Counter[str]:
     for call in history.of(SendCall):
         counts["look-ups" if call.text is None else "Send API calls"] += 1
     with reading(database) as connection:
-        sql = "SELECT outcome, COUNT(*) FROM delivery_attempts GROUP BY outcome"
+        sql = "SELECT outcome, COUNT(*) FROM history WHERE kind IN ('call', 'look_up') GROUP BY outcome"
         counts.update({f"attempts {outcome}": number for outcome, number in connection.execute(sql)})
     return counts
 

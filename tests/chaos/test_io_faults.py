@@ -182,8 +182,8 @@ def assert_whole(shop: Shop) -> None:
             (SELECT 1 FROM deliveries WHERE event_id = inbound_events.id AND target = 'crm')
         UNION ALL SELECT id FROM outbound_messages WHERE NOT EXISTS
             (SELECT 1 FROM deliveries WHERE message_id = outbound_messages.id AND target = 'instagram')
-        UNION ALL SELECT id FROM outbound_messages WHERE NOT EXISTS
-            (SELECT 1 FROM status_transitions WHERE message_id = outbound_messages.id)
+        UNION ALL SELECT id FROM outbound_messages WHERE status <> 'pending' AND NOT EXISTS
+            (SELECT 1 FROM history WHERE subject = outbound_messages.id AND kind = 'status' AND code = status)
         UNION ALL SELECT id FROM deliveries WHERE event_id IS NOT NULL AND NOT EXISTS
             (SELECT 1 FROM inbound_events WHERE id = deliveries.event_id) AND event LIKE 'message.received'"""
     assert shop.rows(ownerless) == []

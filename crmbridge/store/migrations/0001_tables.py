@@ -115,15 +115,6 @@ TABLES = (
     CREATE INDEX outbound_ends ON outbound_messages (send_before)
         WHERE status = 'pending' AND send_before IS NOT NULL""",
     """
-    CREATE TABLE status_transitions (                -- every change of an outbound message's status
-        position   INTEGER PRIMARY KEY AUTOINCREMENT,
-        message_id TEXT NOT NULL,
-        status     TEXT NOT NULL,
-        reason     TEXT,                             -- an error code, or how we know
-        at         TEXT NOT NULL
-    )""",
-    "CREATE INDEX transitions_message ON status_transitions (message_id)",
-    """
     CREATE TABLE inbound_events (                    -- what the channel told us
         id                   TEXT PRIMARY KEY,       -- evt_…
         account_id           TEXT,                   -- NULL while no account here has that id
@@ -137,9 +128,7 @@ TABLES = (
         party                TEXT,                   -- the business as the item names it, where the entry did not
         occurred_at          TEXT NOT NULL,
         received_at          TEXT NOT NULL,
-        correlation_id       TEXT NOT NULL,
-        repeats              INTEGER NOT NULL DEFAULT 0, -- times it was told again
-        repeated_at          TEXT                    -- the last time
+        correlation_id       TEXT NOT NULL
     )""",
     "CREATE UNIQUE INDEX inbound_dedupe ON inbound_events (instagram_account_id, dedupe_key)",
     """
@@ -177,13 +166,13 @@ TABLES = (
         last_code        TEXT,
         last_http_status INTEGER,
         last_error       TEXT,
+        last_ms          INTEGER,                    -- how long the last call took
         correlation_id   TEXT NOT NULL,
         accepted_at      TEXT NOT NULL,
         aged_from        TEXT NOT NULL,              -- when it was accepted, or last revived: its age counts from here
         revived          INTEGER NOT NULL DEFAULT 0, -- 1: it was dead, and goes behind live traffic
         finished_at      TEXT,
         latency_ms       INTEGER,                    -- accepted to done; NULL unless a call did it
-        notes            TEXT,                       -- what became of it between its calls: lines of time and word
         gone             INTEGER NOT NULL DEFAULT 0  -- 1: retention took its content
     )""",
     """
@@ -220,38 +209,28 @@ TABLES = (
         WHERE gone = 0 AND length(CAST(body AS BLOB)) > 4000""",
     "CREATE INDEX deliveries_feed ON deliveries (account_id, gone, position) WHERE target = 'crm'",
     """
-    CREATE TABLE delivery_attempts (                 -- written before the call, completed after it
-        position    INTEGER PRIMARY KEY AUTOINCREMENT,
-        delivery_id TEXT NOT NULL,
-        claim_id    TEXT NOT NULL,
-        kind        TEXT NOT NULL,                   -- call | look_up
-        number      INTEGER NOT NULL,                -- of the call, or of the call that is looked for
-        started_at  TEXT NOT NULL,
-        finished_at TEXT,
-        outcome     TEXT,                            -- done | retry | refused | in_doubt | fault | abandoned | absent
-        code        TEXT,
-        http_status INTEGER,
-        error       TEXT,
-        duration_ms INTEGER
+    CREATE TABLE history (                           -- what became of things, beside what their own rows tell
+        position    INTEGER PRIMARY KEY,
+        subject     TEXT NOT NULL,                   -- a delivery, message, event or account, by its id
+        at          TEXT NOT NULL,
+        until       TEXT,                            -- of what took its time: a call, a hold
+        kind        TEXT NOT NULL,                   -- call | look_up | status | repeat | stepped_aside | done | dead
+                                                     -- | revived | discarded | restored | crm_held | instagram_held
+        outcome     TEXT,                            -- of a call: done | retry | refused | in_doubt | fault | abandoned
+                                                     -- | absent | unclear; a first one that was done has no row here
+        code        TEXT,                            -- why; of a status: which
+        http        INTEGER,                         -- the answer's status
+        text        TEXT,                            -- an answer's words, or who it was; never what a message says
+        ms          INTEGER,                         -- how long a call took
+        correlation TEXT
     )""",
-    "CREATE INDEX attempts_delivery ON delivery_attempts (delivery_id, number)",
+    "CREATE INDEX history_subject ON history (subject, at)",
+    "CREATE INDEX history_held ON history (until) WHERE kind IN ('crm_held', 'instagram_held')",
     """
     CREATE TABLE heartbeats (                        -- who was alive when
         name TEXT PRIMARY KEY,
         at   TEXT NOT NULL
     )""",
-    """
-    CREATE TABLE past_holds (                        -- what held an endpoint back, and ended
-        position   INTEGER PRIMARY KEY AUTOINCREMENT,
-        account_id TEXT NOT NULL,
-        target     TEXT NOT NULL,                    -- crm: its deliveries | instagram: its sends
-        cause      TEXT NOT NULL,                    -- operator, or what held it by itself
-        reason     TEXT,
-        since      TEXT NOT NULL,
-        ended_at   TEXT NOT NULL
-    )""",
-    "CREATE INDEX past_holds_endpoint ON past_holds (account_id, target, ended_at)",
-    "CREATE INDEX past_holds_age ON past_holds (ended_at)",
     """
     CREATE TABLE alerts (                            -- what an administrator must know, open and ended
         kind       TEXT NOT NULL,                    -- dead_letter, crm_down, …: README lists them

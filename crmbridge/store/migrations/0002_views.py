@@ -71,9 +71,9 @@ VIEWS = (
     """
     CREATE VIEW slow AS  -- what took longer than five seconds to get there, the newest first
         SELECT finished_at, latency_ms, account_id, contact, target, event, attempts, accepted_at, id,
-            (SELECT group_concat(since || ' to ' || ended_at || ': ' || COALESCE(reason, cause), '; ') FROM past_holds
-                WHERE past_holds.account_id = deliveries.account_id AND past_holds.target = deliveries.target
-                    AND ended_at > accepted_at AND since < finished_at) AS held,  -- when, and why, it had to wait
+            (SELECT group_concat(at || ' to ' || until || ': ' || COALESCE(text, code), '; ') FROM history
+                WHERE subject = account_id AND kind = target || '_held' AND at < finished_at
+                    AND until > accepted_at) AS held,  -- when, and why, it had to wait
             'crmbridge explain ' || id AS to_type
         FROM deliveries WHERE latency_ms > 5000 ORDER BY finished_at DESC""",
     """
@@ -83,10 +83,11 @@ VIEWS = (
             SELECT account_id, target, latency_ms, COUNT(*) AS number FROM deliveries
             WHERE finished_at IS NOT NULL AND latency_ms IS NOT NULL
                 AND finished_at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 hour')
-                AND instr(COALESCE(notes, ''), ' revived') = 0 AND NOT EXISTS (
-                    SELECT 1 FROM past_holds
-                    WHERE past_holds.account_id = deliveries.account_id AND past_holds.target = deliveries.target
-                        AND ended_at > accepted_at AND since < finished_at)
+                AND NOT EXISTS (SELECT 1 FROM history WHERE subject = deliveries.id AND kind = 'revived')
+                AND NOT EXISTS (
+                    SELECT 1 FROM history
+                    WHERE subject = account_id AND kind = target || '_held' AND at < finished_at
+                        AND until > accepted_at)
             GROUP BY account_id, target, latency_ms),
         placed AS (
             SELECT account_id, target, latency_ms,
