@@ -36,20 +36,30 @@ def fill(path: Path, account_id: str, shop: str, number: int, lanes: int) -> Non
             contact, event_id = f"70{lane:07}", new_id("evt")
             payload = f'{{"text": "waiting {turn_number}", "message_type": "text"}}'
             db.execute(
-                "INSERT INTO inbound_events (id, account_id, instagram_account_id, contact, kind, dedupe_key,"
+                "INSERT INTO events (id, account_id, instagram_account_id, contact, kind, sequence, dedupe_key,"
                 " instagram_message_id, state, payload, occurred_at, received_at, correlation_id)"
-                " VALUES (?, ?, ?, ?, 'message.received', ?, ?, 'forwarded', ?, ?, ?, 'bench')",
-                (event_id, account_id, shop, contact, f"message:{event_id}", f"mid-{event_id}", payload, now, now),
+                " VALUES (?, ?, ?, ?, 'message.received', ?, ?, ?, 'forwarded', ?, ?, ?, 'bench')",
+                (
+                    event_id,
+                    account_id,
+                    shop,
+                    contact,
+                    sequence,
+                    f"message:{event_id}",
+                    f"mid-{event_id}",
+                    payload,
+                    now,
+                    now,
+                ),
             )
             db.execute(
-                "INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, place, due,"
+                "INSERT INTO deliveries (id, target, account_id, contact, event, event_id, place, due,"
                 " correlation_id, accepted_at, aged_from)"
-                " VALUES (?, 'crm', ?, ?, ?, 'message.received', ?, ?, ?, 'bench', ?, ?)",
+                " VALUES (?, 'crm', ?, ?, 'message.received', ?, ?, ?, 'bench', ?, ?)",
                 (
                     new_id("dlv"),
                     account_id,
                     contact,
-                    sequence,
                     event_id,
                     "head" if sequence == 1 else "behind",
                     now,

@@ -1,5 +1,6 @@
 """Fixtures: a running shop for a module (`shop`) or a test (`fresh_shop`), rooms on a set clock (`rig`), a browser."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,13 @@ def _as_documented() -> Iterator[None]:
     yield
     found = spec.problems()
     assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_open() -> Iterator[None]:
+    """Have what a module's tests left open be reported here, not in a test that happens to meet it."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -673,13 +673,13 @@ def test_an_account_that_usually_talks_and_falls_silent_is_told_of(rig: Rig, off
 def test_looking_for_silence_costs_the_same_however_much_came(rig: Rig) -> None:
     account = rig.account()
     talk(rig, 1, (0,))
-    copy = rig.db.rows("SELECT * FROM inbound_events")[0]
+    copy = rig.db.rows("SELECT * FROM events")[0]
     begin_s, minutes = epoch_s(copy["received_at"]), 5000
 
     def hear_much(tx: Tx) -> None:
         for minute in range(minutes):
             at = instant(begin_s + 60 * minute)
-            tx.insert("inbound_events", {**copy, "id": f"evt_{minute}", "dedupe_key": at, "received_at": at})
+            tx.insert("events", {**copy, "position": None, "id": f"evt_{minute}", "dedupe_key": at, "received_at": at})
 
     rig.db.write(hear_much)
     steps = [0]

@@ -77,7 +77,9 @@ class Desk:
             "recipient": {"id": str(self.number)},
         })))  # fmt: skip
         self.rig.drain()
-        sql = "SELECT state, last_code, last_http_status FROM deliveries WHERE account_id = ? AND body LIKE ?"
+        sql = """
+            SELECT deliveries.state, last_code, last_http_status FROM deliveries JOIN events ON events.id = event_id
+            WHERE deliveries.account_id = ? AND body LIKE ?"""
         (row,) = self.rig.db.rows(sql, (self.account["id"], f'%"{text}"%'))
         return row["state"], row["last_code"], row["last_http_status"]
 
@@ -348,7 +350,9 @@ def test_thirty_customers_events_all_arrive_soon(busy_shop: Shop, tail: str) -> 
         assert shop.call("PUT", f"/api/v1/accounts/{shop.account_id}", {"crm_webhook_url": far.url}).status_code == 200
         for number in range(30):
             assert shop.meta.customer_says(SHOP_ID, f"77{number}", f"{tail} {number}").status == 200
-        done = f"SELECT COUNT(*) FROM deliveries WHERE state = 'done' AND body LIKE '%\"{tail} %'"
+        done = f"""
+            SELECT COUNT(*) FROM deliveries JOIN events ON events.id = event_id
+            WHERE place = 'done' AND body LIKE '%"{tail} %'"""
         shop.wait_rows(done, [(30,)], timeout_s=30)
         assert sorted(one.event["message"] for one in far.requests) == sorted(f"{tail} {n}" for n in range(30))
 

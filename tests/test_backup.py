@@ -91,7 +91,7 @@ def test_what_was_acknowledged_before_a_backup_began_is_in_it_and_nobody_waits_f
             file = folder / f"{number}.db"
             assert "found whole" in shop.bridge.command("backup", str(file))
             grown = [mid for told in taken for mid in told]
-            assert {mid for (mid,) in query(file, "SELECT instagram_message_id FROM inbound_events")} >= set(before)
+            assert {mid for (mid,) in query(file, "SELECT instagram_message_id FROM events")} >= set(before)
             assert len(grown) > len(before)
     finally:
         is_over.set()
@@ -102,7 +102,7 @@ def test_what_was_acknowledged_before_a_backup_began_is_in_it_and_nobody_waits_f
     assert (refused.returncode, "in use: stop the service first" in refused.stderr) == (1, True)
     assert shop.bridge.stop() == 0
     shop.bridge.command("restore", str(file))
-    assert {mid for (mid,) in shop.rows("SELECT instagram_message_id FROM inbound_events")} >= set(before)
+    assert {mid for (mid,) in shop.rows("SELECT instagram_message_id FROM events")} >= set(before)
     shop.start()
     shop.wait_rows("SELECT COUNT(*) FROM backfills", [(0,)])
     shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state = 'pending'", [(0,)], BULK_S)

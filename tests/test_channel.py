@@ -682,7 +682,7 @@ def test_what_was_taken_back_is_erased_everywhere(rig: Rig) -> None:
     rig.drain()
     deleted = rig.taken()[-1].event
     assert (deleted["event"], deleted["message_id"]) == ("message.deleted", message_id)
-    for table in ("inbound_events", "deliveries"):
+    for table in ("events", "deliveries"):
         assert "secret" not in json.dumps(rig.db.rows(f"SELECT * FROM {table}")), table
     rig.echo("ours, typed elsewhere", "mid-2")
     sent = rig.send(account, "our secret")
@@ -699,7 +699,7 @@ def test_comments_and_mentions_are_told_only_where_asked_for(tmp_path: Path, swi
         for name in ("comment", "mention", "text"):
             assert shop.meta.post((PAYLOADS / f"{name}.json").read_bytes()).status == 200
         assert sorted(entry.event["message_type"] for entry in shop.crm.wait(len(wanted))) == wanted
-        kinds = shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'channel.noted'")
+        kinds = shop.rows("SELECT COUNT(*) FROM events WHERE kind = 'channel.noted'")
         assert kinds == [(3 - len(wanted),)]
 
 
@@ -742,7 +742,7 @@ def test_an_edit_that_comes_after_its_unsend_is_not_told(rig: Rig) -> None:
     rig.hear(rig.item({"message_edit": {"mid": "mid-1", "text": "a secret", "num_edit": 1}}))
     rig.drain()
     assert rig.events() == ["message.deleted"]
-    assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM inbound_events"))
+    assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM events"))
 
 
 @pytest.mark.parametrize("in_flight", [True, False])
@@ -791,7 +791,7 @@ def test_one_webhook_does_not_take_in_all_that_waited_for_its_account(rig: Rig) 
     rig.now_s += 1000
     (late,) = rig.say("late", "mid-late")
     assert late.state == "queued"
-    assert rig.db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'") == 51
+    assert rig.db.value("SELECT COUNT(*) FROM events WHERE state = 'unrouted'") == 51
     inbound.adopt(rig.db, account)
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()][-2:] == [f"early {inbound._ADOPT_AT_ONCE + 49}", "late"]
@@ -833,6 +833,6 @@ def test_what_was_recovered_is_not_told_again_as_another_kind(rig: Rig) -> None:
         rig.hear(tap)
         rig.drain()
         assert rig.events() == (["message.received"] if pushed else ["message.postback"])
-        for table in ("inbound_events", "deliveries"):
+        for table in ("events", "deliveries"):
             rig.db.write(lambda tx, table=table: tx.run(f"DELETE FROM {table}"))  # type: ignore[misc]
         rig.crm.reset()

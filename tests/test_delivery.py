@@ -496,7 +496,7 @@ def test_a_row_that_cannot_be_rendered_stops_no_other(rig: Rig) -> None:
     rig.account()
     rig.say("lost", "mid-1")
     rig.say("fine", "mid-2", contact=OTHER_CUSTOMER)
-    rig.db.write(lambda tx: tx.run("UPDATE inbound_events SET payload = NULL WHERE instagram_message_id = 'mid-1'"))
+    rig.db.write(lambda tx: tx.run("UPDATE events SET payload = NULL WHERE instagram_message_id = 'mid-1'"))
     rig.drain()
     assert [entry.event["message"] for entry in rig.taken()] == ["fine"]
     assert [kind for kind, _ in rig.alerts] == ["system_fault"]

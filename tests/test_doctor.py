@@ -205,7 +205,7 @@ class Stage:
         """Write a delivery to the CRM; return what takes it away."""
         now, later = instant(time.time()), instant(time.time() + 80_000)
         row = {
-            "id": "dlv_planted", "target": "crm", "account_id": self.account_id, "contact": CUSTOMER, "sequence": 1,
+            "id": "dlv_planted", "target": "crm", "account_id": self.account_id, "contact": CUSTOMER,
             "event": "message.received", "place": place, "due": later, "correlation_id": "test",
             "accepted_at": now, "aged_from": now, **values,
         }  # fmt: skip
@@ -637,7 +637,7 @@ def dead(stage: Stage, undo: contextlib.ExitStack) -> None:
 
 @fault("unrouted", "warning", "POST /api/v1/accounts")
 def unrouted(stage: Stage, undo: contextlib.ExitStack) -> None:
-    undo.callback(stage.execute, "DELETE FROM inbound_events WHERE state = 'unrouted'")
+    undo.callback(stage.execute, "DELETE FROM events WHERE state = 'unrouted'")
     entry = wire.envelope("17841499999999999", 1, {"sender": {"id": CUSTOMER}, "recipient": {"id": "17841499999999999"},
                           "timestamp": 1, "message": {"mid": "m", "text": "hello"}})  # fmt: skip
     assert stage.shop.meta.post(entry).status == 200

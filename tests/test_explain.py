@@ -132,7 +132,7 @@ def test_a_long_conversation_says_that_its_newest_deliveries_are_shown(rig: Rig)
 def test_no_story_tells_what_a_message_says(rig: Rig) -> None:
     troubled(rig)
     rig.say("a secret question", "mid-secret")
-    asked = [row["id"] for row in rig.db.rows("SELECT id FROM inbound_events UNION SELECT id FROM outbound_messages")]
+    asked = [row["id"] for row in rig.db.rows("SELECT id FROM events UNION SELECT id FROM outbound_messages")]
     asked += [row["conversation_id"] for row in rig.db.rows("SELECT conversation_id FROM contacts")]
     everything = json.dumps([explain.explain(rig.db, given, rig.now_s, rig.patience) for given in [*asked, SHOP_ID]])
     assert "offer" not in everything

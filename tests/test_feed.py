@@ -116,7 +116,7 @@ def test_what_retention_took_is_left_out_and_counted(rig: Rig) -> None:
     for number in range(6):
         rig.say(f"text {number}", f"mid-{number}")
     start = page(rig, limit=1).next_cursor
-    take = "UPDATE deliveries SET gone = 1, body = NULL WHERE position IN (1, 2, 3, 6)"
+    take = "UPDATE events SET gone = 1, body = NULL, payload = NULL WHERE position IN (1, 2, 3, 6)"
     rig.db.write_last(lambda tx: tx.run(take))
     found = page(rig, start, limit=1)
     assert (texts(found.events), found.has_more, found.expired) == (["text 3"], True, 2)
@@ -130,7 +130,7 @@ def test_a_cursor_outlives_its_row(rig: Rig) -> None:
     rig.account(url=None)
     rig.say("one", "mid-1")
     cursor = page(rig).next_cursor
-    rig.db.write_last(lambda tx: tx.run("DELETE FROM deliveries"))
+    rig.db.write_last(lambda tx: tx.run("DELETE FROM events"))
     assert page(rig, cursor) == feed.Page([], cursor, False, 0)
     rig.say("two", "mid-2")
     assert texts(page(rig, cursor).events) == ["two"]
@@ -191,7 +191,7 @@ def test_an_event_that_cannot_be_rendered_stops_none_of_the_others(rig: Rig) -> 
     rig.account(url=None)
     for number in range(3):
         rig.say(str(number), f"mid-{number}")
-    rig.db.write_last(lambda tx: tx.run("UPDATE inbound_events SET payload = '[]' WHERE contact <> '' AND rowid = 2"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE events SET payload = '[]' WHERE contact <> '' AND rowid = 2"))
     found = page(rig)
     assert (texts(found.events), found.expired) == (["0", "2"], 1)
 
@@ -204,7 +204,7 @@ def test_on_a_full_disk_events_are_read_all_the_same(rig: Rig) -> None:
     with pytest.raises(Unavailable):
         rig.say("refused", "mid-2")
     assert texts(page(rig).events) == ["before"]
-    assert rig.db.value("SELECT COUNT(*) FROM deliveries WHERE body IS NOT NULL") == 1
+    assert rig.db.value("SELECT COUNT(*) FROM events WHERE body IS NOT NULL") == 1
 
 
 def hundreds_of_steps(db: Database, work: Callable[[], object]) -> int:
@@ -223,14 +223,14 @@ def test_a_page_costs_the_same_among_100000_events(rig: Rig) -> None:
     first, second = rig.account(url=None), rig.account(OTHER_ID, url=None)
     fill = f"""
         WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 100000)
-        INSERT INTO deliveries (id, target, account_id, contact, sequence, event, event_id, body, place, due,
-            correlation_id, accepted_at, aged_from, finished_at, gone)
-        SELECT 'dlv_' || n, 'crm', CASE n % 2 WHEN 0 THEN '{first["id"]}' ELSE '{second["id"]}' END, '1', n,
-            'message.sent', printf('evt_%026d', n), '{{}}', 'done', '', '', '', '', '2027', n < 60000 FROM number"""
+        INSERT INTO events (id, account_id, contact, kind, sequence, message_id, state, body, gone, occurred_at,
+            received_at, correlation_id)
+        SELECT printf('evt_%026d', n), CASE n % 2 WHEN 0 THEN '{first["id"]}' ELSE '{second["id"]}' END, '1',
+            'message.sent', n, 'msg_' || n, 'forwarded', '{{}}', n < 60000, '', '', '' FROM number"""
     rig.say("before", "mid-1")
     few = hundreds_of_steps(rig.db, lambda: page(rig, limit=20))
     rig.db.write_last(lambda tx: tx.run(fill))
-    rig.db.write_last(lambda tx: tx.run("UPDATE deliveries SET gone = 1 WHERE position = 1"))
+    rig.db.write_last(lambda tx: tx.run("UPDATE events SET gone = 1 WHERE position = 1"))
     cursor = page(rig, f"evt_{80_000:026}", limit=20).next_cursor
     assert hundreds_of_steps(rig.db, lambda: page(rig, cursor, limit=20)) < few + 60
     assert hundreds_of_steps(rig.db, lambda: page(rig, limit=20)) < few + 60

@@ -528,7 +528,7 @@ def test_one_send_goes_alone_and_a_second_refusal_is_asked_about_later(rig: Rig)
 def test_a_reply_to_what_is_gone_fails_alone(rig: Rig) -> None:
     account = rig.account()
     rig.say("hello", "mid-1")
-    (event,) = rig.db.rows("SELECT id FROM inbound_events")
+    (event,) = rig.db.rows("SELECT id FROM events")
     body = {
         "account_id": account["id"], "recipient_id": CUSTOMER, "message": "yes", "idempotency_key": "k",
         "reply_to": event["id"],

@@ -70,7 +70,7 @@ def test_a_value_larger_than_any_that_is_written_is_refused(backup: Path) -> Non
         ("CREATE TABLE deep (b, a AS (hex(zeroblob(400000000))))", "table deep"),
         ("CREATE TEMP TABLE x (y); CREATE TABLE \"a\n\x1b[2Jb\" (c)", r"table a\\n\\x1b\[2Jb"),
         ("DROP VIEW stuck; CREATE VIEW stuck AS SELECT * FROM api_keys", "view stuck"),
-        ("DROP INDEX inbound_dedupe", "no index inbound_dedupe"),
+        ("DROP INDEX events_dedupe", "no index events_dedupe"),
         ("ALTER TABLE contacts ADD COLUMN more AS (hex(contact))", "table contacts"),
         ("ALTER TABLE heartbeats RENAME COLUMN at TO \"at\u00a0\"", "table heartbeats"),
         ("ALTER TABLE accounts ADD COLUMN more CHECK (more IS NOT '--')", "table accounts"),

@@ -26,7 +26,7 @@ def owe_much(rig: Rig, account: dict[str, Any], number: int = MANY) -> None:
         for count in range(number):
             contact, name = f"c{count // 20}", f"{account['id']}{count}"
             event = Debt("crm", account["id"], contact, "message.received", "test", event_id=f"evt_{name}")
-            deliveries.owe(tx, event, body="{}", sequence=count, push=True)
+            deliveries.owe(tx, event)
             row = {"id": f"msg_{name}", "account_id": account["id"], "recipient_id": contact, "idempotency_key": name}
             tx.insert(
                 "outbound_messages",
@@ -34,9 +34,9 @@ def owe_much(rig: Rig, account: dict[str, Any], number: int = MANY) -> None:
                  "created_at": now},
             )  # fmt: skip
             send = Debt("instagram", account["id"], contact, "message.send", "test", message_id=row["id"])
-            deliveries.owe(tx, send, body=None, sequence=count, push=True)
+            deliveries.owe(tx, send)
             dead = Debt("crm", account["id"], contact, "message.received", "test", event_id=f"evt_dead{name}")
-            died = deliveries.owe(tx, dead, body="{}", sequence=count, push=True)
+            died = deliveries.owe(tx, dead)
             asked = {"place": "dead", "finished_at": now}
             tx.update("deliveries", asked, "id = ?", [died])
 

@@ -23,7 +23,7 @@ from tests.waiting import BULK_S, PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 BESIDE = Path(sys.executable).parent / "litestream"
-MIDS = "SELECT instagram_message_id FROM inbound_events"
+MIDS = "SELECT instagram_message_id FROM events"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_what_was_synced_survives_the_loss_and_is_copied_again(
 
     restored = folder / "restored.db"
     litestream.restore(restored)
-    assert copies.look_through(restored).rows["inbound_events"] >= len(before)
+    assert copies.look_through(restored).rows["events"] >= len(before)
     lose(shop, what)
     shop.bridge.command("restore", str(restored))
     shop.start()

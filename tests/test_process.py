@@ -92,7 +92,7 @@ def test_3000_messages_over_16_connections_arrive_once_each(fresh_shop: Shop) ->
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(say, range(3000)))
-    assert shop.rows("SELECT COUNT(*) FROM inbound_events WHERE kind = 'message.received'") == [(3000,)]
+    assert shop.rows("SELECT COUNT(*) FROM events WHERE kind = 'message.received'") == [(3000,)]
     shop.crm.wait(3000, timeout_s=BULK_S)
     assert texts(shop) == {f"load {number}": 1 for number in range(3000)}
     lanes: dict[str, int] = {}

@@ -104,7 +104,7 @@ COMMANDS = (
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words).replace(EVIL, "EVIL"))
 def test_whatever_others_are_called_a_command_prints_lines_of_its_own_alone(evil: Shop, words: tuple[str, ...]) -> None:
     ((event, message),) = evil.rows(
-        "SELECT (SELECT id FROM inbound_events WHERE account_id IS NULL), (SELECT id FROM outbound_messages)"
+        "SELECT (SELECT id FROM events WHERE account_id IS NULL), (SELECT id FROM outbound_messages)"
     )
     ids = {"ACCOUNT": evil.account_id, "EVENT": event, "MESSAGE": message}
     _, said = typed(evil.bridge.folder, *(ids.get(word, word) for word in words))

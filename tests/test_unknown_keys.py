@@ -301,7 +301,7 @@ def test_what_was_taken_back_goes_with_its_message(rig: Rig, name: str, is_told:
     rig.hear(rig.item({"message": unsend}, at_s=rig.now_s + 1))
     rig.crm.answer_always(None)
     rig.live_through(600)
-    for table in ("inbound_events", "deliveries"):
+    for table in ("events", "deliveries"):
         assert MARK not in json.dumps(rig.db.rows(f"SELECT * FROM {table}")), table
     seen = [json.dumps(entry.event) for entry in rig.taken()]
     assert sum(MARK in event for event in seen) == int(is_told)
@@ -320,10 +320,10 @@ def test_it_goes_with_retention_and_erasure_and_is_never_logged(
         rig.drain()
         if erased and name != "mention":  # a mention names nobody
             privacy.erase_contact(rig.db, account["id"], CUSTOMER)
-            rig.db.write(lambda tx: tx.run("DELETE FROM inbound_events"))  # it may be told once more
+            rig.db.write(lambda tx: tx.run("DELETE FROM events"))  # it may be told once more
         else:
             prune(rig, 8)
-        for table in ("inbound_events", "deliveries"):
+        for table in ("events", "deliveries"):
             assert MARK not in json.dumps(rig.db.rows(f"SELECT * FROM {table}")), table
         rig.now_s += 60
     ours = [f"{record.getMessage()} {record.__dict__}" for record in caplog.records if record.name == "crmbridge"]

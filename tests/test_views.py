@@ -204,10 +204,10 @@ def test_no_explanation_reads_a_whole_table(rig: Rig, monkeypatch: pytest.Monkey
 def scans(rig: Rig, query: str, parameters: Sequence[Any]) -> list[str]:
     """Return where a query reads all of a table that grows with the messages."""
     plan = [row["detail"] for row in rig.db.rows(f"EXPLAIN QUERY PLAN {query}", parameters)]
-    large = ("deliveries", "waiting", "head", "inbound_events", "outbound_messages", "history")
+    large = ("deliveries", "waiting", "head", "events", "outbound_messages", "history")
     found = [step for step in plan if step.startswith("SCAN") and step.split()[1] in large]
     # In the order of its rows with a limit, or over an index that holds only what is asked for.
-    partial = ("deliveries_expiry", "deliveries_dead_account", "deliveries_slow", "inbound_unrouted")
+    partial = ("deliveries_expiry", "deliveries_dead_account", "deliveries_slow", "events_unrouted")
     return [step for step in found if not step.endswith(partial) and "FROM recent LIMIT" not in query]
 
 
@@ -216,7 +216,7 @@ def test_latencies_are_percentiles_of_the_last_hour(rig: Rig) -> None:
 
     def fill(tx: Tx) -> None:
         for number in range(1, 101):
-            values = {"contact": "c", "sequence": number, "event": "e", "due": "", "correlation_id": "x"}
+            values = {"contact": "c", "event": "e", "due": "", "correlation_id": "x"}
             values |= {"id": f"dlv_{number}", "target": "crm", "account_id": account["id"], "place": "done"}
             tx.insert("deliveries", {**values, "accepted_at": "", "aged_from": "", "latency_ms": number})
         tx.run("UPDATE deliveries SET finished_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-59 minutes')")

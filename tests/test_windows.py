@@ -375,7 +375,7 @@ def test_what_is_taken_back_has_opened_the_window_all_the_same(desk: Desk) -> No
             rig.hear(rig.item(json.loads(json.dumps(item)), at_s=acted_s + (item is unsent)))
             rig.now_s += number
         assert desk.both() == (202, instant(acted_s + DAY_S))
-        rig.db.write(lambda tx: tx.run("DELETE FROM inbound_events WHERE instagram_message_id = 'mid-new'"))
+        rig.db.write(lambda tx: tx.run("DELETE FROM events WHERE instagram_message_id = 'mid-new'"))
         rig.now_s += 2 * DAY_S
 
 

@@ -53,7 +53,7 @@ def has_pending(db: Reads, target: Target, account_id: str, before: str = "~") -
 
 def last_heard(db: Reads, account_id: str) -> str | None:
     """Return when the channel last told something about an account."""
-    found = db.value("SELECT MAX(received_at) FROM inbound_events WHERE account_id = ?", (account_id,))
+    found = db.value("SELECT MAX(received_at) FROM events WHERE account_id = ? AND message_id IS NULL", (account_id,))
     return str(found) if found else None
 
 
@@ -63,7 +63,7 @@ def active_hours(db: Reads, account_id: str, since: str) -> list[int]:
     Goes from hour to hour by the index, so that a busy account costs no more than a quiet one.
     """
     hours: list[int] = []
-    sql = "SELECT MIN(received_at) FROM inbound_events WHERE account_id = ? AND received_at >= ?"
+    sql = "SELECT MIN(received_at) FROM events WHERE account_id = ? AND message_id IS NULL AND received_at >= ?"
     while found := db.value(sql, (account_id, since)):
         hours.append(int(epoch_s(found)) // _HOUR_S)
         since = instant((hours[-1] + 1) * _HOUR_S)

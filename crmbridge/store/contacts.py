@@ -8,18 +8,21 @@ from crmbridge.store.database import Reads, Row, Tx
 
 ERASED = "erased_"  # how a contact begins who was erased
 Target = Literal["crm", "instagram"]
-_NEXT = {
-    target: f"""
-    INSERT INTO contacts (account_id, contact, conversation_id, {column}, created_at) VALUES (?, ?, ?, 1, ?)
-    ON CONFLICT (account_id, contact) DO UPDATE SET {column} = contacts.{column} + 1
-    RETURNING {column}"""
-    for target, column in (("crm", "crm_sequence"), ("instagram", "send_sequence"))
-}
+_COUNT = """
+    INSERT INTO contacts (account_id, contact, conversation_id, {0}, created_at) VALUES (?, ?, ?, 1, ?)
+    ON CONFLICT (account_id, contact) DO UPDATE SET {0} = contacts.{0} + 1
+    RETURNING {0}"""
+_NEXT_EVENT, _NEXT_SEND = _COUNT.format("crm_sequence"), _COUNT.format("sends")
 
 
-def next_sequence(db: Reads, target: Target, account_id: str, contact: str, now: str) -> int:
-    """Give out the next number of a lane; the contact is made at its first mention."""
-    return int(db.value(_NEXT[target], (account_id, contact, new_id("cnv"), now)))
+def next_sequence(tx: Tx, account_id: str, contact: str) -> int:
+    """Give out the next number of what a CRM hears about a contact, who is made at the first mention."""
+    return int(tx.value(_NEXT_EVENT, (account_id, contact, new_id("cnv"), tx.now)))
+
+
+def count_send(tx: Tx, account_id: str, contact: str) -> None:
+    """Count a send; the contact is made at the first mention, and nobody else writes to their lane meanwhile."""
+    tx.value(_NEXT_SEND, (account_id, contact, new_id("cnv"), tx.now))
 
 
 def acted(tx: Tx, account_id: str, contact: str, *, at: str | None, until: str | None) -> None:

@@ -24,7 +24,7 @@ from crmbridge.store.deliveries import SEND
 _STEP_PAGES = 256
 _SYNC_STEPS = 16  # a sync of everything at the end would hold up the others' commits
 _MOST_REST_S = 0.5
-_TABLES = ("accounts", "endpoints", "contacts", "inbound_events", "outbound_messages", "deliveries")
+_TABLES = ("accounts", "endpoints", "contacts", "events", "outbound_messages", "deliveries")
 _SIDE = ("-wal", "-shm", "-journal")
 _KEPT_NOTES = 100
 _ADMINS = 20
@@ -262,9 +262,9 @@ def prepare(db: Database, made_at: str, now_s: float) -> int:
         # More than was given out since, also when this is restored once more: no conversation has an event each second.
         number = int(now_s - _BEGIN_S)
         tx.run("UPDATE contacts SET crm_sequence = MAX(crm_sequence + ?, ?)", (_GAP, number))
-        missing = "NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'deliveries')"
-        tx.run(f"INSERT INTO sqlite_sequence (name, seq) SELECT 'deliveries', 0 WHERE {missing}")  # never had a row
-        skip = "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'deliveries'"
+        missing = "NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'events')"
+        tx.run(f"INSERT INTO sqlite_sequence (name, seq) SELECT 'events', 0 WHERE {missing}")  # never had a row
+        skip = "UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'events'"
         tx.run(skip, (number * 1000,))  # so a CRM's cursor from the time since then stays good
         tx.run("DROP TABLE IF EXISTS backup_note")
         return sends

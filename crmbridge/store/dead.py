@@ -28,7 +28,7 @@ _EVENTS = (*inbound.TOLD, *messages.TOLD, deliveries.SEND, deliveries.ACTION)
 _NOT_ITSELF = """
     CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'
         WHEN dead.target = 'instagram' AND message.content IS NULL THEN 'content_gone'
-        WHEN dead.target = 'crm' AND dead.body IS NULL AND heard.payload IS NULL THEN 'content_gone'
+        WHEN dead.target = 'crm' AND heard.body IS NULL AND heard.payload IS NULL THEN 'content_gone'
         WHEN dead.target = 'crm' AND endpoint.url IS NULL THEN 'not_pushed'
         {}WHEN dead.target = 'instagram' AND dead.last_code = 'in_doubt' THEN 'in_doubt' END"""
 _BECAUSE = _NOT_ITSELF.format(
@@ -38,7 +38,7 @@ _DEAD = """
     FROM deliveries AS dead LEFT JOIN accounts AS account ON account.id = dead.account_id
         LEFT JOIN endpoints AS endpoint ON endpoint.account_id = dead.account_id AND endpoint.kind = dead.target
         LEFT JOIN outbound_messages AS message ON message.id = dead.message_id
-        LEFT JOIN inbound_events AS heard ON heard.id = dead.event_id
+        LEFT JOIN events AS heard ON heard.id = dead.event_id
     WHERE dead.place = 'dead'"""
 
 
@@ -84,10 +84,8 @@ def page(db: Reads, wanted: Filter, *, after: tuple[str, int] | None, limit: int
     if after is not None:
         where += " AND (dead.finished_at, dead.position) > (?, ?)"
         parameters += after
-    return db.rows(
-        f"SELECT dead.*, {_BECAUSE} AS because {_DEAD}{where} ORDER BY dead.finished_at, dead.position LIMIT ?",
-        (*parameters, limit),
-    )
+    shown, order = f"dead.*, heard.sequence, {_BECAUSE} AS because", "dead.finished_at, dead.position"
+    return db.rows(f"SELECT {shown} {_DEAD}{where} ORDER BY {order} LIMIT ?", (*parameters, limit))
 
 
 def _matching(wanted: Filter) -> tuple[str, list[Any]]:
@@ -182,7 +180,7 @@ def _revive_some(tx: Tx, rows: Sequence[Row], by: str | None, because: str) -> i
     still = tx.rows(
         f"""
         SELECT dead.* {_DEAD} AND dead.id IN ({", ".join("?" * len(ids))}) AND ({because}) IS NULL
-        ORDER BY dead.target, dead.account_id, dead.contact, dead.sequence""",
+        ORDER BY dead.target, dead.account_id, dead.contact, dead.position""",
         ids,
     )
     for _, lane in itertools.groupby(still, key=lambda row: (row["target"], row["account_id"], row["contact"])):

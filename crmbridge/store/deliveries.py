@@ -148,7 +148,7 @@ _GO_AHEAD = """
 
 @dataclass(frozen=True, slots=True)
 class Debt:
-    """A delivery about to be owed. A `crm` debt without `body` is rendered from its event at the first claim."""
+    """A delivery about to be owed."""
 
     target: Target
     account_id: str
@@ -159,7 +159,7 @@ class Debt:
     message_id: str | None = None
 
 
-def owe(tx: Tx, debt: Debt, *, body: str | None, sequence: int, push: bool, wait_s: float = 0.0) -> str:
+def owe(tx: Tx, debt: Debt, *, push: bool = True, wait_s: float = 0.0) -> str:
     """Store a delivery; it waits behind its lane's head, if there is one, or else for `wait_s`. Return its id.
 
     Without `push` nobody is called: the CRM reads the event when it asks.
@@ -176,11 +176,9 @@ def owe(tx: Tx, debt: Debt, *, body: str | None, sequence: int, push: bool, wait
             "target": debt.target,
             "account_id": debt.account_id,
             "contact": debt.contact,
-            "sequence": sequence,
             "event": debt.event,
             "event_id": debt.event_id,
             "message_id": debt.message_id,
-            "body": body,
             "place": "done" if not push else "head" if in_front is None else "behind",
             "due": instant(epoch_s(tx.now) + wait_s) if wait_s else tx.now,
             "last_code": None if push else "not_pushed",
@@ -231,7 +229,7 @@ def first_behind(db: Reads, target: str, account_id: str, contact: str) -> Row |
         """
         SELECT * FROM deliveries
         WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place = 'behind'
-        ORDER BY sequence LIMIT 1""",
+        ORDER BY position LIMIT 1""",
         (target, account_id, contact),
     )
 
@@ -291,8 +289,8 @@ def take_back(tx: Tx, event_id: str) -> bool:
     """Drop a delivery that no CRM was told of yet; tell whether there was one."""
     row = tx.row(
         """
-        SELECT * FROM deliveries WHERE event_id = ? AND target = 'crm' AND attempts = 0 AND body IS NULL
-            AND (finished_at IS NULL OR last_code = 'not_pushed')""",
+        SELECT deliveries.* FROM events JOIN deliveries ON event_id = events.id
+        WHERE events.id = ? AND body IS NULL AND attempts = 0 AND (finished_at IS NULL OR last_code = 'not_pushed')""",
         (event_id,),
     )
     if row is None:
@@ -310,8 +308,6 @@ def claim(tx: Tx, row: Row, account: Row, body: str, *, lease_until: str, expire
     if kind == "call":
         number += 1
         leased |= {"attempts": number, "tried_at": tx.now, "look_ups": 0}
-    if row["target"] == "crm":
-        leased["body"] = body
     tx.update("deliveries", leased, "id = ?", [row["id"]])
     carried = {name: row[name] for name in _CARRIED}
     return Claimed(
@@ -433,7 +429,7 @@ def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str |
 _NEXT_OF_LANE = """
     id = (
         SELECT id FROM deliveries WHERE place = 'behind' AND finished_at IS NULL AND target = ? || '' AND account_id = ?
-            AND contact = ? ORDER BY sequence LIMIT 1)
+            AND contact = ? ORDER BY position LIMIT 1)
         AND NOT EXISTS (
             SELECT 1 FROM deliveries AS head WHERE head.place = 'head' AND head.target = deliveries.target
                 AND head.account_id = deliveries.account_id AND head.contact = deliveries.contact)"""
@@ -576,9 +572,9 @@ def revive(tx: Tx, rows: Sequence[Row], *, by: str | None = None) -> None:
     these, positions = f"position IN ({_marks(rows)})", [row["position"] for row in rows]
     move(tx, "behind", these, positions, fresh, told={"kind": "revived", "text": by})
     # A send that was tried stays in front: its echo may still come.
-    later = "place = 'head' AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND sequence > ?"
+    later = "place = 'head' AND claim_id IS NULL AND in_doubt = 0 AND (target = 'crm' OR attempts = 0) AND position > ?"
     where = f"target = ? || '' AND account_id = ? AND contact = ? AND {later}"
-    move(tx, "behind", where, [*lane, min(row["sequence"] for row in rows)])
+    move(tx, "behind", where, [*lane, min(positions)])
     promote(tx, target, account_id, contact)
 
 

@@ -41,7 +41,7 @@ def page(db: Database, accounts: Sequence[Row], *, after: str | None, limit: int
     """
     by_id = {account["id"]: account for account in accounts}
     # Up to here everything is committed, so it does no harm that the accounts are read one after the other.
-    newest = int(db.value("SELECT MAX(position) FROM deliveries") or 0)
+    newest = int(db.value("SELECT MAX(position) FROM events") or 0)
     begin = _oldest(db, by_id) if after is None else _position(db, by_id, after)
     found = sorted(itertools.chain.from_iterable(_next(db, one, begin, newest, limit + 1) for one in by_id))
     rows, taken = _read(db, by_id, found[:limit])
@@ -53,7 +53,7 @@ def page(db: Database, accounts: Sequence[Row], *, after: str | None, limit: int
     events = [row["rendered"] for row in rows if row["rendered"]]
     broken = sum(not row["rendered"] and not row["gone"] for row in rows)
     expired = broken + sum(_count_gone(db, one, begin, end["position"]) for one in by_id)
-    return Page(events, f"{end['position']}-{end['event_id'][-_LETTERS:]}", has_more, expired)
+    return Page(events, f"{end['position']}-{end['id'][-_LETTERS:]}", has_more, expired)
 
 
 def _position(db: Reads, accounts: Collection[str], after: str) -> int:
@@ -63,14 +63,14 @@ def _position(db: Reads, accounts: Collection[str], after: str) -> int:
         detail = {"field": "after", "problem": "is neither a next_cursor nor an event_id"}
         raise Invalid("after is neither a next_cursor nor an event_id.", code="invalid_cursor", details=[detail])
     if cursor is None:
-        row = db.row("SELECT position, account_id FROM deliveries WHERE event_id = ? AND target = 'crm'", (after,))
+        row = db.row("SELECT position, account_id FROM events WHERE id = ? AND sequence IS NOT NULL", (after,))
         if row and row["account_id"] in accounts:
             return int(row["position"])
     else:
         position = int(cursor[1])
-        row = db.row("SELECT event_id FROM deliveries WHERE position = ?", (position,))
+        row = db.row("SELECT id FROM events WHERE position = ?", (position,))
         # The row may be gone, but a database that was put back from a backup has not come so far yet.
-        fits = (row["event_id"] or "").endswith(cursor[2]) if row else position <= (db.value(sqlite.LAST_POSITION) or 0)
+        fits = row["id"].endswith(cursor[2]) if row else position <= (db.value(sqlite.LAST_POSITION) or 0)
         if fits:
             return position
     raise Conflict(
@@ -88,7 +88,7 @@ def _oldest(db: Reads, accounts: Iterable[str]) -> int:
 def _next(db: Reads, account_id: str, begin: int, end: int, limit: int) -> list[int]:
     rows = db.rows(
         """
-        SELECT position FROM deliveries WHERE target = 'crm' AND account_id = ? AND gone = 0
+        SELECT position FROM events WHERE sequence IS NOT NULL AND account_id = ? AND gone = 0
             AND position > ? AND position <= ? ORDER BY position LIMIT ?""",
         (account_id, begin, end, limit),
     )
@@ -100,7 +100,7 @@ def _last(db: Reads, accounts: Iterable[str], newest: int) -> Row | None:
     found = [
         db.row(
             """
-            SELECT position, event_id FROM deliveries WHERE target = 'crm' AND account_id = ? AND gone = ?
+            SELECT position, id FROM events WHERE sequence IS NOT NULL AND account_id = ? AND gone = ?
                 AND position <= ? ORDER BY position DESC LIMIT 1""",
             (one, gone, newest),
         )
@@ -114,7 +114,7 @@ def _count_gone(db: Reads, account_id: str, begin: int, end: int) -> int:
     return int(
         db.value(
             """
-            SELECT COUNT(*) FROM deliveries WHERE target = 'crm' AND account_id = ? AND gone = 1
+            SELECT COUNT(*) FROM events WHERE sequence IS NOT NULL AND account_id = ? AND gone = 1
                 AND position > ? AND position <= ?""",
             (account_id, begin, end),
         )
@@ -126,7 +126,7 @@ def _read(db: Reads, accounts: Mapping[str, Row], positions: Sequence[int]) -> t
     rows: list[Row] = []
     size = 0
     for taken, position in enumerate(positions):
-        row = db.row("SELECT * FROM deliveries WHERE position = ?", (position,))
+        row = db.row("SELECT * FROM events WHERE position = ?", (position,))
         if row is None:
             continue
         row["rendered"] = None if row["gone"] else _rendered(db, accounts[row["account_id"]], row)
@@ -139,9 +139,9 @@ def _read(db: Reads, accounts: Mapping[str, Row], positions: Sequence[int]) -> t
 
 def _rendered(db: Reads, account: Row, row: Row) -> str | None:
     try:
-        return inbound.crm_body(db, account, row)
+        return inbound.body(db, account, row)
     except inbound.UNRENDERABLE as error:
-        log.warning("feed.unrendered", delivery=row["id"], error=type(error).__name__)
+        log.warning("feed.unrendered", event=row["id"], error=type(error).__name__)
         return None
 
 
@@ -155,12 +155,12 @@ def _store(db: Database, accounts: Mapping[str, Row], rows: Sequence[Row]) -> No
 
     def job(tx: Tx) -> None:
         for row in rows:
-            present = tx.row("SELECT * FROM deliveries WHERE position = ?", (row["position"],))
-            if present is None or present["gone"]:
+            present = tx.row("SELECT * FROM events WHERE position = ?", (row["position"],))
+            if present is None or present["gone"] or present["sequence"] is None:
                 row |= {"rendered": None, "gone": 1}
                 continue
             row["rendered"] = _rendered(tx, accounts[row["account_id"]], present)
             if present["body"] is None and row["rendered"]:
-                tx.update("deliveries", {"body": row["rendered"]}, "position = ?", [row["position"]])
+                tx.update("events", {"body": row["rendered"]}, "position = ?", [row["position"]])
 
     db.write_last(job)

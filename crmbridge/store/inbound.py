@@ -93,28 +93,24 @@ def _keep_one(
 ) -> Kept:
     event_id = new_id("evt")
     external_account_id = account["instagram_account_id"] if account else event.external_account_id
-    inserted = tx.insert(
-        "inbound_events",
-        {
-            "id": event_id,
-            "account_id": account["id"] if account and not queues else None,
-            "instagram_account_id": external_account_id,
-            "party": (event.party or None) if account is None else None,
-            "contact": event.contact,
-            "kind": event.kind,
-            "dedupe_key": event.dedupe_key,
-            "instagram_message_id": event.external_id,
-            "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
-            "payload": None if event.kind in (NOTED, TEST) else _payload(event),
-            "occurred_at": event.occurred_at,
-            "received_at": tx.now,
-            "correlation_id": correlation_id,
-        },
-        once=True,
-    )
-    if not inserted:
+    row: Row = {
+        "id": event_id,
+        "account_id": account["id"] if account and not queues else None,
+        "instagram_account_id": external_account_id,
+        "party": (event.party or None) if account is None else None,
+        "contact": event.contact,
+        "kind": event.kind,
+        "dedupe_key": event.dedupe_key,
+        "instagram_message_id": event.external_id,
+        "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
+        "payload": None if event.kind in (NOTED, TEST) else _payload(event),
+        "occurred_at": event.occurred_at,
+        "received_at": tx.now,
+        "correlation_id": correlation_id,
+    }
+    if not tx.insert("events", row, once=True):
         tx.run(
-            "INSERT INTO history (subject, at, kind, correlation) SELECT id, ?, 'repeat', ? FROM inbound_events"
+            "INSERT INTO history (subject, at, kind, correlation) SELECT id, ?, 'repeat', ? FROM events"
             " WHERE instagram_account_id = ? AND dedupe_key = ?",
             (tx.now, correlation_id, external_account_id, event.dedupe_key),
         )
@@ -126,7 +122,7 @@ def _keep_one(
         return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
     if queues:
         return Kept("queued", event, event_id, account["id"])
-    state = _apply(tx, account, _found(tx, event_id), ask_s)
+    state = _apply(tx, account, row, ask_s)
     windows.note(tx, account, event.contact, event.opens, acted_at=event.occurred_at, received_at=tx.now)
     if event.contact_name:
         contacts.name(tx, account["id"], event.contact, event.contact_name)
@@ -141,7 +137,7 @@ def _complete(tx: Tx, account: Row | None, external_account_id: str, event: Chan
     if event.kind != "message.received" or event.extra.get("announced"):
         return
     known = tx.row(
-        "SELECT id, payload, received_at FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?",
+        "SELECT id, payload, received_at FROM events WHERE instagram_account_id = ? AND dedupe_key = ?",
         (external_account_id, event.dedupe_key),
     )
     if known is None:
@@ -151,9 +147,8 @@ def _complete(tx: Tx, account: Row | None, external_account_id: str, event: Chan
         windows.note(tx, account, event.contact, event.opens, acted_at=at, received_at=received_at)
     if '"announced"' not in (known["payload"] or ""):
         return
-    told = "SELECT 1 FROM deliveries WHERE event_id = ? AND target = 'crm' AND (attempts > 0 OR body IS NOT NULL)"
-    if not tx.value(told, (known["id"],)):
-        tx.update("inbound_events", {"payload": _payload(event)}, "id = ?", [known["id"]])
+    unseen = "body IS NULL AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = events.id AND attempts > 0)"
+    tx.update("events", {"payload": _payload(event)}, f"id = ? AND {unseen}", [known["id"]])
 
 
 def _payload(event: ChannelEvent) -> str:
@@ -186,10 +181,11 @@ def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
         if kind == "message.deleted":
             _withdraw(tx, account, row)
         state = _forward(tx, account, row, ask_s)
-    changed: Row = {"state": state, "account_id": account["id"]}
-    if state == "noted":  # nobody is owed its content
-        changed["payload"] = None
-    tx.update("inbound_events", changed, "id = ?", [row["id"]])
+    if state != "forwarded":
+        changed: Row = {"state": state, "account_id": account["id"]}
+        if state == "noted":  # nobody is owed its content
+            changed["payload"] = None
+        tx.update("events", changed, "id = ?", [row["id"]])
     return state
 
 
@@ -198,7 +194,7 @@ def _with_contact(tx: Tx, account: Row, row: Row) -> Row:
     known = _about(tx, account["id"], row["instagram_message_id"])
     sent = messages.find_external(tx, account["id"], row["instagram_message_id"])
     contact = known["contact"] if known else sent["recipient_id"] if sent else ""
-    tx.update("inbound_events", {"contact": contact}, "id = ?", [row["id"]])
+    tx.update("events", {"contact": contact}, "id = ?", [row["id"]])
     return {**row, "contact": contact}
 
 
@@ -211,7 +207,7 @@ def _is_known_otherwise(tx: Tx, account: Row, row: Row) -> bool:
     if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
         withdrawn = _find(tx, account["id"], mid, ("message.deleted",)) is not None
         if withdrawn:
-            tx.update("inbound_events", {"payload": None}, "id = ?", [row["id"]])
+            tx.update("events", {"payload": None}, "id = ?", [row["id"]])
         if withdrawn or not _is_recovered(row):
             return withdrawn
     if row["dedupe_key"] != f"new:{mid}" and not _is_recovered(row):
@@ -232,14 +228,14 @@ def _was_recovered(tx: Tx, account: Row, row: Row) -> bool:
     What it has not been told of yet gives way to what the channel tells by itself.
     """
     found = """
-        SELECT id, kind, payload FROM inbound_events
+        SELECT id, kind, payload FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND payload IS NOT NULL AND state = 'forwarded'"""
     for known in tx.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
         if known["kind"] not in _MESSAGES or not _is_recovered(known):
             continue
-        if deliveries.take_back(tx, known["id"]):
-            tx.update("inbound_events", {"state": "noted", "payload": None}, "id = ?", [known["id"]])
-        elif known["kind"] != "message.unsupported" or row["kind"] == "message.unsupported":
+        if _take_back(tx, known["id"]):
+            continue
+        if known["kind"] != "message.unsupported" or row["kind"] == "message.unsupported":
             return True
     return False
 
@@ -260,13 +256,12 @@ def _withdraw(tx: Tx, account: Row, row: Row) -> None:
     named = [account["id"], row["instagram_message_id"], row["id"]]
     # An echo that is held may be the only proof that a send arrived; it is erased when it is looked at again.
     where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
-    for event in tx.rows(f"SELECT id, payload FROM inbound_events WHERE {where} AND payload IS NOT NULL", named):
+    for event in tx.rows(f"SELECT id, payload FROM events WHERE {where} AND payload IS NOT NULL", named):
         left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
         if "referral" in left.get("extra", {}):
             left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
         withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
-        tx.update("inbound_events", {"payload": withdrawn}, "id = ?", [event["id"]])
-        tx.update("deliveries", {"body": None}, "event_id = ? AND target = 'crm'", [event["id"]])
+        tx.update("events", {"payload": withdrawn, "body": None}, "id = ?", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
     tx.update("outbound_messages", {"content": None}, sent, named[:2])
 
@@ -275,7 +270,7 @@ def _take_over_edits(tx: Tx, account: Row, row: Row) -> None:
     """Give a message that its own edit overtook the newest text: a CRM shows what has the later sequence."""
     edits = tx.rows(
         """
-        SELECT payload, occurred_at FROM inbound_events
+        SELECT payload, occurred_at FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND kind = 'message.edited' AND payload IS NOT NULL""",
         (account["id"], row["instagram_message_id"]),
     )
@@ -285,7 +280,7 @@ def _take_over_edits(tx: Tx, account: Row, row: Row) -> None:
     _, newest = max(told, key=lambda edit: (edit[1].get("extra", {}).get("edit", {}).get("number") or 0, edit[0]))
     if "text" in newest:
         changed = json.dumps({**json.loads(row["payload"]), "text": newest["text"]}, ensure_ascii=False)
-        tx.update("inbound_events", {"payload": changed}, "id = ?", [row["id"]])
+        tx.update("events", {"payload": changed}, "id = ?", [row["id"]])
 
 
 def _about(db: Reads, account_id: str, external_id: str, *, but: str = "") -> Row | None:
@@ -305,20 +300,29 @@ def _all_about(
     marks = ", ".join("?" * len(kinds))
     return db.rows(
         f"""
-        SELECT id, contact, dedupe_key, instagram_message_id, received_at FROM inbound_events
+        SELECT id, contact, dedupe_key, instagram_message_id, received_at FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND kind IN ({marks})""",
         (account_id, external_id, but, *kinds),
     )
 
 
 def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
-    sequence = contacts.next_sequence(tx, "crm", account["id"], row["contact"], tx.now)
+    """Owe the CRM an event, the next of its contact."""
+    sequence = contacts.next_sequence(tx, account["id"], row["contact"])
     if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
         _take_over_edits(tx, account, row)
     wait_s = ask_s if _ask(tx, account, row) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
-    deliveries.owe(tx, debt, body=None, sequence=sequence, push=push, wait_s=wait_s)
+    deliveries.owe(tx, debt, push=push, wait_s=wait_s)
+    told: Row = {"state": "forwarded", "account_id": account["id"], "sequence": sequence}
+    if "position" not in row:  # it is new
+        tx.update("events", told, "id = ?", [row["id"]])
+    else:  # a CRM that reads on must not have read past it: it gets the last place
+        told = {**_found(tx, row["id"]), **told}
+        del told["position"]
+        tx.run("DELETE FROM events WHERE id = ?", (row["id"],))
+        tx.insert("events", told)
     return "forwarded"
 
 
@@ -348,7 +352,7 @@ def _apply_read(tx: Tx, account: Row, row: Row) -> str:
     else:
         # A reply typed elsewhere, known by its echo: everything sent before it was read too.
         sent_until = tx.value(
-            "SELECT occurred_at FROM inbound_events WHERE account_id = ? AND instagram_message_id = ? AND kind = ?",
+            "SELECT occurred_at FROM events WHERE account_id = ? AND instagram_message_id = ? AND kind = ?",
             (account["id"], external_id, "message.echo"),
         )
     if sent_until:
@@ -378,7 +382,7 @@ def _apply_echo(tx: Tx, account: Row, row: Row) -> str:
         message = messages.found(tx, possible[0]["message_id"])
         messages.confirm(tx, message, external_id, row["contact"], at=at)
         deliveries.end(tx, possible[0], "done", "echo", None)
-        tx.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+        tx.update("events", {"state": "noted"}, "id = ?", [row["id"]])
         release_held(tx, account["id"], possible[0]["contact"])
         return "noted"
     is_open = any(_is_open(entry) for entry in (send, *possible))
@@ -417,10 +421,17 @@ def replace_announcement(db: Database, account_id: str, external_id: str) -> Non
         if len(known) == len(signs):
             return
         for row in signs:
-            if deliveries.take_back(tx, row["id"]):
-                tx.update("inbound_events", {"state": "noted"}, "id = ?", [row["id"]])
+            _take_back(tx, row["id"])
 
     db.write(job)
+
+
+def _take_back(tx: Tx, event_id: str) -> bool:
+    """Have an event not be told that no CRM has seen yet; tell whether that was so."""
+    if not deliveries.take_back(tx, event_id):
+        return False
+    tx.update("events", {"state": "noted", "payload": None, "sequence": None}, "id = ?", [event_id])
+    return True
 
 
 def release_held(tx: Tx, account_id: str, contact: str) -> None:
@@ -431,7 +442,7 @@ def release_held(tx: Tx, account_id: str, contact: str) -> None:
     waiting, parameters = "state = 'held' AND account_id = ?", [account_id]
     if not contact.startswith(deliveries.COMMENT_LANE):  # for a private reply anyone's echo may have waited
         waiting, parameters = f"{waiting} AND contact = ?", [account_id, contact]
-    held = tx.rows(f"SELECT * FROM inbound_events WHERE {waiting} ORDER BY occurred_at, id", parameters)
+    held = tx.rows(f"SELECT * FROM events WHERE {waiting} ORDER BY occurred_at, id", parameters)
     for row in held:
         if _found(tx, row["id"])["state"] == "held":  # one before it may have settled a send, and released it
             _apply(tx, account, row)
@@ -440,7 +451,7 @@ def release_held(tx: Tx, account_id: str, contact: str) -> None:
 def drop_held(tx: Tx, account_id: str) -> None:
     """Note what waited for the sends of an account that is being deleted; runs inside a write."""
     noted = {"state": "noted", "payload": None}
-    tx.update("inbound_events", noted, "state = 'held' AND account_id = ?", [account_id])
+    tx.update("events", noted, "state = 'held' AND account_id = ?", [account_id])
 
 
 def adopt(db: Database, account: Row, ask_s: float = 0.0) -> int:
@@ -461,18 +472,18 @@ def _adopt_some(tx: Tx, account: Row, ask_s: float) -> int:
     for row in waiting:
         is_ours = row["instagram_account_id"] == named
         if not is_ours and _is_here(tx, named, row["dedupe_key"]):  # it came again since the account is known
-            tx.update("inbound_events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
+            tx.update("events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
             continue
         if not is_ours:
-            tx.update("inbound_events", {"instagram_account_id": named}, "id = ?", [row["id"]])
+            tx.update("events", {"instagram_account_id": named}, "id = ?", [row["id"]])
         _apply(tx, account, row, ask_s)
         opens = json.loads(row["payload"] or "{}").get("opens")
         windows.note(tx, account, row["contact"], opens, acted_at=row["occurred_at"], received_at=row["received_at"])
     return len(waiting)
 
 
-_UNROUTED = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND instagram_account_id = ?"
-_UNROUTED_PARTY = "SELECT * FROM inbound_events WHERE state = 'unrouted' AND party = ?"
+_UNROUTED = "SELECT * FROM events WHERE state = 'unrouted' AND instagram_account_id = ?"
+_UNROUTED_PARTY = "SELECT * FROM events WHERE state = 'unrouted' AND party = ?"
 
 
 def _waits(db: Reads, account: Row) -> bool:
@@ -481,15 +492,23 @@ def _waits(db: Reads, account: Row) -> bool:
 
 
 def _is_here(db: Reads, external_account_id: str, dedupe_key: str) -> bool:
-    sql = "SELECT 1 FROM inbound_events WHERE instagram_account_id = ? AND dedupe_key = ?"
+    sql = "SELECT 1 FROM events WHERE instagram_account_id = ? AND dedupe_key = ?"
     return db.value(sql, (external_account_id, dedupe_key)) is not None
 
 
-def crm_body(db: Reads, account: Row, delivery: Row) -> str:
-    """Return what the CRM gets, rendered if it was not before; raises one of UNRENDERABLE when that cannot be done."""
-    if delivery["body"] is not None:
-        return str(delivery["body"])
-    row = _found(db, delivery["event_id"])
+def keep_body(tx: Tx, account: Row, event_id: str) -> str:
+    """Return what the CRM gets, and keep it; raises one of UNRENDERABLE when it cannot be rendered."""
+    row = _found(tx, event_id)
+    rendered = body(tx, account, row)
+    if row["body"] is None:
+        tx.update("events", {"body": rendered}, "id = ?", [event_id])
+    return rendered
+
+
+def body(db: Reads, account: Row, row: Row) -> str:
+    """Return what the CRM gets of an event, rendered if it was not before; raises one of UNRENDERABLE."""
+    if row["body"] is not None:
+        return str(row["body"])
     if row["payload"] is None:
         raise LookupError(f"the content of {row['id']} is gone")
     content, contact = json.loads(row["payload"]), contacts.find(db, account["id"], row["contact"])
@@ -503,7 +522,7 @@ def crm_body(db: Reads, account: Row, delivery: Row) -> str:
     others = content.get("others", {})
     fields: dict[str, Any] = {
         "event_id": row["id"],
-        "sequence": delivery["sequence"],
+        "sequence": row["sequence"],
         "account_id": account["id"],
         "timestamp": row["occurred_at"],
         "message_id": _message_id(db, account["id"], row),
@@ -576,7 +595,7 @@ def _reply_to(
 
 
 def _found(db: Reads, event_id: str) -> Row:
-    row = db.row("SELECT * FROM inbound_events WHERE id = ?", (event_id,))
+    row = db.row("SELECT * FROM events WHERE id = ?", (event_id,))
     if row is None:
         raise LookupError(event_id)
     return row

@@ -81,12 +81,12 @@ def accept(db: Database, request: Request) -> tuple[Row, bool]:
                 "send_before": before,
             },
         )
-        sequence = contacts.next_sequence(tx, "instagram", request.account_id, request.recipient_id, tx.now)
+        contacts.count_send(tx, request.account_id, request.recipient_id)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
             request.correlation_id, message_id=message_id,
         )  # fmt: skip
-        deliveries.owe(tx, debt, body=None, sequence=sequence, push=True)
+        deliveries.owe(tx, debt)
         return found(tx, message_id), True
 
     return db.write(job)
@@ -137,7 +137,7 @@ def _external_id(db: Reads, request: Request, field: str, our_id: str) -> str:
     """Return the channel's id of a message to or from the same customer that the CRM names by an id of ours."""
     lane, named = (request.account_id, request.recipient_id), our_id
     if our_id.startswith("evt_"):
-        named = db.value("SELECT message_id FROM deliveries WHERE event_id = ?", (our_id,))
+        named = db.value("SELECT message_id FROM events WHERE id = ?", (our_id,))
     sent = db.row(
         """
         SELECT status, instagram_message_id FROM outbound_messages
@@ -149,7 +149,7 @@ def _external_id(db: Reads, request: Request, field: str, our_id: str) -> str:
     if sent and sent["status"] == "pending":
         raise Conflict(f"{field} names a message that is not sent yet.", code="message_not_sent_yet")
     external_id = db.value(
-        "SELECT instagram_message_id FROM inbound_events WHERE account_id = ? AND contact = ? AND id = ?",
+        "SELECT instagram_message_id FROM events WHERE account_id = ? AND contact = ? AND id = ?",
         (*lane, "evt_" + our_id[4:]),
     )
     if external_id:
@@ -280,7 +280,7 @@ def _owe_status(tx: Tx, message: Row, at: str) -> None:
     if account is None:
         return
     event, event_id = f"message.{message['status']}", new_id("evt")
-    sequence = contacts.next_sequence(tx, "crm", message["account_id"], message["recipient_id"], tx.now)
+    sequence = contacts.next_sequence(tx, message["account_id"], message["recipient_id"])
     body = deliveries.rendered(
         {
             "event_id": event_id,
@@ -296,12 +296,14 @@ def _owe_status(tx: Tx, message: Row, at: str) -> None:
             "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
         },
     )
+    told = {"contact": message["recipient_id"], "kind": event, "message_id": message["id"], "occurred_at": at}
+    told |= {"account_id": account["id"], "correlation_id": message["correlation_id"], "received_at": tx.now}
+    tx.insert("events", {"id": event_id, "state": "forwarded", "sequence": sequence, "body": body, **told})
     debt = Debt(
         "crm", message["account_id"], message["recipient_id"], event, message["correlation_id"],
         event_id=event_id, message_id=message["id"],
     )  # fmt: skip
-    push = account["crm_webhook_url"] is not None
-    deliveries.owe(tx, debt, body=body, sequence=sequence, push=push)
+    deliveries.owe(tx, debt, push=account["crm_webhook_url"] is not None)
 
 
 def error_of(message: Row) -> dict[str, Any] | None:
@@ -347,7 +349,7 @@ def match(db: Reads, claimed: Claimed, thread: Thread) -> Match:
     of = f"WHERE account_id = ? AND instagram_message_id IN ({marks})"
     sent = db.rows(f"SELECT instagram_message_id AS id, sent_at AS at FROM outbound_messages {of}", where)
     columns = "instagram_message_id AS id, received_at AS at, kind, state"
-    heard = db.rows(f"SELECT {columns} FROM inbound_events {of}", where)
+    heard = db.rows(f"SELECT {columns} FROM events {of}", where)
     echoes = {row["id"] for row in heard if row["kind"] == "message.echo" and row["state"] == "forwarded"}
     began = claimed.previous_at or claimed.claimed_at
     return matching.which(

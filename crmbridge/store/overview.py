@@ -32,7 +32,7 @@ def said(latency: Row | None) -> str:
 
 def unrouted(db: Reads) -> int:
     """Return how many events wait for an account that is not here."""
-    return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))
+    return int(db.value("SELECT COUNT(*) FROM events WHERE state = 'unrouted'"))
 
 
 # --- for whoever looks for a fault ---

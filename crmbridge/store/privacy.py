@@ -42,14 +42,14 @@ def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
     lane, alias, total = (account_id, contact), _alias(), Erased()
     # The last first: what waits behind a head must not become one.
     owed = (
-        "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY finished_at IS NOT NULL, sequence DESC"
+        "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY finished_at IS NOT NULL, position DESC"
     )
     sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
     private = """
         SELECT deliveries.id FROM outbound_messages JOIN deliveries ON message_id = outbound_messages.id
         WHERE outbound_messages.account_id = ? AND recipient_id = ? AND contact LIKE 'comment:%'"""
-    heard = "SELECT id FROM inbound_events WHERE account_id = ? AND contact = ?"
-    named = r"SELECT id FROM inbound_events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
+    heard = "SELECT id FROM events WHERE account_id = ? AND contact = ?"
+    named = r"SELECT id FROM events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
     # First, while it is known which messages are theirs.
     db.write_last(lambda tx: questions.forget_contact(tx, account_id, contact))
     while True:  # somebody may be writing meanwhile
@@ -76,7 +76,7 @@ def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
 
 def erase_unrouted(db: Database, contact: str) -> Erased:
     """Erase what a customer wrote to accounts that are not configured here."""
-    alias, unrouted = _alias(), "SELECT id FROM inbound_events WHERE account_id IS NULL AND contact = ?"
+    alias, unrouted = _alias(), "SELECT id FROM events WHERE account_id IS NULL AND contact = ?"
     return Erased(events=_in_steps(db, unrouted, (contact,), lambda tx, ids: _blank_events(tx, ids, contact, alias)))
 
 
@@ -98,7 +98,7 @@ def _within(contact: str) -> str:
 def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     marks = _marks(ids)
     deliveries.move(tx, "done", f"id IN ({marks})", ids, {"last_code": "erased"})
-    tx.update("deliveries", {"contact": alias, "body": None, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)
+    tx.update("deliveries", {"contact": alias, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)
     tx.run(f"UPDATE history SET text = NULL WHERE subject IN ({marks})", ids)
 
 
@@ -114,7 +114,8 @@ def _blank_messages(tx: Tx, ids: Sequence[str], alias: str) -> None:
 def _blank_events(tx: Tx, ids: Sequence[str], contact: str, alias: str) -> None:
     tx.run(
         f"""
-        UPDATE inbound_events SET contact = ?, party = NULL, payload = NULL, dedupe_key = REPLACE(dedupe_key, ?, ?),
+        UPDATE events SET contact = ?, party = NULL, payload = NULL, body = NULL, gone = 1,
+            dedupe_key = REPLACE(dedupe_key, ?, ?),
             state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
         (alias, contact, alias, *ids),
     )
@@ -185,7 +186,7 @@ def _erase_account(db: Database, account_id: str) -> Erased:
     db.overwrite_what_is_deleted()
     of_account = (account_id,)
     external_id = db.value("SELECT instagram_account_id FROM accounts WHERE id = ?", of_account)
-    unrouted = "SELECT id FROM inbound_events WHERE account_id IS NULL AND ? IN (instagram_account_id, party)"
+    unrouted = "SELECT id FROM events WHERE account_id IS NULL AND ? IN (instagram_account_id, party)"
     erased = Erased(
         deliveries=_in_steps(
             db, "SELECT id FROM deliveries WHERE account_id = ?", of_account,
@@ -196,10 +197,10 @@ def _erase_account(db: Database, account_id: str) -> Erased:
             lambda tx, ids: _delete(tx, ids, "outbound_messages"),
         ),
         events=_in_steps(
-            db, "SELECT id FROM inbound_events WHERE account_id = ?", of_account,
-            lambda tx, ids: _delete(tx, ids, "inbound_events"),
+            db, "SELECT id FROM events WHERE account_id = ?", of_account,
+            lambda tx, ids: _delete(tx, ids, "events"),
         )
-        + _in_steps(db, unrouted, (external_id,), lambda tx, ids: _delete(tx, ids, "inbound_events")),
+        + _in_steps(db, unrouted, (external_id,), lambda tx, ids: _delete(tx, ids, "events")),
     )  # fmt: skip
     _in_steps(
         db, "SELECT contact AS id FROM contacts WHERE account_id = ?", of_account,

@@ -50,7 +50,7 @@ def forget(db: Database, before: str, messages_before: str) -> int:
 
 def forget_contact(tx: Tx, account_id: str, contact: str) -> None:
     """Ask no more about a customer who is being erased; runs inside a write."""
-    announced = "SELECT instagram_message_id FROM inbound_events WHERE account_id = ? AND contact = ?"
+    announced = "SELECT instagram_message_id FROM events WHERE account_id = ? AND contact = ?"
     tx.run(
         f"""
         DELETE FROM questions

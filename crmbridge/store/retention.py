@@ -143,7 +143,7 @@ def _still(db: Reads, sql: str, keys: Sequence[Any], fits: Callable[[Row], bool]
     return [row for row in db.rows(f"{sql} IN ({_marks(keys)})", keys) if fits(row)]
 
 
-def _texts(place: str, before: str, which: str = "") -> _Kind:
+def _texts(place: str, before: str, *, long: bool = False) -> _Kind:
     """What finished deliveries said, and what they were made of."""
 
     def fits(row: Row) -> bool:
@@ -153,18 +153,23 @@ def _texts(place: str, before: str, which: str = "") -> _Kind:
         rows = _still(tx, f"{_DELIVERY} WHERE position", positions, fits)
         events = [row["event_id"] for row in rows if row["target"] == "crm"]
         sends = [row["message_id"] for row in rows if row["target"] == "instagram"]
-        tx.run(f"UPDATE inbound_events SET payload = NULL WHERE id IN ({_marks(events)})", events)
+        tx.run(f"UPDATE events SET payload = NULL, body = NULL, gone = 1 WHERE id IN ({_marks(events)})", events)
         tx.run(f"UPDATE outbound_messages SET content = NULL WHERE id IN ({_marks(sends)})", sends)
         taken = [row["position"] for row in rows]
-        return tx.update("deliveries", {"body": None, "gone": 1}, f"position IN ({_marks(taken)})", taken)
+        return tx.update("deliveries", {"gone": 1}, f"position IN ({_marks(taken)})", taken)
 
-    sql = f"SELECT position FROM deliveries WHERE gone = 0 AND place = ?{which} AND {_FINISHED} ORDER BY finished_at"
-    return _Kind(sql, (place, before), take)
+    where = f"deliveries.gone = 0 AND place = ? AND {_FINISHED}"
+    if not long:
+        return _Kind(f"SELECT position FROM deliveries WHERE {where} ORDER BY finished_at", (place, before), take)
+    among = "events CROSS JOIN deliveries ON event_id = events.id"
+    where += f" AND length(CAST(body AS BLOB)) > {_LONG_BYTES} AND received_at < ?"
+    sql = f"SELECT deliveries.position FROM {among} WHERE {where} ORDER BY received_at"
+    return _Kind(sql, (place, before, before), take)
 
 
 def _long_texts(before: str) -> _Kind:
     """Of what was delivered, the texts that have pages of their own."""
-    return _texts("done", before, f" AND length(CAST(body AS BLOB)) > {_LONG_BYTES}")
+    return _texts("done", before, long=True)
 
 
 def _is_old(row: Row, before: str) -> bool:
@@ -181,7 +186,7 @@ def _deliveries(before: str) -> _Kind:
         messages = list({row["message_id"] for row in rows if row["message_id"]})
         history.forget(tx, [*ids, *events])
         touched = tx.run(f"DELETE FROM deliveries WHERE position IN ({_marks(taken)})", taken)
-        tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(events)})", events)
+        tx.run(f"DELETE FROM events WHERE id IN ({_marks(events)})", events)
         # A message stays as long as anything is known of what became of it.
         owed = {
             row["id"]
@@ -198,17 +203,17 @@ def _deliveries(before: str) -> _Kind:
     return _Kind(sql, (before,), take)
 
 
-_OLD_EVENTS = "SELECT id FROM inbound_events WHERE state = ? AND received_at < ? ORDER BY received_at"
+_OLD_EVENTS = "SELECT id FROM events WHERE state = ? AND received_at < ? ORDER BY received_at"
 
 
 def _events(state: str, before: str) -> _Kind:
     """Events that led to no delivery."""
 
     def take(tx: Tx, ids: Sequence[Any]) -> int:
-        rows = _still(tx, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == state)
+        rows = _still(tx, "SELECT id, state FROM events WHERE id", ids, lambda row: row["state"] == state)
         taken = [row["id"] for row in rows]
         history.forget(tx, taken)
-        return tx.run(f"DELETE FROM inbound_events WHERE id IN ({_marks(taken)})", taken)
+        return tx.run(f"DELETE FROM events WHERE id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, (state, before), take)
 
@@ -227,13 +232,13 @@ def _unrouted(before: str) -> _Kind:
     """What unrouted events said; they stay as keys, by which their repetitions are known."""
 
     def take(tx: Tx, ids: Sequence[Any]) -> int:
-        rows = _still(tx, "SELECT id, state FROM inbound_events WHERE id", ids, lambda row: row["state"] == "unrouted")
+        rows = _still(tx, "SELECT id, state FROM events WHERE id", ids, lambda row: row["state"] == "unrouted")
         taken = [row["id"] for row in rows]
         dropped = {"state": "dropped", "payload": None}
-        return tx.update("inbound_events", dropped, f"id IN ({_marks(taken)})", taken)
+        return tx.update("events", dropped, f"id IN ({_marks(taken)})", taken)
 
     return _Kind(_OLD_EVENTS, ("unrouted", before), take)
 
 
 def _count_unrouted(db: Reads) -> int:
-    return int(db.value("SELECT COUNT(*) FROM inbound_events WHERE state = 'unrouted'"))
+    return int(db.value("SELECT COUNT(*) FROM events WHERE state = 'unrouted'"))

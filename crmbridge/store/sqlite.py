@@ -120,7 +120,7 @@ def checkpoint(database: SqliteDatabase) -> bool:
     return not busy and in_log == carried
 
 
-LAST_POSITION = "SELECT seq FROM sqlite_sequence WHERE name = 'deliveries'"
+LAST_POSITION = "SELECT seq FROM sqlite_sequence WHERE name = 'events'"
 
 
 def shifted(column: str) -> str:

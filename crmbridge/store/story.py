@@ -9,9 +9,10 @@ from crmbridge.store.database import Reads, Row
 Kind = Literal["message", "event", "account", "conversation"]
 MEANINGS_MOST = 50
 NEWEST = 20  # deliveries of a conversation that are told
+_DELIVERIES = "SELECT deliveries.*, sequence FROM deliveries LEFT JOIN events ON events.id = event_id"
 _REPEATS = """
-    (SELECT COUNT(*) FROM history WHERE subject = inbound_events.id AND kind = 'repeat') AS repeats,
-    (SELECT MAX(at) FROM history WHERE subject = inbound_events.id AND kind = 'repeat') AS repeated_at"""
+    (SELECT COUNT(*) FROM history WHERE subject = events.id AND kind = 'repeat') AS repeats,
+    (SELECT MAX(at) FROM history WHERE subject = events.id AND kind = 'repeat') AS repeated_at"""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
 
     if prefix == "msg":
         look("message", "SELECT id FROM outbound_messages WHERE id = ?", given)
-        look("event", "SELECT id FROM inbound_events WHERE id = ?", f"evt_{rest}")
+        look("event", "SELECT id FROM events WHERE message_id IS NULL AND id = ?", f"evt_{rest}")
     elif prefix == "evt":
-        look("event", "SELECT id FROM inbound_events WHERE id = ?", given)
-        look("message", "SELECT message_id AS id FROM deliveries WHERE event_id = ? AND message_id IS NOT NULL", given)
+        look("event", "SELECT id FROM events WHERE message_id IS NULL AND id = ?", given)
+        look("message", "SELECT message_id AS id FROM events WHERE message_id IS NOT NULL AND id = ?", given)
     elif prefix == "dlv":
         look("message", "SELECT message_id AS id FROM deliveries WHERE id = ? AND message_id IS NOT NULL", given)
         look("event", "SELECT event_id AS id FROM deliveries WHERE id = ? AND message_id IS NULL", given)
@@ -76,11 +77,11 @@ def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
     look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND instagram_message_id = ?", given)
     if not found:  # its echoes and receipts belong to its own story
         for owner in (ours, "account_id IS NULL"):
-            heard = f"SELECT id FROM inbound_events WHERE {owner} AND instagram_message_id = ?"
+            heard = f"SELECT id FROM events WHERE {owner} AND instagram_message_id = ?"
             look("event", f"{heard} AND kind <> 'message.read'", given)
     look("message", f"SELECT id FROM outbound_messages WHERE {ours} AND idempotency_key = ?", given)
     look("message", "SELECT id FROM outbound_messages WHERE correlation_id = ?", given)
-    look("event", "SELECT id FROM inbound_events WHERE correlation_id = ?", given)
+    look("event", "SELECT id FROM events WHERE message_id IS NULL AND correlation_id = ?", given)
     look("conversation", f"SELECT conversation_id AS id FROM contacts WHERE {ours} AND contact = ?", given)
     look("account", "SELECT id FROM accounts WHERE instagram_account_id = ?", given)
     return found[: MEANINGS_MOST + 1]
@@ -90,20 +91,20 @@ def of_message(db: Reads, message_id: str) -> Life:
     """Return what became of a message that a CRM asked us to send."""
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
     heard = db.rows(
-        f"SELECT id, kind, state, occurred_at, received_at, {_REPEATS} FROM inbound_events"
+        f"SELECT id, kind, state, occurred_at, received_at, {_REPEATS} FROM events"
         " WHERE account_id = ? AND instagram_message_id = ?",
         (message["account_id"], message["instagram_message_id"]),
     )
     # Sorted here: with ORDER BY SQLite reads all of the account's events by their age.
     heard.sort(key=lambda row: str(row["received_at"]))
-    owed = db.rows("SELECT * FROM deliveries WHERE message_id = ? ORDER BY position", (message_id,))
+    owed = db.rows(f"{_DELIVERIES} WHERE deliveries.message_id = ? ORDER BY deliveries.position", (message_id,))
     return _life(db, message, None, message["account_id"], message["recipient_id"], heard, owed)
 
 
 def of_event(db: Reads, event_id: str) -> Life:
     """Return what became of something that the channel told us."""
-    event = _one(db, f"SELECT *, {_REPEATS} FROM inbound_events WHERE id = ?", event_id)
-    owed = db.rows("SELECT * FROM deliveries WHERE event_id = ? ORDER BY position", (event_id,))
+    event = _one(db, f"SELECT *, {_REPEATS} FROM events WHERE id = ?", event_id)
+    owed = db.rows(f"{_DELIVERIES} WHERE event_id = ? ORDER BY deliveries.position", (event_id,))
     return _life(db, None, event, event["account_id"], event["contact"], [], owed)
 
 

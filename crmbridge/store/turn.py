@@ -254,13 +254,12 @@ def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int) 
 
 
 def _claim(tx: Tx, turn: Turn, row: Row, account: Row, endpoint: Row, terms: Terms) -> None:
-    now = tx.now
     if row["claim_id"] is not None:
         _abandon(tx, row, terms)
         if row["target"] == "instagram":
             return
     try:
-        body, send_before = _body(tx, row, account, now)
+        body, send_before = _body(tx, row, account)
     except Conflict as late:
         _end_send(tx, row, late.code, late.message)
         turn.late.append((row, late.code))
@@ -285,11 +284,11 @@ def _claim(tx: Tx, turn: Turn, row: Row, account: Row, endpoint: Row, terms: Ter
     turn.claimed.append(deliveries.claim(tx, row, account, body, **how))
 
 
-def _body(db: Reads, row: Row, account: Row, now: str) -> tuple[str, str | None]:
+def _body(tx: Tx, row: Row, account: Row) -> tuple[str, str | None]:
     """Return what is to be sent, and the time after which it is not to be."""
     if row["target"] == "instagram":
-        return messages.body(db, row, account, now)
-    return inbound.crm_body(db, account, row), None
+        return messages.body(tx, row, account, tx.now)
+    return inbound.keep_body(tx, account, row["event_id"]), None
 
 
 def _end_send(tx: Tx, row: Row, code: str, problem: str) -> None:
@@ -391,7 +390,7 @@ def _too_old(db: Reads, row: Row, now_s: float, patience: Patience) -> tuple[str
 def _too_late(db: Reads, row: Row, now: str) -> tuple[str, str] | None:
     """Return the code and the reason with which it is too late to send something."""
     try:
-        _body(db, row, accounts.found(db, row["account_id"]), now)
+        messages.body(db, row, accounts.found(db, row["account_id"]), now)
     except Conflict as late:
         return late.code, late.message
     except LookupError:

@@ -77,7 +77,7 @@ def note(tx: Tx, account: Row, contact: str, opens: Opens | None, *, acted_at: s
 def _of_comment(db: Reads, account: Row, comment_id: str) -> Window:
     comment = db.row(
         """
-        SELECT contact, occurred_at FROM inbound_events
+        SELECT contact, occurred_at FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND kind = 'comment.received'""",
         (account["id"], comment_id),
     )

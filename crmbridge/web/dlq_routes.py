@@ -85,7 +85,7 @@ def _after(cursor: str | None) -> tuple[str, int] | None:
 def _shown(row: Row) -> dict[str, Any]:
     """Return a dead delivery as the API shows it: a webhook's, or a send's."""
     because = row["because"]
-    names = "account_id sequence message_id attempts accepted_at correlation_id"
+    names = "account_id message_id attempts accepted_at correlation_id"
     found = {
         "delivery_id": row["id"],
         **{name: row[name] for name in names.split()},
@@ -97,5 +97,11 @@ def _shown(row: Row) -> dict[str, Any]:
         "not_retryable_because": because,
     }
     if row["target"] == "crm":
-        return {**found, "contact": row["contact"], "event": row["event"], "event_id": row["event_id"]}
+        return {
+            **found,
+            "sequence": row["sequence"],
+            "contact": row["contact"],
+            "event": row["event"],
+            "event_id": row["event_id"],
+        }
     return {**found, "recipient_id": row["contact"], "in_doubt": row["last_code"] == "in_doubt"}

@@ -252,7 +252,7 @@ class Acknowledged:
 
 
 _KEPT = {
-    "inbound": "SELECT instagram_message_id FROM inbound_events JOIN deliveries ON event_id = inbound_events.id",
+    "inbound": "SELECT instagram_message_id FROM events JOIN deliveries ON event_id = events.id",
     "outbound": "SELECT outbound_messages.id FROM outbound_messages JOIN deliveries"
     " ON message_id = outbound_messages.id AND target = 'instagram'",
 }

@@ -221,7 +221,7 @@ def _owed(database: Path) -> list[str]:
             FROM deliveries WHERE state = 'pending' OR (state = 'dead' AND target = 'crm')
             UNION ALL
             SELECT id, 'held', contact, kind, state, '', instagram_message_id, received_at, ''
-            FROM inbound_events WHERE state IN ('held', 'unrouted')"""
+            FROM events WHERE state IN ('held', 'unrouted')"""
         )
         return [" ".join(str(value) for value in row) for row in rows]
 

@@ -131,8 +131,8 @@ def was_taken(text: str, answer: Answer) -> bool:
 def stored(shop: Shop) -> set[str]:
     """Return the texts that the database holds, each with its delivery."""
     inbound = shop.rows(
-        "SELECT json_extract(payload, '$.text') FROM inbound_events"
-        " JOIN deliveries ON event_id = inbound_events.id WHERE kind = 'message.received'"
+        "SELECT json_extract(payload, '$.text') FROM events"
+        " JOIN deliveries ON event_id = events.id WHERE kind = 'message.received'"
     )
     outbound = shop.rows(
         "SELECT json_extract(content, '$.text') FROM outbound_messages"
@@ -178,14 +178,14 @@ def assert_whole(shop: Shop) -> None:
     """Assert that nothing is damaged, and nothing half there."""
     assert shop.rows("PRAGMA integrity_check") == [("ok",)]
     ownerless = """
-        SELECT id FROM inbound_events WHERE state = 'forwarded' AND NOT EXISTS
-            (SELECT 1 FROM deliveries WHERE event_id = inbound_events.id AND target = 'crm')
+        SELECT id FROM events WHERE state = 'forwarded' AND NOT EXISTS
+            (SELECT 1 FROM deliveries WHERE event_id = events.id AND target = 'crm')
         UNION ALL SELECT id FROM outbound_messages WHERE NOT EXISTS
             (SELECT 1 FROM deliveries WHERE message_id = outbound_messages.id AND target = 'instagram')
         UNION ALL SELECT id FROM outbound_messages WHERE status <> 'pending' AND NOT EXISTS
             (SELECT 1 FROM history WHERE subject = outbound_messages.id AND kind = 'status' AND code = status)
         UNION ALL SELECT id FROM deliveries WHERE event_id IS NOT NULL AND NOT EXISTS
-            (SELECT 1 FROM inbound_events WHERE id = deliveries.event_id) AND event LIKE 'message.received'"""
+            (SELECT 1 FROM events WHERE id = deliveries.event_id) AND event LIKE 'message.received'"""
     assert shop.rows(ownerless) == []
 
 

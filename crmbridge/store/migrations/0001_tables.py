@@ -68,8 +68,8 @@ TABLES = (
         contact         TEXT NOT NULL,               -- the customer's id at the channel
         conversation_id TEXT NOT NULL,               -- cnv_…
         username        TEXT,
-        crm_sequence    INTEGER NOT NULL DEFAULT 0,  -- last number given out in this lane to the CRM
-        send_sequence   INTEGER NOT NULL DEFAULT 0,  -- last number given out in this lane to the channel
+        crm_sequence    INTEGER NOT NULL DEFAULT 0,  -- the last event's number
+        sends           INTEGER NOT NULL DEFAULT 0,  -- that were accepted
         last_wrote_at   TEXT,                        -- opens the window in which we may answer
         window_until    TEXT,                        -- where an ad opened more than the usual day
         name            TEXT,                        -- what the customer calls themselves
@@ -115,43 +115,49 @@ TABLES = (
     CREATE INDEX outbound_ends ON outbound_messages (send_before)
         WHERE status = 'pending' AND send_before IS NOT NULL""",
     """
-    CREATE TABLE inbound_events (                    -- what the channel told us
-        id                   TEXT PRIMARY KEY,       -- evt_…
+    CREATE TABLE events (                            -- what the channel told us, and what became of sends
+        position             INTEGER PRIMARY KEY AUTOINCREMENT, -- what a CRM reads, in the order of its cursor
+        id                   TEXT NOT NULL UNIQUE,   -- evt_…
         account_id           TEXT,                   -- NULL while no account here has that id
-        instagram_account_id TEXT NOT NULL,
+        instagram_account_id TEXT,                   -- NULL: it tells what became of a send
         contact              TEXT NOT NULL,
         kind                 TEXT NOT NULL,          -- message.received, message.read, …
-        dedupe_key           TEXT NOT NULL,          -- the same for every repetition of the same fact
+        sequence             INTEGER,                -- among what CRMs hear of the contact; NULL: not told
+        dedupe_key           TEXT,                   -- the same for every repetition of the same fact
         instagram_message_id TEXT,
+        message_id           TEXT,                   -- msg_…: the send whose status it tells
         state                TEXT NOT NULL,          -- forwarded | noted | held | unrouted | dropped
         payload              TEXT,                   -- JSON, for whom it is owed; NULL once retention took it
+        body                 TEXT,                   -- what a CRM gets; rendered when one is to see it first
+        gone                 INTEGER NOT NULL DEFAULT 0, -- 1: retention took its content
         party                TEXT,                   -- the business as the item names it, where the entry did not
         occurred_at          TEXT NOT NULL,
         received_at          TEXT NOT NULL,
         correlation_id       TEXT NOT NULL
     )""",
-    "CREATE UNIQUE INDEX inbound_dedupe ON inbound_events (instagram_account_id, dedupe_key)",
+    "CREATE UNIQUE INDEX events_dedupe ON events (instagram_account_id, dedupe_key)",
     """
-    CREATE INDEX inbound_external ON inbound_events (account_id, instagram_message_id)
+    CREATE INDEX events_external ON events (account_id, instagram_message_id)
         WHERE instagram_message_id IS NOT NULL""",
-    "CREATE INDEX inbound_held ON inbound_events (account_id, contact) WHERE state = 'held'",
-    "CREATE INDEX inbound_unrouted ON inbound_events (instagram_account_id) WHERE state = 'unrouted'",
-    "CREATE INDEX inbound_unrouted_party ON inbound_events (party) WHERE state = 'unrouted' AND party IS NOT NULL",
-    "CREATE INDEX inbound_age ON inbound_events (state, received_at)",
-    "CREATE INDEX inbound_activity ON inbound_events (account_id, received_at)",
-    "CREATE INDEX inbound_correlation ON inbound_events (correlation_id)",
+    "CREATE INDEX events_held ON events (account_id, contact) WHERE state = 'held'",
+    "CREATE INDEX events_unrouted ON events (instagram_account_id) WHERE state = 'unrouted'",
+    "CREATE INDEX events_unrouted_party ON events (party) WHERE state = 'unrouted' AND party IS NOT NULL",
+    "CREATE INDEX events_age ON events (state, received_at)",
+    "CREATE INDEX events_contact ON events (account_id, contact)",
+    "CREATE INDEX events_heard ON events (account_id, received_at) WHERE message_id IS NULL",
+    "CREATE INDEX events_correlation ON events (correlation_id)",
+    "CREATE INDEX events_feed ON events (account_id, gone, position) WHERE sequence IS NOT NULL",
+    "CREATE INDEX events_long ON events (received_at) WHERE length(CAST(body AS BLOB)) > 4000",
     """
     CREATE TABLE deliveries (                        -- one HTTP call owed to one target
-        position         INTEGER PRIMARY KEY AUTOINCREMENT,
+        position         INTEGER PRIMARY KEY,        -- order within the lane
         id               TEXT NOT NULL UNIQUE,       -- dlv_…
         target           TEXT NOT NULL,              -- crm | instagram
         account_id       TEXT NOT NULL,
         contact          TEXT NOT NULL,              -- target, account and contact make the lane
-        sequence         INTEGER NOT NULL,           -- order within the lane
         event            TEXT NOT NULL,              -- message.received, …; message.send for the channel
         event_id         TEXT,                       -- evt_…: what the CRM sees
         message_id       TEXT,                       -- msg_…: the outbound message it is about
-        body             TEXT,                       -- what the CRM gets; rendered at the first claim
         place            TEXT NOT NULL,              -- behind | head | aside of its lane, done or dead
         state            TEXT GENERATED ALWAYS AS (CASE WHEN place IN ('done', 'dead') THEN place ELSE 'pending' END)
                          VIRTUAL,                    -- for who looks: pending | done | dead
@@ -181,7 +187,7 @@ TABLES = (
         WHERE place IN ('head', 'aside') AND in_doubt = 0""",
     "CREATE UNIQUE INDEX deliveries_head ON deliveries (target, account_id, contact) WHERE place = 'head'",
     """
-    CREATE INDEX deliveries_lane ON deliveries (target, account_id, contact, place, sequence)
+    CREATE INDEX deliveries_lane ON deliveries (target, account_id, contact, place)
         WHERE finished_at IS NULL""",
     """
     CREATE INDEX deliveries_untried ON deliveries (target, account_id, position)
@@ -204,10 +210,6 @@ TABLES = (
     """
     CREATE INDEX deliveries_texts ON deliveries (place, finished_at)
         WHERE gone = 0 AND finished_at IS NOT NULL""",
-    """
-    CREATE INDEX deliveries_long ON deliveries (place, finished_at)
-        WHERE gone = 0 AND length(CAST(body AS BLOB)) > 4000""",
-    "CREATE INDEX deliveries_feed ON deliveries (account_id, gone, position) WHERE target = 'crm'",
     """
     CREATE TABLE history (                           -- what became of things, beside what their own rows tell
         position    INTEGER PRIMARY KEY,
@@ -288,9 +290,10 @@ TABLES = (
     )""",
     """
     CREATE VIEW webhook_deliveries AS                -- what is and was owed to CRMs
-        SELECT id, account_id, contact, sequence, event, event_id, message_id, state, place, due,
-               attempts, last_code, last_http_status, last_error, accepted_at, finished_at, correlation_id
-        FROM deliveries WHERE target = 'crm'""",
+        SELECT deliveries.id, deliveries.account_id, deliveries.contact, sequence, event, event_id,
+               deliveries.message_id, deliveries.state, place, due, attempts, last_code, last_http_status, last_error,
+               accepted_at, finished_at, deliveries.correlation_id
+        FROM deliveries LEFT JOIN events ON events.id = event_id WHERE target = 'crm'""",
 )
 
 

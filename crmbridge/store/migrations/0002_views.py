@@ -53,7 +53,7 @@ VIEWS = (
         SELECT MIN(id), NULL, MIN(contact), 'crm', COUNT(*) || ' unrouted',
             'no account here has the Instagram account id ' || instagram_account_id,
             MIN(received_at), NULL, 0, NULL, NULL, NULL, 'crmbridge explain ' || MIN(id)
-        FROM inbound_events WHERE state = 'unrouted' GROUP BY instagram_account_id""",
+        FROM events WHERE state = 'unrouted' GROUP BY instagram_account_id""",
     """
     CREATE VIEW dead AS  -- what was given up, until a person has it tried again
         SELECT id, account_id, contact, target, event, COALESCE(message_id, event_id) AS about, finished_at AS died_at,
@@ -117,7 +117,8 @@ VIEWS = (
                 AS oldest_pending_send_at,
             (SELECT COUNT(*) FROM deliveries
                 WHERE place = 'dead' AND target = 'instagram' AND account_id = connected.id) AS dead_sends,
-            (SELECT MAX(received_at) FROM inbound_events WHERE account_id = connected.id) AS last_event_at,
+            (SELECT MAX(received_at) FROM events WHERE account_id = connected.id AND message_id IS NULL)
+                AS last_event_at,
             'crmbridge explain ' || id AS to_type
         FROM connected""",
 )
