@@ -186,7 +186,8 @@ class Rig:
     def due(self, kind: Target, account: dict[str, Any]) -> list[Row]:
         """Return what an endpoint could be called for now."""
         one, now = account["id"], instant(self.now_s)
-        return [row for rank in range(3) for row in deliveries.due(self.db, kind, one, rank, now, 99)]
+        rows = [row for rank in range(3) for row in deliveries.due(self.db, kind, one, rank, 99)]
+        return [row for row in rows if row["due"] <= now]
 
     def by_hand(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Change rows by hand; return how many."""
@@ -280,7 +281,7 @@ class Rig:
         """Accept a send and return its message id."""
         key = f"key-{next(self._keys)}"
         request = messages.Request(account["id"], contact, key, key, {"text": text}, None, "test")
-        row, _ = messages.accept(self.db, request)
+        row, _, _ = messages.accept(self.db, request)
         return str(row["id"])
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from schemathesis.core.parameters import ParameterLocation
 from crmbridge import config, signing
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.sandbox.meta import APP_SECRET, VERIFY_TOKEN
-from crmbridge.store import inbound, messages
+from crmbridge.store import bodies, messages
 from tests import shop as shops
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_TOKEN, TOKEN, Shop
 
@@ -186,5 +186,5 @@ def test_a_round_trip_brings_every_event(tmp_path: Path) -> None:
         crm.wait(1, where=lambda one: one.event["event"] == "message.failed")
         wanted = shop.rows("SELECT COUNT(*) FROM deliveries WHERE target = 'crm' AND account_id = ?", shop.account_id)
         received = crm.wait(wanted[0][0])
-    assert {one.event["event"] for one in received} == {*inbound.TOLD, *messages.TOLD}
+    assert {one.event["event"] for one in received} == {*bodies.TOLD, *messages.TOLD}
     assert all(one.verified for one in received)

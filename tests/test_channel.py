@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from crmbridge.events import ChannelEvent, instant
-from crmbridge.store import inbound, messages
+from crmbridge.store import bodies, inbound, messages
 from tests import shop as shops
 from tests.rig import Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
@@ -619,7 +619,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 
 def test_the_table_knows_every_payload() -> None:
     assert {path.stem for path in PAYLOADS.glob("*.json")} == set(TABLE)
-    assert {entry["event"] for events in TABLE.values() for entry in events} == set(inbound.TOLD)
+    assert {entry["event"] for events in TABLE.values() for entry in events} == set(bodies.TOLD)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -667,7 +667,7 @@ def plain(value: Any) -> Any:
 def test_readme_names_every_event_once() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     rows = re.findall(r"^\| `((?:message|comment|mention)\.[a-z]+)` \|", readme, re.MULTILINE)
-    assert sorted(rows) == sorted([*inbound.TOLD, *messages.TOLD])
+    assert sorted(rows) == sorted([*bodies.TOLD, *messages.TOLD])
 
 
 def test_what_was_taken_back_is_erased_everywhere(rig: Rig) -> None:

@@ -18,7 +18,7 @@ import crmbridge
 from crmbridge import apikey, config, contract, errors, wiring
 from crmbridge.delivery import FLOORS_S
 from crmbridge.instagram import codes
-from crmbridge.store import inbound, messages
+from crmbridge.store import bodies, messages
 from crmbridge.store.deliveries import Patience
 from crmbridge.web import app as web_app
 from tests import spec
@@ -76,7 +76,7 @@ def code_table() -> set[str]:
 
 
 OPERATIONS, EVENTS, ROUTES = operations(), events(), routes()
-TOLD = {*inbound.TOLD, *messages.TOLD, "webhook.test"}
+TOLD = {*bodies.TOLD, *messages.TOLD, "webhook.test"}
 
 
 # --- the file ---

@@ -57,7 +57,7 @@ def test_a_clock_that_is_set_makes_nothing_that_waits_go_last(rig: Rig) -> None:
     rig.drain()
     rig.crm.answer_always(None)
     rig.now_s += HOUR_S
-    rows = [deliveries.due(rig.db, "crm", account["id"], rank, "9", 99) for rank in range(3)]
+    rows = [deliveries.due(rig.db, "crm", account["id"], rank, 99) for rank in range(3)]
     assert [len(one) for one in rows] == [0, 5, 0]
 
 

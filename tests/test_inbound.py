@@ -11,7 +11,7 @@ from crmbridge.errors import Forbidden, Invalid, Unauthorized
 from crmbridge.events import ChannelEvent
 from crmbridge.instagram import webhook
 from crmbridge.sandbox import wire
-from crmbridge.store import accounts, inbound
+from crmbridge.store import accounts, bodies, inbound
 from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
 
@@ -243,7 +243,7 @@ def test_any_signed_json_is_kept(rig: Rig, item: Any, field: Any, account: Any) 
     assert len(rig.hear_body(json.dumps(body).encode())) >= 1 + len(_KINDS) + 3
     assert rig.hear_body(json.dumps(item).encode())
     for row in rig.db.rows("SELECT * FROM events WHERE body IS NULL AND state = 'forwarded'"):
-        inbound.body(rig.db, accounts.everyone(rig.db)[0], row)
+        bodies.of(rig.db, accounts.everyone(rig.db)[0], bodies.found(rig.db, row["id"]))
         rig.by_hand("UPDATE deliveries SET place = 'done', finished_at = due WHERE event_id = ?", (row["id"],))
         rig.by_hand("UPDATE events SET body = '' WHERE id = ?", (row["id"],))
 

@@ -17,6 +17,7 @@ _SELECT = """
     SELECT accounts.*, crm.id AS crm_id, crm.url AS crm_webhook_url, crm.secret_sealed AS webhook_secret_sealed,
         crm.old_secret_sealed AS old_webhook_secret_sealed, crm.old_secret_until AS old_webhook_secret_until,
         instagram.id AS instagram_id, instagram.secret_sealed AS access_token_sealed,
+        instagram.paused_at AS sends_paused_at,
         CASE WHEN instagram.held_by IN ('inactive', 'error') THEN instagram.held_by ELSE 'active' END AS status,
         instagram.held_reason AS status_reason, COALESCE(instagram.held_at, instagram.aged_from) AS status_since
     FROM accounts LEFT JOIN endpoints AS crm ON crm.account_id = accounts.id AND crm.kind = 'crm'

@@ -1,6 +1,7 @@
 """Customers as one account knows them, and the numbers that order what goes to and from them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from crmbridge.events import new_id
@@ -8,41 +9,57 @@ from crmbridge.store.database import Reads, Row, Tx
 
 ERASED = "erased_"  # how a contact begins who was erased
 Target = Literal["crm", "instagram"]
-_COUNT = """
-    INSERT INTO contacts (account_id, contact, conversation_id, {0}, created_at) VALUES (?, ?, ?, 1, ?)
-    ON CONFLICT (account_id, contact) DO UPDATE SET {0} = contacts.{0} + 1
-    RETURNING {0}"""
-_NEXT_EVENT, _NEXT_SEND = _COUNT.format("crm_sequence"), _COUNT.format("sends")
+_LATER = "CASE WHEN contacts.{0} > excluded.{0} THEN contacts.{0} ELSE COALESCE(excluded.{0}, contacts.{0}) END"
+_HEAR = f"""
+    INSERT INTO contacts (account_id, contact, conversation_id, created_at, last_wrote_at, window_until, username,
+        crm_sequence)
+    VALUES (?, ?, ?, ?, ?, ?, ?, 1)
+    ON CONFLICT (account_id, contact) DO UPDATE SET crm_sequence = contacts.crm_sequence + 1,
+        last_wrote_at = {_LATER.format("last_wrote_at")}, window_until = {_LATER.format("window_until")},
+        username = COALESCE(excluded.username, contacts.username)
+    RETURNING crm_sequence, profile_checked_at, profile_due"""
+_COUNT_SEND = """
+    INSERT INTO contacts (account_id, contact, conversation_id, created_at, sends) VALUES (?, ?, ?, ?, 1)
+    ON CONFLICT (account_id, contact) DO UPDATE SET sends = contacts.sends + 1"""
 
 
-def next_sequence(tx: Tx, account_id: str, contact: str) -> int:
-    """Give out the next number of what a CRM hears about a contact, who is made at the first mention."""
-    return int(tx.value(_NEXT_EVENT, (account_id, contact, new_id("cnv"), tx.now)))
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What something that a customer did tells of them: when it opened the window, until when beyond its usual length.
+
+    None changes nothing, nor does an earlier time than the one that is known.
+    """
+
+    at: str | None = None
+    until: str | None = None
+    username: str | None = None
+
+
+NOTHING = Act()
+
+
+def hear(tx: Tx, account_id: str, contact: str, act: Act = NOTHING) -> Row:
+    """Give out the next number of what a CRM hears about a contact, who is made at the first mention.
+
+    Returns `crm_sequence`, and with it when their names were asked for and are to be again.
+    """
+    parameters = (account_id, contact, new_id("cnv"), tx.now, act.at, act.until, act.username)
+    return tx.row(_HEAR, parameters) or {}
 
 
 def count_send(tx: Tx, account_id: str, contact: str) -> None:
     """Count a send; the contact is made at the first mention, and nobody else writes to their lane meanwhile."""
-    tx.value(_NEXT_SEND, (account_id, contact, new_id("cnv"), tx.now))
+    tx.run(_COUNT_SEND, (account_id, contact, new_id("cnv"), tx.now))
 
 
-def acted(tx: Tx, account_id: str, contact: str, *, at: str | None, until: str | None) -> None:
-    """Note when a customer last opened the window, and until when it may be open beyond its usual length.
-
-    An earlier time than the one that is known changes nothing. Runs inside a write, after `next_sequence`.
-    """
-    for column, time in (("last_wrote_at", at), ("window_until", until)):
-        if time is not None:
-            tx.run(
-                f"""
-                UPDATE contacts SET {column} = ? WHERE account_id = ? AND contact = ?
-                    AND ({column} IS NULL OR {column} < ?)""",
-                (time, account_id, contact, time),
-            )
-
-
-def name(tx: Tx, account_id: str, contact: str, username: str) -> None:
-    """Note what a customer is called; runs inside a write."""
-    tx.update("contacts", {"username": username}, "account_id = ? AND contact = ?", [account_id, contact])
+def note(tx: Tx, account_id: str, contact: str, act: Act) -> None:
+    """Note what a customer did, of which no CRM hears."""
+    if act == NOTHING:
+        return
+    told = {"last_wrote_at": act.at, "window_until": act.until}
+    later = ", ".join(f"{name} = CASE WHEN {name} > ? THEN {name} ELSE COALESCE(?, {name}) END" for name in told)
+    sql = f"UPDATE contacts SET {later}, username = COALESCE(?, username) WHERE account_id = ? AND contact = ?"
+    tx.run(sql, (act.at, act.at, act.until, act.until, act.username, account_id, contact))
 
 
 def find(db: Reads, account_id: str, contact: str) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 
 from crmbridge.errors import Conflict, Invalid, NotFound
 from crmbridge.events import instant
-from crmbridge.store import accounts, deliveries, endpoints, inbound, messages
+from crmbridge.store import accounts, bodies, deliveries, endpoints, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Reads, Row, Tx
 
@@ -23,7 +23,7 @@ _NOT_DEAD = {
     "not_pushed": "It is not dead: the account had no crm_webhook_url, so the CRM reads it by GET /api/v1/events.",
 }
 _AT_ONCE = 200
-_EVENTS = (*inbound.TOLD, *messages.TOLD, deliveries.SEND, deliveries.ACTION)
+_EVENTS = (*bodies.TOLD, *messages.TOLD, deliveries.SEND, deliveries.ACTION)
 # Why a dead row cannot be tried again; a send in doubt can, by force.
 _NOT_ITSELF = """
     CASE WHEN account.id IS NULL OR account.deleted_at IS NOT NULL THEN 'account_deleted'

@@ -3,11 +3,9 @@
 Every function runs inside a write of its caller.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-import pydantic_core
 
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import history, sqlite
@@ -80,15 +78,6 @@ SEND, ACTION = "message.send", "action.send"  # what is owed to the channel: mes
 LOOK_UP_FAILED = "look_up_failed"  # the channel did not answer when it was asked for a send in doubt
 
 
-def rendered(event: dict[str, Any]) -> str:
-    """Return the body that a CRM receives; the text is stored, and its UTF-8 bytes are what is signed.
-
-    Raises ValueError for half a surrogate pair and for what is nested too deeply. A number that JSON does not know,
-    such as Infinity, becomes null.
-    """
-    return pydantic_core.to_json(event, inf_nan_mode="null").decode()
-
-
 def is_repeatable(event: str) -> bool:
     """Tell whether a delivery's call may be made twice without harm: a message would stand there twice."""
     return event != SEND
@@ -136,9 +125,11 @@ _CARRIED = {entry.name for entry in fields(Claimed)} - {
 # `target = ? || ''`: beside indexes of one target alone a bare mark decides the plan, and SQLite compiles the statement
 # anew each time that it is bound.
 _IN_FRONT = """
-    SELECT revived FROM deliveries
-    WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place IN ('behind', 'head')
-    ORDER BY place DESC LIMIT 1"""  # 'head' before 'behind'
+    (SELECT {} FROM deliveries AS other
+    WHERE other.finished_at IS NULL AND other.target = ? || '' AND other.account_id = ? AND other.contact = ?
+        AND other.place IN ('behind', 'head') AND other.id <> ?
+    ORDER BY other.place DESC LIMIT 1)"""  # 'head' before 'behind'
+_HEAD_OR_BEHIND = f"CASE WHEN EXISTS {_IN_FRONT.format(1)} THEN 'behind' ELSE 'head' END"
 
 
 _GO_AHEAD = """
@@ -165,29 +156,29 @@ def owe(tx: Tx, debt: Debt, *, push: bool = True, wait_s: float = 0.0) -> str:
     Without `push` nobody is called: the CRM reads the event when it asks.
     """
     delivery_id = new_id("dlv")
+    values: Row = {
+        "id": delivery_id,
+        "target": debt.target,
+        "account_id": debt.account_id,
+        "contact": debt.contact,
+        "event": debt.event,
+        "event_id": debt.event_id,
+        "message_id": debt.message_id,
+        "due": instant(tx.now_s + wait_s) if wait_s else tx.now,
+        "correlation_id": debt.correlation_id,
+        "accepted_at": tx.now,
+        "aged_from": tx.now,
+    }
+    if not push:
+        tx.insert("deliveries", {**values, "place": "done", "last_code": "not_pushed", "finished_at": tx.now})
+        return delivery_id
     lane = (debt.target, debt.account_id, debt.contact)
-    in_front = tx.value(_IN_FRONT, lane) if push else None
-    if in_front:  # something new must not wait for all that was dead: its conversation goes first
-        tx.run(_GO_AHEAD, lane)
-    tx.insert(
-        "deliveries",
-        {
-            "id": delivery_id,
-            "target": debt.target,
-            "account_id": debt.account_id,
-            "contact": debt.contact,
-            "event": debt.event,
-            "event_id": debt.event_id,
-            "message_id": debt.message_id,
-            "place": "done" if not push else "head" if in_front is None else "behind",
-            "due": instant(epoch_s(tx.now) + wait_s) if wait_s else tx.now,
-            "last_code": None if push else "not_pushed",
-            "correlation_id": debt.correlation_id,
-            "accepted_at": tx.now,
-            "aged_from": tx.now,
-            "finished_at": None if push else tx.now,
-        },
-    )
+    in_front = (*lane, delivery_id)
+    sql = f"""
+        INSERT INTO deliveries ({", ".join(values)}, place) VALUES ({_marks(values)}, {_HEAD_OR_BEHIND})
+        RETURNING {_IN_FRONT.format("revived")}"""
+    if tx.value(sql, (*values.values(), *in_front, *in_front)):
+        tx.run(_GO_AHEAD, lane)  # something new must not wait for all that was dead: its conversation goes first
     return delivery_id
 
 
@@ -196,8 +187,7 @@ _RANKED = """place IN ('head', 'aside') AND in_doubt = 0
         AND (CASE WHEN revived THEN 2 ELSE attempts > 0 END)"""
 _DUE = {
     rank: f"""
-    SELECT * FROM deliveries WHERE {_RANKED} = {rank} AND target = ? || '' AND account_id = ? AND due <= ?
-    ORDER BY due LIMIT ?"""
+    SELECT * FROM deliveries WHERE {_RANKED} = {rank} AND target = ? || '' AND account_id = ? ORDER BY due LIMIT ?"""
     for rank in (FRESH, TRIED, REVIVED)
 }
 # For each endpoint of the outer query: when its next row of each rank is due, and its next look-up.
@@ -213,9 +203,9 @@ _LOOK_UPS = """
         ORDER BY due LIMIT ?"""
 
 
-def due(db: Reads, target: str, account_id: str, rank: int, now: str, limit: int) -> list[Row]:
-    """Return the rows of an endpoint that are due, earliest first, of one rank: never tried, tried, or once dead."""
-    return db.rows(_DUE[rank], (target, account_id, now, limit))
+def due(db: Reads, target: str, account_id: str, rank: int, limit: int) -> list[Row]:
+    """Return what an endpoint is to get, what is due first at the front, of one rank: never tried, tried, once dead."""
+    return db.rows(_DUE[rank], (target, account_id, limit))
 
 
 def in_doubt(db: Reads, account_id: str, now: str, limit: int) -> list[Row]:
@@ -367,15 +357,16 @@ def record(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool
         told = {"kind": "dead", "code": outcome.code}
     elif to == "aside":
         told = {"kind": "stepped_aside"}
-    touched = move(tx, to, ours, key, values, told=told) if to else tx.update("deliveries", values, ours, key)
-    lane = (claimed.target, claimed.account_id, claimed.contact)
+    if to is None:
+        return bool(tx.update("deliveries", values, ours, key))
+    touched = _move_one(tx, to, ours, key, values, told)
     if touched and claimed.place == "behind" and to == "done":
         # It went past its lane's head: so the far side works, and the head steps aside.
+        lane = (claimed.target, claimed.account_id, claimed.contact)
         where = "target = ? || '' AND account_id = ? AND contact = ? AND place = 'head'"
         move(tx, "aside", where, lane, told={"kind": "stepped_aside"})
-    if touched and to is not None:
         promote(tx, *lane)
-    return bool(touched)
+    return touched
 
 
 def latency_ms(accepted_at: str, now: str) -> int:
@@ -402,6 +393,28 @@ def move(
 
     Nothing else changes `place`. `told` is for their history. Who takes a lane's head away promotes the next.
     """
+    sql, given = _move(tx, to, where, parameters, values, told)
+    return tx.run(sql, given)
+
+
+def _move_one(tx: Tx, to: Place, where: str, parameters: Sequence[Any], values: Row, told: Told | None) -> bool:
+    """Do as `move` with the one row that matches, if any, and promote the next of its lane."""
+    sql, given = _move(tx, to, where, parameters, values, told)
+    row = tx.row(f"{sql} RETURNING target, account_id, contact, EXISTS ({_BEHIND}) AS promotes", given)
+    if row is not None and row["promotes"]:
+        promote(tx, row["target"], row["account_id"], row["contact"])
+    return row is not None
+
+
+_BEHIND = """
+    SELECT 1 FROM deliveries AS behind WHERE behind.finished_at IS NULL AND behind.place = 'behind'
+        AND behind.target = deliveries.target AND behind.account_id = deliveries.account_id
+        AND behind.contact = deliveries.contact"""
+
+
+def _move(
+    tx: Tx, to: Place, where: str, parameters: Sequence[Any], values: Row | None, told: Told | None
+) -> tuple[str, tuple[Any, ...]]:
     changed = {"place": to, **(values or {})}
     if to in ("done", "dead"):
         changed |= {"claim_id": None, "in_doubt": 0}
@@ -412,7 +425,7 @@ def move(
     where = f"{where} AND place IN ({places})"
     if told is not None:
         history.note_where(tx, where=where, parameters=parameters, **told)
-    return tx.run(f"UPDATE deliveries SET {names} WHERE {where}", (*given, *parameters))
+    return f"UPDATE deliveries SET {names} WHERE {where}", (*given, *parameters)
 
 
 def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str | None) -> None:
@@ -422,8 +435,7 @@ def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str |
         ended["latency_ms"] = latency_ms(row["accepted_at"], tx.now)
     if row["claim_id"] is not None:
         _break_off(tx, row, code)
-    move(tx, to, "id = ?", [row["id"]], ended, told={"kind": to, "code": code})
-    promote(tx, row["target"], row["account_id"], row["contact"])
+    _move_one(tx, to, "id = ?", [row["id"]], ended, {"kind": to, "code": code})
 
 
 _NEXT_OF_LANE = """
@@ -614,5 +626,5 @@ def end_all(tx: Tx, rows: Sequence[Row], to: Literal["done", "dead"], code: str,
         move(tx, to, these, [row["position"] for row in rows], ended, told={"kind": to, "code": told})
 
 
-def _marks(values: Sequence[Any]) -> str:
+def _marks(values: Collection[Any]) -> str:
     return ", ".join("?" * len(values))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from crmbridge import log
 from crmbridge.errors import Conflict, Invalid
-from crmbridge.store import inbound, sqlite
+from crmbridge.store import bodies, sqlite
 from crmbridge.store.database import Database, Reads, Row, Tx
 
 _CURSOR = re.compile(r"([0-9]{1,15})-([0-9a-z]{8})", re.ASCII)
@@ -126,7 +126,7 @@ def _read(db: Reads, accounts: Mapping[str, Row], positions: Sequence[int]) -> t
     rows: list[Row] = []
     size = 0
     for taken, position in enumerate(positions):
-        row = db.row("SELECT * FROM events WHERE position = ?", (position,))
+        row = bodies.at_position(db, position)
         if row is None:
             continue
         row["rendered"] = None if row["gone"] else _rendered(db, accounts[row["account_id"]], row)
@@ -139,8 +139,8 @@ def _read(db: Reads, accounts: Mapping[str, Row], positions: Sequence[int]) -> t
 
 def _rendered(db: Reads, account: Row, row: Row) -> str | None:
     try:
-        return inbound.body(db, account, row)
-    except inbound.UNRENDERABLE as error:
+        return bodies.of(db, account, row)
+    except bodies.UNRENDERABLE as error:
         log.warning("feed.unrendered", event=row["id"], error=type(error).__name__)
         return None
 
@@ -155,7 +155,7 @@ def _store(db: Database, accounts: Mapping[str, Row], rows: Sequence[Row]) -> No
 
     def job(tx: Tx) -> None:
         for row in rows:
-            present = tx.row("SELECT * FROM events WHERE position = ?", (row["position"],))
+            present = bodies.at_position(tx, row["position"])
             if present is None or present["gone"] or present["sequence"] is None:
                 row |= {"rendered": None, "gone": 1}
                 continue

@@ -7,28 +7,12 @@ from typing import Any
 
 from crmbridge import matching
 from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, new_id
-from crmbridge.store import accounts, contacts, deliveries, messages, questions, windows
+from crmbridge.store import accounts, bodies, contacts, deliveries, messages, questions, windows
+from crmbridge.store.contacts import Act
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Debt
 
-# What a CRM is told of, and what each event has beside what all have, in the order of its body.
-TOLD: dict[str, tuple[str, ...]] = {
-    "message.received": ("reply_to", "quick_reply", "referral", "is_self", "event"),
-    "message.echo": ("reply_to", "quick_reply", "referral", "is_self", "event"),
-    "message.reaction": ("event", "reaction"),
-    "message.postback": ("event", "postback", "referral", "is_self"),
-    "message.edited": ("event", "edit"),
-    "message.deleted": ("event",),
-    "message.referral": ("event", "referral"),
-    "message.unsupported": ("event", "raw"),
-    "comment.received": ("event", "comment", "referral"),
-    "mention.received": ("event", "mention"),
-}
 _ADOPT_AT_ONCE = 200
-# What rendering raises where the content is gone or is not what it was when it was written.
-UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
-# What a message is known by; the other kinds are about one.
-_MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
 _BY_A_PERSON = ("message.received", "message.postback", "message.referral")  # Instagram names who wrote or tapped
 _SAID_NOTHING = ("text", "attachments", "reply_to", "others", "raw")  # what goes when a message is taken back
 
@@ -122,11 +106,9 @@ def _keep_one(
         return Kept("noted" if event.kind == NOTED else "unrouted", event, event_id, None)
     if queues:
         return Kept("queued", event, event_id, account["id"])
-    state = _apply(tx, account, row, ask_s)
-    windows.note(tx, account, event.contact, event.opens, acted_at=event.occurred_at, received_at=tx.now)
-    if event.contact_name:
-        contacts.name(tx, account["id"], event.contact, event.contact_name)
-    return Kept(state, event, event_id, account["id"])
+    times = {"acted_at": event.occurred_at, "received_at": tx.now}
+    act = windows.act(account, event.contact, event.opens, **times, username=event.contact_name)
+    return Kept(_apply(tx, account, row, ask_s, act), event, event_id, account["id"])
 
 
 def _complete(tx: Tx, account: Row | None, external_account_id: str, event: ChannelEvent) -> None:
@@ -143,8 +125,8 @@ def _complete(tx: Tx, account: Row | None, external_account_id: str, event: Chan
     if known is None:
         return
     if account is not None:
-        at, received_at = event.occurred_at, known["received_at"]
-        windows.note(tx, account, event.contact, event.opens, acted_at=at, received_at=received_at)
+        times = {"acted_at": event.occurred_at, "received_at": known["received_at"]}
+        contacts.note(tx, account["id"], event.contact, windows.act(account, event.contact, event.opens, **times))
     if '"announced"' not in (known["payload"] or ""):
         return
     unseen = "body IS NULL AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = events.id AND attempts > 0)"
@@ -166,7 +148,7 @@ def _payload(event: ChannelEvent) -> str:
     return json.dumps({key: value for key, value in content.items() if value}, ensure_ascii=False)
 
 
-def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
+def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = contacts.NOTHING) -> str:
     """Do what an event asks for and return its new state."""
     if not row["contact"] and row["instagram_message_id"]:
         row = _with_contact(tx, account, row)
@@ -176,12 +158,13 @@ def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
     elif kind == "message.read":
         state = _apply_read(tx, account, row)
     elif kind == "message.echo":
-        state = _apply_echo(tx, account, row)
+        state = _apply_echo(tx, account, row, act)
     else:
         if kind == "message.deleted":
             _withdraw(tx, account, row)
-        state = _forward(tx, account, row, ask_s)
+        state = _forward(tx, account, row, ask_s, act)
     if state != "forwarded":
+        contacts.note(tx, account["id"], row["contact"], act)
         changed: Row = {"state": state, "account_id": account["id"]}
         if state == "noted":  # nobody is owed its content
             changed["payload"] = None
@@ -191,7 +174,7 @@ def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
 
 def _with_contact(tx: Tx, account: Row, row: Row) -> Row:
     """Find the customer of an event that names only a message, such as an edit without its parties."""
-    known = _about(tx, account["id"], row["instagram_message_id"])
+    known = _find(tx, account["id"], row["instagram_message_id"], bodies.MESSAGES)
     sent = messages.find_external(tx, account["id"], row["instagram_message_id"])
     contact = known["contact"] if known else sent["recipient_id"] if sent else ""
     tx.update("events", {"contact": contact}, "id = ?", [row["id"]])
@@ -202,7 +185,7 @@ def _is_known_otherwise(tx: Tx, account: Row, row: Row) -> bool:
     """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
     sign of a new message that is here already."""
     mid = row["instagram_message_id"]
-    if mid and row["kind"] in _MESSAGES and not _is_recovered(row) and _was_recovered(tx, account, row):
+    if mid and row["kind"] in bodies.MESSAGES and not _is_recovered(row) and _was_recovered(tx, account, row):
         return True
     if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
         withdrawn = _find(tx, account["id"], mid, ("message.deleted",)) is not None
@@ -231,7 +214,7 @@ def _was_recovered(tx: Tx, account: Row, row: Row) -> bool:
         SELECT id, kind, payload FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND payload IS NOT NULL AND state = 'forwarded'"""
     for known in tx.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
-        if known["kind"] not in _MESSAGES or not _is_recovered(known):
+        if known["kind"] not in bodies.MESSAGES or not _is_recovered(known):
             continue
         if _take_back(tx, known["id"]):
             continue
@@ -283,11 +266,6 @@ def _take_over_edits(tx: Tx, account: Row, row: Row) -> None:
         tx.update("events", {"payload": changed}, "id = ?", [row["id"]])
 
 
-def _about(db: Reads, account_id: str, external_id: str, *, but: str = "") -> Row | None:
-    """Return the event that brought a message, or None."""
-    return _find(db, account_id, external_id, _MESSAGES, but=but)
-
-
 def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
     # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
     found = _all_about(db, account_id, external_id, kinds, but=but)
@@ -295,7 +273,7 @@ def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str], *,
 
 
 def _all_about(
-    db: Reads, account_id: str, external_id: str, kinds: Sequence[str] = _MESSAGES, *, but: str = ""
+    db: Reads, account_id: str, external_id: str, kinds: Sequence[str] = bodies.MESSAGES, *, but: str = ""
 ) -> list[Row]:
     marks = ", ".join("?" * len(kinds))
     return db.rows(
@@ -306,16 +284,16 @@ def _all_about(
     )
 
 
-def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
+def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = contacts.NOTHING) -> str:
     """Owe the CRM an event, the next of its contact."""
-    sequence = contacts.next_sequence(tx, account["id"], row["contact"])
+    known = contacts.hear(tx, account["id"], row["contact"], act)
     if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
         _take_over_edits(tx, account, row)
-    wait_s = ask_s if _ask(tx, account, row) else 0.0
+    wait_s = ask_s if _ask(tx, account, row, known) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
     deliveries.owe(tx, debt, push=push, wait_s=wait_s)
-    told: Row = {"state": "forwarded", "account_id": account["id"], "sequence": sequence}
+    told: Row = {"state": "forwarded", "account_id": account["id"], "sequence": known["crm_sequence"]}
     if "position" not in row:  # it is new
         tx.update("events", told, "id = ?", [row["id"]])
     else:  # a CRM that reads on must not have read past it: it gets the last place
@@ -326,14 +304,13 @@ def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0) -> str:
     return "forwarded"
 
 
-def _ask(tx: Tx, account: Row, row: Row) -> bool:
+def _ask(tx: Tx, account: Row, row: Row, known: Row) -> bool:
     """Have the channel asked for what an event does not tell; return whether the answer is worth a short wait."""
     answers = account["status"] == "active" and (account["ask_again_at"] or "") <= tx.now
     if _is_announcement(row):
         return questions.ask(tx, account["id"], "message", row["instagram_message_id"]) and answers
     if row["kind"] not in _BY_A_PERSON or not answers:
         return False  # the next message asks: nothing piles up meanwhile
-    known = contacts.profile(tx, account["id"], row["contact"])
     if (known["profile_due"] or "") > tx.now:
         return False
     is_new = questions.ask(tx, account["id"], "profile", row["contact"])
@@ -361,7 +338,7 @@ def _apply_read(tx: Tx, account: Row, row: Row) -> str:
     return "noted"
 
 
-def _apply_echo(tx: Tx, account: Row, row: Row) -> str:
+def _apply_echo(tx: Tx, account: Row, row: Row, act: Act) -> str:
     external_id, at = row["instagram_message_id"], row["occurred_at"]
     message = messages.find_external(tx, account["id"], external_id)
     if message is not None:
@@ -388,7 +365,7 @@ def _apply_echo(tx: Tx, account: Row, row: Row) -> str:
     is_open = any(_is_open(entry) for entry in (send, *possible))
     if is_open:
         return "held"
-    return "noted" if _is_known_otherwise(tx, account, row) else _forward(tx, account, row)
+    return "noted" if _is_known_otherwise(tx, account, row) else _forward(tx, account, row, act=act)
 
 
 def _is_in_flight(send: Row | None) -> bool:
@@ -436,13 +413,13 @@ def _take_back(tx: Tx, event_id: str) -> bool:
 
 def release_held(tx: Tx, account_id: str, contact: str) -> None:
     """Look again at the echoes and receipts that waited for a send to be settled; runs inside a write."""
-    account = accounts.find(tx, account_id)
-    if account is None:
-        return
     waiting, parameters = "state = 'held' AND account_id = ?", [account_id]
     if not contact.startswith(deliveries.COMMENT_LANE):  # for a private reply anyone's echo may have waited
         waiting, parameters = f"{waiting} AND contact = ?", [account_id, contact]
     held = tx.rows(f"SELECT * FROM events WHERE {waiting} ORDER BY occurred_at, id", parameters)
+    account = accounts.find(tx, account_id) if held else None
+    if account is None:
+        return
     for row in held:
         if _found(tx, row["id"])["state"] == "held":  # one before it may have settled a send, and released it
             _apply(tx, account, row)
@@ -476,9 +453,9 @@ def _adopt_some(tx: Tx, account: Row, ask_s: float) -> int:
             continue
         if not is_ours:
             tx.update("events", {"instagram_account_id": named}, "id = ?", [row["id"]])
-        _apply(tx, account, row, ask_s)
         opens = json.loads(row["payload"] or "{}").get("opens")
-        windows.note(tx, account, row["contact"], opens, acted_at=row["occurred_at"], received_at=row["received_at"])
+        times = {"acted_at": row["occurred_at"], "received_at": row["received_at"]}
+        _apply(tx, account, row, ask_s, windows.act(account, row["contact"], opens, **times))
     return len(waiting)
 
 
@@ -487,111 +464,13 @@ _UNROUTED_PARTY = "SELECT * FROM events WHERE state = 'unrouted' AND party = ?"
 
 
 def _waits(db: Reads, account: Row) -> bool:
-    named = (account["instagram_account_id"],)
-    return any(db.value(f"{sql} LIMIT 1", named) is not None for sql in (_UNROUTED, _UNROUTED_PARTY))
+    named = account["instagram_account_id"]
+    return bool(db.value(f"SELECT EXISTS ({_UNROUTED}) OR EXISTS ({_UNROUTED_PARTY})", (named, named)))
 
 
 def _is_here(db: Reads, external_account_id: str, dedupe_key: str) -> bool:
     sql = "SELECT 1 FROM events WHERE instagram_account_id = ? AND dedupe_key = ?"
     return db.value(sql, (external_account_id, dedupe_key)) is not None
-
-
-def keep_body(tx: Tx, account: Row, event_id: str) -> str:
-    """Return what the CRM gets, and keep it; raises one of UNRENDERABLE when it cannot be rendered."""
-    row = _found(tx, event_id)
-    rendered = body(tx, account, row)
-    if row["body"] is None:
-        tx.update("events", {"body": rendered}, "id = ?", [event_id])
-    return rendered
-
-
-def body(db: Reads, account: Row, row: Row) -> str:
-    """Return what the CRM gets of an event, rendered if it was not before; raises one of UNRENDERABLE."""
-    if row["body"] is not None:
-        return str(row["body"])
-    if row["payload"] is None:
-        raise LookupError(f"the content of {row['id']} is gone")
-    content, contact = json.loads(row["payload"]), contacts.find(db, account["id"], row["contact"])
-    kind, extra, ours = (
-        row["kind"],
-        content.get("extra", {}),
-        content.get("from_account", row["kind"] == "message.echo"),
-    )
-    shop, customer = account["instagram_account_id"], row["contact"] or extra.get("sender_id")
-    in_conversation = row["contact"] and kind not in ("comment.received", "mention.received")
-    others = content.get("others", {})
-    fields: dict[str, Any] = {
-        "event_id": row["id"],
-        "sequence": row["sequence"],
-        "account_id": account["id"],
-        "timestamp": row["occurred_at"],
-        "message_id": _message_id(db, account["id"], row),
-        "sender_id": shop if ours else customer,
-        "sender_username": account["username"] if ours else contact["username"],
-        "sender_name": None if ours else contact["name"],
-        "recipient_id": customer if ours else shop,
-        "message": content.get("text"),
-        "message_type": content["message_type"],
-        "instagram_message_id": row["instagram_message_id"],
-        "conversation_id": contact["conversation_id"] if in_conversation else None,
-        "attachments": [_attachment(entry) for entry in content.get("attachments", [])],
-        "window_expires_at": windows.of_contact(contact) if in_conversation else None,
-        "recovered": bool(extra.get("recovered")),
-        "other": others.get("event"),
-    }
-    for name in TOLD[kind]:
-        if name == "event":
-            fields[name] = kind
-        elif name == "is_self":
-            fields[name] = bool(extra.get("is_self"))
-        elif name == "reply_to":
-            fields[name] = _reply_to(db, account["id"], content.get("reply_to"), others)
-        elif name == "raw":
-            fields[name] = content.get("raw")
-        else:
-            fields[name] = {**extra[name], "other": others.get(name)} if extra.get(name) else None
-    return deliveries.rendered(fields)
-
-
-def _message_id(db: Reads, account_id: str, row: Row) -> str | None:
-    """Return our id of the message that an event is or is about, or None when it is not here."""
-    if row["kind"] in _MESSAGES:
-        return "msg_" + str(row["id"]).removeprefix("evt_")
-    return _our_id(db, account_id, row["instagram_message_id"]) if row["instagram_message_id"] else None
-
-
-def _our_id(db: Reads, account_id: str, external_id: str) -> str | None:
-    sent = messages.find_external(db, account_id, external_id)
-    if sent:
-        return str(sent["id"])
-    heard = _about(db, account_id, external_id)
-    return "msg_" + str(heard["id"]).removeprefix("evt_") if heard else None
-
-
-def _attachment(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": entry["type"],
-        "url": entry["url"],
-        "title": entry["title"],
-        "instagram_id": entry["external_id"],
-        "payload": entry.get("payload"),
-    }
-
-
-def _reply_to(
-    db: Reads, account_id: str, reply: dict[str, Any] | None, others: dict[str, Any]
-) -> dict[str, Any] | None:
-    if reply is None:
-        return None
-    external_id = reply["external_id"]
-    ours = _our_id(db, account_id, external_id) if external_id else None
-    story = {"id": reply["story_id"], "url": reply["story_url"], "other": others.get("story")}
-    return {
-        "message_id": ours,
-        "instagram_message_id": external_id,
-        "story": story if any(story.values()) else None,
-        "other": others.get("reply_to"),
-    }
 
 
 def _found(db: Reads, event_id: str) -> Row:

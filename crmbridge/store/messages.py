@@ -9,7 +9,7 @@ from crmbridge import matching
 from crmbridge.errors import Conflict, Invalid
 from crmbridge.events import Thread, epoch_s, instant, new_id
 from crmbridge.matching import Match
-from crmbridge.store import accounts, contacts, deliveries, endpoints, history, windows
+from crmbridge.store import accounts, bodies, contacts, deliveries, endpoints, history, windows
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Claimed, Debt, Outcome, Verdict
 
@@ -41,13 +41,21 @@ class Request:
     send_before: str | None = None
 
 
-def accept(db: Database, request: Request) -> tuple[Row, bool]:
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """When a send's window ends, if it has an end that is known, and the warnings there are for it."""
+
+    window_expires_at: str | None
+    warnings: list[str]
+
+
+def accept(db: Database, request: Request) -> tuple[Row, Outlook, bool]:
     """Store a send and its delivery, or return the one that has its key already; the flag tells if it is new.
 
     Raises Conflict when the key was used for another request, and what `check` raises.
     """
 
-    def job(tx: Tx) -> tuple[Row, bool]:
+    def job(tx: Tx) -> tuple[Row, Outlook, bool]:
         known = tx.row(
             "SELECT * FROM outbound_messages WHERE account_id = ? AND idempotency_key = ?",
             (request.account_id, request.idempotency_key),
@@ -57,49 +65,48 @@ def accept(db: Database, request: Request) -> tuple[Row, bool]:
                 raise Conflict(
                     f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
                 )
-            return known, False
+            account = accounts.found(tx, request.account_id)
+            return known, _outlook(account, windows.of(tx, account, request.recipient_id, request.content)), False
         message_id = new_id("msg")
-        checked = check(tx, request, tx.now)
+        checked, outlook = check(tx, request, tx.now)
         content, is_action = checked.content, bool(checked.content.keys() & {"action", "reaction"})
         before = checked.send_before
         if content.get("action") in ("typing_on", "typing_off"):
             before = min(before or "9", instant(tx.now_s + _TYPING_S))
-        tx.insert(
-            "outbound_messages",
-            {
-                "id": message_id,
-                "account_id": request.account_id,
-                "recipient_id": checked.recipient_id,
-                "comment_id": content.get("comment_id"),
-                "idempotency_key": request.idempotency_key,
-                "request_hash": request.hash,
-                "content": _json(content),
-                "metadata": _json(request.metadata),
-                "status": "pending",
-                "correlation_id": request.correlation_id,
-                "created_at": tx.now,
-                "send_before": before,
-            },
-        )
+        row: Row = {
+            "id": message_id,
+            "account_id": request.account_id,
+            "recipient_id": checked.recipient_id,
+            "comment_id": content.get("comment_id"),
+            "idempotency_key": request.idempotency_key,
+            "request_hash": request.hash,
+            "content": _json(content),
+            "metadata": _json(request.metadata),
+            "status": "pending",
+            "correlation_id": request.correlation_id,
+            "created_at": tx.now,
+            "send_before": before,
+        }
+        tx.insert("outbound_messages", row)
         contacts.count_send(tx, request.account_id, request.recipient_id)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
             request.correlation_id, message_id=message_id,
         )  # fmt: skip
         deliveries.owe(tx, debt)
-        return found(tx, message_id), True
+        return row, outlook, True
 
     return db.write(job)
 
 
-def check(db: Reads, request: Request, now: str) -> Request:
+def check(db: Reads, request: Request, now: str) -> tuple[Request, Outlook]:
     """Return a request with the channel's ids of the messages it names, and its customer as far as known.
 
-    Raises Invalid or Conflict when it can't be sent: the account is inactive, it names a message that isn't there or
-    was not sent yet, its time or its window is over, or its comment has its answer.
+    Raises NotFound, Invalid or Conflict when it can't be sent: its account isn't here or is inactive, it names a
+    message that isn't there or was not sent yet, its time or its window is over, or its comment has its answer.
     """
-    account = accounts.find(db, request.account_id)
-    if account is None or account["status"] == "inactive":
+    account = accounts.found(db, request.account_id)
+    if account["status"] == "inactive":
         raise Conflict("The account is inactive: it takes no sends.", code="account_inactive")
     if request.send_before is not None and request.send_before <= now:
         detail = {"field": "send_before", "problem": f"is not after {now}"}
@@ -117,20 +124,17 @@ def check(db: Reads, request: Request, now: str) -> Request:
         raise Conflict("This comment has its private reply: Instagram takes one.", code="comment_already_answered")
     if window.is_closed(now):
         raise Conflict(f"Instagram's window for this send ended at {window.ends_at}.", code="window_closed")
-    return replace(request, content=content, recipient_id=window.contact or request.recipient_id)
+    checked = replace(request, content=content, recipient_id=window.contact or request.recipient_id)
+    return checked, _outlook(account, window)
 
 
-def outlook(db: Reads, request: Request) -> tuple[str | None, list[str]]:
-    """Return when a send's window ends, if it has an end that is known, and the warnings there are for it."""
-    account = accounts.found(db, request.account_id)
-    window = windows.of(db, account, request.recipient_id, request.content)
+def _outlook(account: Row, window: windows.Window) -> Outlook:
     warnings = [window.warning] if window.warning else []
-    end = endpoints.find(db, account["id"], "instagram")
-    if end is not None and end["paused_at"] is not None:
+    if account["sends_paused_at"] is not None:
         warnings.append("sends_paused")
     if account["status"] == "error":
         warnings.append("account_error")
-    return window.ends_at, warnings
+    return Outlook(window.ends_at, warnings)
 
 
 def _external_id(db: Reads, request: Request, field: str, our_id: str) -> str:
@@ -192,22 +196,21 @@ def _delivery(db: Reads, message_id: str) -> Row | None:
 
 def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> None:
     """Carry a send's outcome over to its message; runs inside the write that records it."""
-    message, now = found(tx, str(claimed.message_id)), tx.now
+    message = found(tx, str(claimed.message_id))
     if outcome.kind == "done":
-        known = "id = ? AND instagram_message_id IS NULL"
-        tx.update("outbound_messages", {"instagram_message_id": outcome.external_id}, known, [message["id"]])
-        _meet(tx, message, outcome.contact)
-        advance(tx, message["id"], "sent", at=now)
+        known = message["instagram_message_id"] or outcome.external_id
+        advance(tx, message, "sent", {"instagram_message_id": known, **_met(message, outcome.contact)}, at=tx.now)
         return
     again = verdict.state == "pending" and not verdict.in_doubt
     changed: Row = {"retry_count": message["retry_count"] + int(again)}
     if claimed.kind == "call" or (verdict.state == "dead" and outcome.kind != "absent"):
         retryable = int(outcome.kind in ("retry", "in_doubt") and claimed.kind == "call")
         changed |= {"error_code": outcome.code, "error_message": outcome.message, "error_retryable": retryable}
-    tx.update("outbound_messages", changed, "id = ?", [message["id"]])
     if verdict.state == "dead":
         reason = changed.get("error_code", message["error_code"])
-        advance(tx, message["id"], "failed", at=now, reason=reason)
+        advance(tx, message, "failed", changed, at=tx.now, reason=reason)
+    else:
+        tx.update("outbound_messages", changed, "id = ?", [message["id"]])
 
 
 def revive(tx: Tx, message_id: str) -> None:
@@ -220,59 +223,65 @@ def revive(tx: Tx, message_id: str) -> None:
 def fail(tx: Tx, message_id: str, code: str, problem: str) -> None:
     """End a message as failed without a call; runs inside a write."""
     failure = {"error_code": code, "error_message": problem, "error_retryable": 0}
-    tx.update("outbound_messages", failure, "id = ?", [message_id])
-    advance(tx, message_id, "failed", at=tx.now, reason=code)
+    advance(tx, found(tx, message_id), "failed", failure, at=tx.now, reason=code)
 
 
-def _meet(tx: Tx, message: Row, contact: str | None) -> None:
-    """Note whom a private reply reached: the channel tells it only now."""
-    if message["comment_id"] is not None and contact:
-        tx.update("outbound_messages", {"recipient_id": contact}, "id = ?", [message["id"]])
+def _met(message: Row, contact: str | None) -> Row:
+    """Return whom a private reply reached: the channel tells it only when it has."""
+    return {"recipient_id": contact} if message["comment_id"] is not None and contact else {}
 
 
 def confirm(tx: Tx, message: Row, external_id: str, contact: str, *, at: str) -> None:
     """The channel showed the message in its thread: it is delivered, whatever we believed; runs inside a write."""
-    _meet(tx, message, contact)
-    if message["instagram_message_id"] is None:
-        tx.update("outbound_messages", {"instagram_message_id": external_id}, "id = ?", [message["id"]])
+    proof: Row = {"instagram_message_id": message["instagram_message_id"] or external_id, **_met(message, contact)}
     if message["status"] == "pending":
-        advance(tx, message["id"], "sent", at=at)
-    advance(tx, message["id"], "delivered", at=at)
+        message = advance(tx, message, "sent", proof, at=at)
+    advance(tx, message, "delivered", proof, at=at)
 
 
 def confirm_read(tx: Tx, account_id: str, contact: str, sent_until: str, *, at: str) -> int:
     """Mark what was sent to a contact up to a time as read; return how many messages changed."""
     unread = tx.rows(
         """
-        SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? AND status IN ('sent', 'delivered')
+        SELECT * FROM outbound_messages WHERE account_id = ? AND recipient_id = ? AND status IN ('sent', 'delivered')
             AND sent_at <= ? AND instagram_message_id IS NOT NULL ORDER BY sent_at""",
         (account_id, contact, sent_until),
     )
     for message in unread:
-        advance(tx, message["id"], "read", at=at)
+        advance(tx, message, "read", {}, at=at)
     return len(unread)
 
 
-def advance(tx: Tx, message_id: str, status: str, *, at: str, reason: str | None = None) -> None:
-    """Move a message forward to a status, keep the transition and owe the CRM its event; backward is ignored.
+def advance(tx: Tx, message: Row, status: str, values: Row, *, at: str, reason: str | None = None) -> Row:
+    """Change a message, and move it forward to a status: keep that in its history, and owe the CRM its event.
 
-    `at` is when it happened, `now` when we learned of it.
+    `at` is when it happened; a move backward is ignored. Returns the message as it is then.
     """
-    message = found(tx, message_id)
     proven = message["status"] == "failed" and message["error_code"] in _PROVABLE
     forward = _RANK[status] > _RANK[message["status"]] if message["status"] != "failed" else proven
     if status == "failed":
         forward = message["status"] == "pending"
-    if not forward:
-        return
-    latest = tx.value("SELECT MAX(at) FROM history WHERE subject = ? AND kind = 'status'", (message_id,))
-    at = max(at, latest or message["created_at"])  # a receipt's own time may lie before the message's
-    changed: Row = {"status": status}
-    if status != "failed":
-        changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
-    tx.update("outbound_messages", changed, "id = ?", [message_id])
-    history.note(tx, message_id, "status", at=at, code=status, text=reason)
-    _owe_status(tx, found(tx, message_id), at)
+    changed = dict(values)
+    if forward:
+        at = max(at, _latest(tx, message, at))  # a receipt's own time may lie before the message's
+        changed["status"] = status
+        if status != "failed":
+            changed |= {f"{status}_at": at, "error_code": None, "error_message": None, "error_retryable": None}
+    if changed:
+        tx.update("outbound_messages", changed, "id = ?", [message["id"]])
+    message = {**message, **changed}
+    if forward:
+        history.note(tx, message["id"], "status", at=at, code=status, text=reason)
+        _owe_status(tx, message, at)
+    return message
+
+
+def _latest(db: Tx, message: Row, at: str) -> str:
+    """Return when a message last changed its status, as far as that can lie after `at`."""
+    if at < db.now:
+        told = db.value("SELECT MAX(at) FROM history WHERE subject = ? AND kind = 'status'", (message["id"],))
+        return str(told or message["created_at"])
+    return str(max(filter(None, (message["created_at"], message["sent_at"], message["delivered_at"]))))
 
 
 def _owe_status(tx: Tx, message: Row, at: str) -> None:
@@ -280,22 +289,8 @@ def _owe_status(tx: Tx, message: Row, at: str) -> None:
     if account is None:
         return
     event, event_id = f"message.{message['status']}", new_id("evt")
-    sequence = contacts.next_sequence(tx, message["account_id"], message["recipient_id"])
-    body = deliveries.rendered(
-        {
-            "event_id": event_id,
-            "sequence": sequence,
-            "account_id": message["account_id"],
-            "timestamp": at,
-            "event": event,
-            "message_id": message["id"],
-            "recipient_id": message["recipient_id"],
-            "status": message["status"],
-            "instagram_message_id": message["instagram_message_id"],
-            "error": error_of(message) if message["status"] == "failed" else None,
-            "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
-        },
-    )
+    sequence = contacts.hear(tx, message["account_id"], message["recipient_id"])["crm_sequence"]
+    body = bodies.of_status(message, event_id, sequence, at)
     told = {"contact": message["recipient_id"], "kind": event, "message_id": message["id"], "occurred_at": at}
     told |= {"account_id": account["id"], "correlation_id": message["correlation_id"], "received_at": tx.now}
     tx.insert("events", {"id": event_id, "state": "forwarded", "sequence": sequence, "body": body, **told})
@@ -304,17 +299,6 @@ def _owe_status(tx: Tx, message: Row, at: str) -> None:
         event_id=event_id, message_id=message["id"],
     )  # fmt: skip
     deliveries.owe(tx, debt, push=account["crm_webhook_url"] is not None)
-
-
-def error_of(message: Row) -> dict[str, Any] | None:
-    """Return a message's last error as the API shows it."""
-    if message["error_code"] is None:
-        return None
-    return {
-        "code": message["error_code"],
-        "message": message["error_message"] or "",
-        "retryable": bool(message["error_retryable"]),
-    }
 
 
 def status(db: Reads, message_id: str) -> dict[str, Any] | None:
@@ -337,7 +321,7 @@ def status(db: Reads, message_id: str) -> dict[str, Any] | None:
         "held": {name: held[name] for name in ("since", "until", "reason")} if held else None,
         "status_history": [{"status": "pending", "timestamp": message["created_at"]}, *changes],
         "attempts": [{name: call[name] for name in call if name != "duration_ms"} for call in calls],
-        "error": error_of(message),
+        "error": bodies.error_of(message),
         "metadata": json.loads(message["metadata"]) if message["metadata"] else None,
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 from crmbridge.errors import Conflict
 from crmbridge.events import epoch_s, instant
 from crmbridge.health import ASK, Endpoint, Room
-from crmbridge.store import accounts, deliveries, endpoints, inbound, messages, questions
+from crmbridge.store import accounts, bodies, deliveries, endpoints, inbound, messages, questions
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Claimed, Outcome, Patience, Verdict
 
@@ -185,19 +185,24 @@ def _serve(
     row = _hastened(tx, turn, row, hasten)
     if not any(row[due] for due in (*_DUES, "due_look_up")):
         return  # nothing is owed, so it does not matter how its far side is
-    chosen = _choose(tx, turn, row, room(endpoint, row["trial_since"] is not None), senders, spare)
+    place, dues = room(endpoint, row["trial_since"] is not None), [row[due] for due in _DUES]
+    rows = _choose(tx, turn, row, place, senders, spare, dues)
+    is_plain = place.probe is None and row["due_look_up"] is None
     if row["due_look_up"] is not None and row["due_look_up"] <= tx.now and len(turn.claimed) < senders:
         # Look-ups have a room and a pace of their own, beside that of sends.
         calls = room(ask, False).calls
         doubtful = deliveries.in_doubt(tx, row["account_id"], tx.now, calls + len(in_flight)) if calls else []
-        chosen += [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
-    if chosen:
-        account = accounts.found(tx, row["account_id"])
-        for one in chosen:
+        rows += [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
+    if rows:
+        account, claimed = accounts.found(tx, row["account_id"]), len(turn.claimed)
+        for one in rows:
             if one["claim_id"] not in in_flight:
                 _claim(tx, turn, one, account, row, terms)
-        row = _again(tx, row)
-    turn.dues[endpoint] = min((row[due] for due in _DUES if row[due]), default=None)
+        dues.append(instant(terms.now_s + terms.lease_s))
+        if not is_plain or len(turn.claimed) - claimed < len(rows):  # some ended, or were not taken in their order
+            row = _again(tx, row)
+            dues = [row[due] for due in _DUES]
+    turn.dues[endpoint] = min(filter(None, dues), default=None)
     if row["kind"] == "instagram":
         turn.dues[ask] = row["due_look_up"]
 
@@ -223,12 +228,13 @@ def _hastened(tx: Tx, turn: Turn, row: Row, hasten: Mapping[Endpoint, str]) -> R
     return _again(tx, row) if endpoint in turn.hastened or ask in turn.hastened else row
 
 
-def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int) -> list[Row]:
+def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int, dues: list[str | None]) -> list[Row]:
     """Return the rows that an endpoint may get now: what was never tried goes first, what was dead goes last.
 
-    One that was never tried cannot be at fault itself, so that is what a probe takes, too.
+    One that was never tried cannot be at fault itself, so that is what a probe takes, too. `dues`, when the first of
+    each rank is due, is changed to what is true of those that are left.
     """
-    endpoint, now, most = (row["kind"], row["account_id"]), tx.now, senders - len(turn.claimed)
+    endpoint, most = (row["kind"], row["account_id"]), senders - len(turn.claimed)
     if room.probe == "ask" and most > 0:
         turn.questions.append(Question(endpoint, accounts.found(tx, row["account_id"]), None))
     # Some senders are left to endpoints that have none yet, so that hanging ones cannot take them all.
@@ -240,8 +246,13 @@ def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int) 
         return [behind] if behind else []
 
     def due(rank: int, at_most: int) -> list[Row]:
-        at = row[_DUES[rank]]
-        return deliveries.due(tx, *endpoint, rank, now, at_most) if at_most > 0 and at is not None and at <= now else []
+        at = dues[rank]
+        if at_most <= 0 or at is None or at > tx.now:
+            return []
+        first = deliveries.due(tx, *endpoint, rank, at_most + 1)
+        ready = [one for one in first[:at_most] if one["due"] <= tx.now]
+        dues[rank] = first[len(ready)]["due"] if len(ready) < len(first) else None
+        return ready
 
     chosen = due(deliveries.FRESH, calls)
     tried = due(deliveries.TRIED, min(calls - len(chosen), room.retries))
@@ -264,7 +275,7 @@ def _claim(tx: Tx, turn: Turn, row: Row, account: Row, endpoint: Row, terms: Ter
         _end_send(tx, row, late.code, late.message)
         turn.late.append((row, late.code))
         return
-    except inbound.UNRENDERABLE as error:
+    except bodies.UNRENDERABLE as error:
         # A row that cannot be rendered must not stop the others; it stays and is tried again.
         later = instant(terms.now_s + _UNRENDERED_S)
         problem: Row = {"due": later, "last_code": "unrendered", "last_error": type(error).__name__}
@@ -288,7 +299,7 @@ def _body(tx: Tx, row: Row, account: Row) -> tuple[str, str | None]:
     """Return what is to be sent, and the time after which it is not to be."""
     if row["target"] == "instagram":
         return messages.body(tx, row, account, tx.now)
-    return inbound.keep_body(tx, account, row["event_id"]), None
+    return bodies.keep(tx, account, row["event_id"]), None
 
 
 def _end_send(tx: Tx, row: Row, code: str, problem: str) -> None:

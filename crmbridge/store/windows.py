@@ -10,7 +10,8 @@ from typing import Any
 
 from crmbridge.events import Opens, epoch_s, instant
 from crmbridge.store import contacts
-from crmbridge.store.database import Reads, Row, Tx
+from crmbridge.store.contacts import Act
+from crmbridge.store.database import Reads, Row
 
 OPEN_S = 86_400  # a customer may be answered this long (Meta: "24-hour standard messaging window")
 LONG_S = 7 * OPEN_S  # a person may answer this long ("Human Agent"), and a comment be answered in private
@@ -62,16 +63,18 @@ def of_contact(contact: Mapping[str, Any]) -> str | None:
     return max(filter(None, (usual, contact["window_until"])), default=None)
 
 
-def note(tx: Tx, account: Row, contact: str, opens: Opens | None, *, acted_at: str, received_at: str) -> None:
-    """Open the window as far as an act of a customer does; runs inside a write, once the contact is there.
+def act(
+    account: Row, contact: str, opens: Opens | None, *, acted_at: str, received_at: str, username: str | None = None
+) -> Act:
+    """Return what an act of a customer tells of them, and how far it opens the window.
 
     An act is not taken to be later than it was received, whatever its time says.
     """
     if opens is None or contact in ("", account["instagram_account_id"], account["app_scoped_id"]):
-        return
+        return Act(username=username)
     at = min(acted_at, _after(received_at, _AHEAD_S))
     until = {"ad": _after(at, AD_S), "perhaps": _after(at, OPEN_S)}.get(opens)
-    contacts.acted(tx, account["id"], contact, at=None if opens == "perhaps" else at, until=until)
+    return Act(None if opens == "perhaps" else at, until, username)
 
 
 def _of_comment(db: Reads, account: Row, comment_id: str) -> Window:

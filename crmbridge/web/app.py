@@ -113,13 +113,17 @@ class Call:
 
     def account(self, account_id: str) -> Row:
         """Return an account that the key is bound to. Raises Forbidden for another, NotFound for an admin's typo."""
-        assert self.key is not None  # noqa: S101
-        if not self.key["admin"] and account_id not in self.key["accounts"]:
-            raise Forbidden("This key is not bound to that account.", code="wrong_account")
+        self.require(account_id)
         found = accounts.find(self.db, account_id)
         if found is None:
             raise NotFound("There is no such account.", code="account_not_found")
         return found
+
+    def require(self, account_id: str) -> None:
+        """Raise Forbidden unless the key is bound to an account, be it here or not."""
+        assert self.key is not None  # noqa: S101
+        if not self.key["admin"] and account_id not in self.key["accounts"]:
+            raise Forbidden("This key is not bound to that account.", code="wrong_account")
 
     def key_id(self) -> str:
         """Return who asks, for the log and the notes."""

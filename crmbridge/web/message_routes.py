@@ -20,18 +20,18 @@ def routes(wake: Wake) -> list[Route]:
 
     def send(call: Call) -> Reply:
         request = call.read(contract.SendRequest)
-        account = call.account(request.account_id)
+        call.require(request.account_id)
         wanted = _wanted(request, call.correlation_id)
         told = outgoing.check(wanted.content)
         if request.dry_run:
-            messages.check(call.db, wanted, instant(call.now_s))
-            return Reply({"dry_run": True, **_outlook(call, wanted, told)})
-        row, is_new = messages.accept(call.db, wanted)
+            _, outlook = messages.check(call.db, wanted, instant(call.now_s))
+            return Reply({"dry_run": True, **_shown(outlook, told)})
+        row, outlook, is_new = messages.accept(call.db, wanted)
         if is_new:
-            wake({account["id"]})
-        log.info("message.accepted", message_id=row["id"], account=account["id"], repeated=not is_new)
+            wake({request.account_id})
+        log.info("message.accepted", message_id=row["id"], account=request.account_id, repeated=not is_new)
         accepted = {"message_id": row["id"], "status": row["status"], "created_at": row["created_at"]}
-        return Reply({**accepted, **_outlook(call, wanted, told)}, 202)
+        return Reply({**accepted, **_shown(outlook, told)}, 202)
 
     def status(call: Call) -> Reply:
         return Reply(_found(call))
@@ -69,9 +69,8 @@ def _wanted(request: contract.SendRequest, correlation_id: str) -> messages.Requ
     )
 
 
-def _outlook(call: Call, wanted: messages.Request, told: list[str]) -> dict[str, Any]:
-    window_expires_at, warnings = messages.outlook(call.db, wanted)
-    return {"window_expires_at": window_expires_at, "warnings": warnings + told}
+def _shown(outlook: messages.Outlook, told: list[str]) -> dict[str, Any]:
+    return {"window_expires_at": outlook.window_expires_at, "warnings": outlook.warnings + told}
 
 
 def _found(call: Call) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def huey_as_record() -> None:
         return delivery_id
 
     def due_by_bell(*about: Any) -> list[Any]:
-        db, target, account_id, rank, now, most = about
-        return [row for row in due(db, target, account_id, rank, now, 1000) if row["id"] in named][:most]
+        db, target, account_id, rank, most = about
+        return [row for row in due(db, target, account_id, rank, 1000) if row["id"] in named][:most]
 
     _plant(deliveries, owe=owe_by_bell, due=due_by_bell)
     _plant(delivery.Engine, recover=lambda _: 0)
