@@ -135,6 +135,9 @@ class Thread:
     ahead_s: float = 0.0
 
 
+# How much is known of a message by its id: something about it came first; that there is one; what the channel told when
+# it was asked; what it told by itself; that it was taken back, or erased. More takes the place of less.
+AWAITED, ANNOUNCED, RECOVERED, TOLD, WITHDRAWN = range(5)
 NOTED = "channel.noted"  # kept, and no CRM is told
 TEST = "channel.test"  # a test of the channel's own console; belongs to no account
 # What an act of a customer does to the window in which the shop may answer: opens it, opens it for longer because an ad
@@ -150,7 +153,8 @@ class ChannelEvent:
     `kind` is the name of the CRM event it becomes, ``message.read`` for a receipt, or ``channel.…`` for what
     is only kept. `external_account_id` is the account's id at the channel, `contact` the customer's, empty when
     the channel did not say; `from_account` tells that the account acted, not the customer.
-    `dedupe_key` is the same for every repetition of the same fact within one account.
+    `dedupe_key` is the same for every repetition of the same fact within one account; a message's is its id's, whatever
+    form it comes in, and `rank` tells how much of it this form is. None for what is no message, or has no id.
     `external_id` names the message that the event is or is about.
     `extra` holds what only some kinds have: reaction, postback, quick_reply, referral, edit, comment, mention.
     `others` is what the channel told besides, as it came, by the object it stood in; ``event`` for the whole.
@@ -165,6 +169,7 @@ class ChannelEvent:
     occurred_at: str
     dedupe_key: str
     external_id: str | None = None
+    rank: int | None = None
     text: str | None = None
     message_type: str | None = None
     attachments: tuple[Attachment, ...] = ()
@@ -176,3 +181,8 @@ class ChannelEvent:
     others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     opens: Opens | None = None
     raw: Any = None
+
+
+def message_key(external_id: str) -> str:
+    """Return the `dedupe_key` of a message by its id at the channel."""
+    return f"msg:{external_id}"

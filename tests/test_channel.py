@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crmbridge.events import ChannelEvent, instant
+from crmbridge.events import RECOVERED, ChannelEvent, instant, message_key
 from crmbridge.store import bodies, inbound, messages
 from tests import shop as shops
 from tests.rig import Rig
@@ -822,8 +822,8 @@ def test_a_message_that_cannot_be_shown_opens_the_window_too(rig: Rig) -> None:
 def test_what_was_recovered_is_not_told_again_as_another_kind(rig: Rig) -> None:
     rig.account()
     found = ChannelEvent(
-        "message.received", SHOP_ID, CUSTOMER, instant(rig.now_s), "message:mid-1", external_id="mid-1", text="Start",
-        message_type="text", extra={"recovered": True},
+        "message.received", SHOP_ID, CUSTOMER, instant(rig.now_s), message_key("mid-1"), external_id="mid-1",
+        rank=RECOVERED, text="Start", message_type="text", extra={"recovered": True},
     )  # fmt: skip
     tap = rig.item({"postback": {"mid": "mid-1", "title": "Start", "payload": "START"}})
     for pushed in (False, True):

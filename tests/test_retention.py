@@ -364,7 +364,6 @@ def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
         rig.hear(rig.item({"message": reply}))
         rig.hear(rig.item({"message": {"mid": f"mid-{name}", "is_deleted": True}}))
         rig.drain()
-        inbound.replace_announcement(rig.db, account["id"], f"mid-new-{name}")
         inbound.adopt(rig.db, account)
         story.of_message(rig.db, message_id)
         for kind, found in story.meanings(rig.db, f"mid-{name}"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from crmbridge.errors import Unavailable
-from crmbridge.events import ChannelEvent, epoch_s, instant
+from crmbridge.events import RECOVERED, ChannelEvent, epoch_s, instant
 from crmbridge.instagram import wire
 from crmbridge.instagram.client import Client
 
@@ -144,7 +144,10 @@ def events(entries: Sequence[Mapping[str, Any]], account: Mapping[str, Any], rec
     items = [item for entry in reversed(entries) if (item := _item(entry, account["instagram_account_id"], own))]
     body = {"object": "instagram", "entry": [{"id": account["instagram_account_id"], "messaging": items}]}
     found = wire.read(body, received_at) if items else ()
-    return [replace(event, extra={**event.extra, "recovered": True}) for event in found]
+    return [
+        replace(event, rank=RECOVERED if event.rank else None, extra={**event.extra, "recovered": True})
+        for event in found
+    ]
 
 
 def _item(entry: Mapping[str, Any], user_id: str, own: set[str]) -> dict[str, Any] | None:

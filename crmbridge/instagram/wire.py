@@ -10,7 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from crmbridge.events import NOTED, TEST, Attachment, ChannelEvent, Opens, ReplyTo, epoch_s, instant, new_id
+from crmbridge.events import (
+    ANNOUNCED,
+    NOTED,
+    TEST,
+    TOLD,
+    Attachment,
+    ChannelEvent,
+    Opens,
+    ReplyTo,
+    epoch_s,
+    instant,
+    message_key,
+    new_id,
+)
 from crmbridge.instagram import objects
 from crmbridge.instagram.objects import Parts, Told, first
 
@@ -113,9 +126,9 @@ class _Item:
             **facts,
         )
 
-    def unsupported(self, *, external_id: str | None = None, key: str | None = None) -> ChannelEvent:
+    def unsupported(self, *, external_id: str | None = None, rank: int = TOLD) -> ChannelEvent:
         account = self.account or self.party
-        event = _unsupported(account, self.contact, self.body, self.at, external_id=external_id, key=key)
+        event = _unsupported(account, self.contact, self.body, self.at, external_id=external_id, rank=rank)
         return replace(event, party=self.party if self.party != account else "", opens=self.opens)
 
 
@@ -253,16 +266,16 @@ def _message(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
     things = [(one.type, one.url, one.external_id) for one in attachments]
     referral = extra.get("referral")
     known = [item.sender, item.recipient, item.time, text, things, extra.get("quick_reply"), _identity(referral)]
-    key = mid or _hash(known)
+    key = message_key(mid) if mid else ("echo:" if item.from_account else "message:") + _hash(known)
+    identity: dict[str, Any] = {"external_id": mid, "rank": TOLD} if mid else {}
     if text is None and not attachments and "quick_reply" not in extra:
         if referral and not is_unsupported:
-            return item.event("message.referral", f"message:{key}", external_id=mid or None,
-                              message_type="referral", extra=extra)  # fmt: skip
+            return item.event("message.referral", key, **identity, message_type="referral", extra=extra)
         return None
     return item.event(
         "message.echo" if item.from_account else "message.received",
-        f"echo:{key}" if item.from_account else f"message:{key}",
-        external_id=mid or None,
+        key,
+        **identity,
         text=text,
         message_type=attachments[0].type if attachments else "text",
         attachments=attachments,
@@ -290,10 +303,11 @@ def _edit(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
         return None
     if is_new:
         if text and item.contact:
-            kind, key = ("message.echo", "echo") if item.from_account else ("message.received", "message")
-            extra = {"announced": True}  # the whole message may follow, with what this form cannot carry
-            return item.event(kind, f"{key}:{mid}", external_id=mid, text=text, message_type="text", extra=extra)
-        return item.unsupported(external_id=mid, key=f"new:{mid}")
+            kind = "message.echo" if item.from_account else "message.received"
+            # The whole message may follow, with what this form cannot carry.
+            told = {"external_id": mid, "rank": ANNOUNCED, "text": text, "message_type": "text"}
+            return item.event(kind, message_key(mid), **told)
+        return item.unsupported(external_id=mid, rank=ANNOUNCED)
     # Apps that tell no number tell the edits apart by their time.
     which = str(number) if number is not None else item.time or _hash(text)
     return item.event(
@@ -554,7 +568,7 @@ def _noted(account: str, contact: str, item: Any, at: str) -> ChannelEvent:
 
 
 def _unsupported(
-    account: str, contact: str, item: Any, at: str, *, external_id: str | None = None, key: str | None = None
+    account: str, contact: str, item: Any, at: str, *, external_id: str | None = None, rank: int = TOLD
 ) -> ChannelEvent:
     message = item.get("message") if isinstance(item, dict) else None
     mid = external_id or (_id(message.get("mid")) if isinstance(message, dict) else "")
@@ -563,8 +577,9 @@ def _unsupported(
         external_account_id=account,
         contact=contact,
         occurred_at=at,
-        dedupe_key=key or (f"unsupported:{mid}" if mid else "raw:" + _hash(item)),
+        dedupe_key=message_key(mid) if mid else "raw:" + _hash(item),
         external_id=mid or None,
+        rank=rank if mid else None,
         message_type="unsupported",
         from_account=isinstance(item, dict) and bool(account) and _party(item, "sender") == account,
         extra={"sender_id": _party(item, "sender") or None} if isinstance(item, dict) else {},

@@ -6,8 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from crmbridge import matching
-from crmbridge.events import NOTED, TEST, ChannelEvent, epoch_s, new_id
-from crmbridge.store import accounts, bodies, contacts, deliveries, messages, questions, windows
+from crmbridge.events import (
+    ANNOUNCED,
+    AWAITED,
+    NOTED,
+    RECOVERED,
+    TEST,
+    WITHDRAWN,
+    ChannelEvent,
+    Opens,
+    epoch_s,
+    message_key,
+    new_id,
+)
+from crmbridge.store import accounts, bodies, contacts, deliveries, history, messages, questions, windows
 from crmbridge.store.contacts import Act
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.store.deliveries import Debt
@@ -85,6 +97,7 @@ def _keep_one(
         "contact": event.contact,
         "kind": event.kind,
         "dedupe_key": event.dedupe_key,
+        "rank": event.rank,
         "instagram_message_id": event.external_id,
         "state": "noted" if event.kind in (NOTED, TEST) else "unrouted",
         "payload": None if event.kind in (NOTED, TEST) else _payload(event),
@@ -92,13 +105,9 @@ def _keep_one(
         "received_at": tx.now,
         "correlation_id": correlation_id,
     }
-    if not tx.insert("events", row, once=True):
-        tx.run(
-            "INSERT INTO history (subject, at, kind, correlation) SELECT id, ?, 'repeat', ? FROM events"
-            " WHERE instagram_account_id = ? AND dedupe_key = ?",
-            (tx.now, correlation_id, external_account_id, event.dedupe_key),
-        )
-        _complete(tx, account, external_account_id, event)
+    is_whole = event.kind == "message.received" and event.rank != ANNOUNCED
+    opens = event.opens if is_whole else None
+    if not tx.insert("events", row, once=True) and not _takes_its_place(tx, account, row, opens):
         return Kept("duplicate", event, None, account["id"] if account else None)
     if event.kind == TEST:
         return Kept("noted", event, event_id, None)
@@ -111,26 +120,56 @@ def _keep_one(
     return Kept(_apply(tx, account, row, ask_s, act), event, event_id, account["id"])
 
 
-def _complete(tx: Tx, account: Row | None, external_account_id: str, event: ChannelEvent) -> None:
-    """Let a whole message take the place of its mere announcement, as long as no CRM was told of that.
+def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None) -> bool:
+    """Store an event where one with its key is known, if it tells more; tell whether it is to be applied as a new one.
 
-    Only the whole message, if any form of it, tells that an ad led to it.
+    What a CRM has seen, or may have, stays; beside that goes only what has content where it had none.
     """
-    if event.kind != "message.received" or event.extra.get("announced"):
-        return
-    known = tx.row(
-        "SELECT id, payload, received_at FROM events WHERE instagram_account_id = ? AND dedupe_key = ?",
-        (external_account_id, event.dedupe_key),
-    )
-    if known is None:
-        return
-    if account is not None:
-        times = {"acted_at": event.occurred_at, "received_at": known["received_at"]}
-        contacts.note(tx, account["id"], event.contact, windows.act(account, event.contact, event.opens, **times))
-    if '"announced"' not in (known["payload"] or ""):
-        return
-    unseen = "body IS NULL AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = events.id AND attempts > 0)"
-    tx.update("events", {"payload": _payload(event)}, f"id = ? AND {unseen}", [known["id"]])
+    known = _of_key(tx, row["instagram_account_id"], row["dedupe_key"])
+    if opens and account is not None:  # only the whole message, if any form of it, tells that an ad led to it
+        times = {"acted_at": row["occurred_at"], "received_at": known["received_at"]}
+        contacts.note(tx, account["id"], row["contact"], windows.act(account, row["contact"], opens, **times))
+    is_first_content = known["kind"] == "message.unsupported" != row["kind"]
+    if not _tells_more(row, known, is_first_content):
+        history.note(tx, known["id"], "repeat", correlation=row["correlation_id"])
+        return False
+    if known["state"] == "forwarded" and _is_seen(tx, known):
+        if not is_first_content:
+            history.note(tx, known["id"], "repeat", correlation=row["correlation_id"])
+            return False
+        tx.update("events", {"dedupe_key": f"{known['dedupe_key']}:{known['id']}"}, "id = ?", [known["id"]])
+    elif known["state"] != "noted" and (known["kind"], known["contact"]) == (row["kind"], row["contact"]):
+        tx.update("events", {"payload": row["payload"], "rank": row["rank"]}, "id = ?", [known["id"]])
+        if known["state"] == "forwarded":
+            deliveries.wait_no_more(tx, known["account_id"], known["contact"])
+        return False
+    else:
+        if known["rank"] == AWAITED:
+            row["payload"] = _edited(tx, known["account_id"], row)
+        deliveries.take_back(tx, known["id"])
+        history.forget(tx, [known["id"]])
+        tx.run("DELETE FROM events WHERE id = ?", (known["id"],))
+    tx.insert("events", row)
+    return True
+
+
+def _tells_more(row: Row, known: Row, is_first_content: bool) -> bool:
+    """Tell whether a form of a message tells more than the one that is known."""
+    if row["rank"] is None or known["rank"] == WITHDRAWN:
+        return False
+    return bool(row["rank"] > known["rank"] or (row["rank"] == known["rank"] and is_first_content))
+
+
+def _of_key(db: Reads, external_account_id: str, dedupe_key: str) -> Row:
+    """Return the event with a key; nothing where there is none."""
+    sql = "SELECT * FROM events WHERE instagram_account_id = ? AND dedupe_key = ?"
+    return db.row(sql, (external_account_id, dedupe_key)) or {}
+
+
+def _is_seen(db: Reads, known: Row) -> bool:
+    """Tell whether a CRM has seen an event, or may have."""
+    tried = "SELECT 1 FROM deliveries WHERE event_id = ? AND attempts > 0"
+    return known["body"] is not None or db.value(tried, (known["id"],)) is not None
 
 
 def _payload(event: ChannelEvent) -> str:
@@ -153,7 +192,7 @@ def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = contac
     if not row["contact"] and row["instagram_message_id"]:
         row = _with_contact(tx, account, row)
     kind = row["kind"]
-    if kind == NOTED or (kind != "message.echo" and _is_known_otherwise(tx, account, row)):
+    if kind == NOTED or (kind != "message.echo" and _brings_nothing(tx, account, row)):
         state = "noted"
     elif kind == "message.read":
         state = _apply_read(tx, account, row)
@@ -162,6 +201,8 @@ def _apply(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = contac
     else:
         if kind == "message.deleted":
             _withdraw(tx, account, row)
+        elif kind == "message.edited":
+            _expect(tx, account, row, AWAITED)
         state = _forward(tx, account, row, ask_s, act)
     if state != "forwarded":
         contacts.note(tx, account["id"], row["contact"], act)
@@ -181,57 +222,23 @@ def _with_contact(tx: Tx, account: Row, row: Row) -> Row:
     return {**row, "contact": contact}
 
 
-def _is_known_otherwise(tx: Tx, account: Row, row: Row) -> bool:
-    """Tell whether an event brings nothing to a CRM: a message that was withdrawn before it came, or the mere
-    sign of a new message that is here already."""
-    mid = row["instagram_message_id"]
-    if mid and row["kind"] in bodies.MESSAGES and not _is_recovered(row) and _was_recovered(tx, account, row):
-        return True
-    if row["kind"] in ("message.received", "message.echo", "message.edited") and mid:
-        withdrawn = _find(tx, account["id"], mid, ("message.deleted",)) is not None
-        if withdrawn:
-            tx.update("events", {"payload": None}, "id = ?", [row["id"]])
-        if withdrawn or not _is_recovered(row):
-            return withdrawn
-    if row["dedupe_key"] != f"new:{mid}" and not _is_recovered(row):
+def _brings_nothing(tx: Tx, account: Row, row: Row) -> bool:
+    """Tell whether an event brings nothing to a CRM: its message was withdrawn, or is here as something else."""
+    mid, kind, rank = row["instagram_message_id"], row["kind"], row["rank"]
+    if not mid:
         return False
-    others = [
-        known
-        for known in _all_about(tx, account["id"], mid, but=row["id"])
-        if not _is_announcement(known) or known["contact"].startswith(contacts.ERASED)
-    ]
-    if row["kind"] == "message.unsupported" and messages.find_external(tx, account["id"], mid) is not None:
-        return True
-    return bool(others)
-
-
-def _was_recovered(tx: Tx, account: Row, row: Row) -> bool:
-    """Tell whether the CRM has a message already that was found when the channel was asked, maybe as another kind.
-
-    What it has not been told of yet gives way to what the channel tells by itself.
-    """
-    found = """
-        SELECT id, kind, payload FROM events
-        WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND payload IS NOT NULL AND state = 'forwarded'"""
-    for known in tx.rows(found, (account["id"], row["instagram_message_id"], row["id"])):
-        if known["kind"] not in bodies.MESSAGES or not _is_recovered(known):
-            continue
-        if _take_back(tx, known["id"]):
-            continue
-        if known["kind"] != "message.unsupported" or row["kind"] == "message.unsupported":
+    key = account["instagram_account_id"], message_key(mid)
+    if kind == "message.postback":  # it has a key of its own
+        known = _of_key(tx, *key)
+        is_here = known.get("rank") == RECOVERED and known["kind"] != "message.unsupported"
+        return is_here and not _take_back(tx, known["id"])
+    if kind == "message.edited":
+        rank = _of_key(tx, *key).get("rank")
+    if rank in (ANNOUNCED, RECOVERED):
+        if kind == "message.unsupported" and messages.find_external(tx, account["id"], mid) is not None:
             return True
-    return False
-
-
-def _is_announcement(row: Row) -> bool:
-    """Tell whether an event is the mere sign of a new message, without its content."""
-    return bool(row["dedupe_key"] == f"new:{row['instagram_message_id']}")
-
-
-def _is_recovered(row: Row) -> bool:
-    """Tell whether an event was not told by the channel but found when it was asked."""
-    payload = row["payload"] or ""
-    return '"recovered"' in payload and bool(json.loads(payload).get("extra", {}).get("recovered"))
+        return _find(tx, account["id"], mid, ("message.postback",)) is not None
+    return bool(rank == WITHDRAWN)
 
 
 def _withdraw(tx: Tx, account: Row, row: Row) -> None:
@@ -247,48 +254,51 @@ def _withdraw(tx: Tx, account: Row, row: Row) -> None:
         tx.update("events", {"payload": withdrawn, "body": None}, "id = ?", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
     tx.update("outbound_messages", {"content": None}, sent, named[:2])
+    if not _expect(tx, account, row, WITHDRAWN):
+        key = [account["instagram_account_id"], message_key(row["instagram_message_id"])]
+        tx.update("events", {"rank": WITHDRAWN}, "instagram_account_id = ? AND dedupe_key = ?", key)
 
 
-def _take_over_edits(tx: Tx, account: Row, row: Row) -> None:
-    """Give a message that its own edit overtook the newest text: a CRM shows what has the later sequence."""
-    edits = tx.rows(
+def _expect(tx: Tx, account: Row, row: Row, rank: int) -> bool:
+    """Keep a place for the message that an event is about; False when it is here."""
+    place: Row = {"kind": NOTED, "state": "noted", "rank": rank, "dedupe_key": message_key(row["instagram_message_id"])}
+    place |= {"id": new_id("evt"), "account_id": account["id"], "received_at": tx.now}
+    place |= {name: row[name] for name in ("instagram_account_id", "contact", "occurred_at", "correlation_id")}
+    return tx.insert("events", place, once=True)
+
+
+def _edited(db: Reads, account_id: str, row: Row) -> str | None:
+    """Return a message's payload with the newest text, if an edit overtook it: a CRM shows what comes later."""
+    edits = db.rows(
         """
         SELECT payload, occurred_at FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND kind = 'message.edited' AND payload IS NOT NULL""",
-        (account["id"], row["instagram_message_id"]),
+        (account_id, row["instagram_message_id"]),
     )
-    if not edits or row["payload"] is None or _is_recovered(row):
-        return
+    payload: str | None = row["payload"]
+    if not edits or payload is None or row["rank"] == RECOVERED:
+        return payload
     told = [(edit["occurred_at"], json.loads(edit["payload"])) for edit in edits]
     _, newest = max(told, key=lambda edit: (edit[1].get("extra", {}).get("edit", {}).get("number") or 0, edit[0]))
-    if "text" in newest:
-        changed = json.dumps({**json.loads(row["payload"]), "text": newest["text"]}, ensure_ascii=False)
-        tx.update("events", {"payload": changed}, "id = ?", [row["id"]])
-
-
-def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str], *, but: str = "") -> Row | None:
-    # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
-    found = _all_about(db, account_id, external_id, kinds, but=but)
-    return min(found, key=lambda row: str(row["received_at"]), default=None)
-
-
-def _all_about(
-    db: Reads, account_id: str, external_id: str, kinds: Sequence[str] = bodies.MESSAGES, *, but: str = ""
-) -> list[Row]:
-    marks = ", ".join("?" * len(kinds))
-    return db.rows(
-        f"""
-        SELECT id, contact, dedupe_key, instagram_message_id, received_at FROM events
-        WHERE account_id = ? AND instagram_message_id = ? AND id <> ? AND kind IN ({marks})""",
-        (account_id, external_id, but, *kinds),
+    return (
+        json.dumps({**json.loads(payload), "text": newest["text"]}, ensure_ascii=False) if "text" in newest else payload
     )
+
+
+def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str]) -> Row | None:
+    # Sorted here: with ORDER BY and LIMIT SQLite reads all of the account's events by their age.
+    found = db.rows(
+        f"""
+        SELECT contact, received_at FROM events
+        WHERE account_id = ? AND instagram_message_id = ? AND kind IN ({", ".join("?" * len(kinds))})""",
+        (account_id, external_id, *kinds),
+    )
+    return min(found, key=lambda row: str(row["received_at"]), default=None)
 
 
 def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = contacts.NOTHING) -> str:
     """Owe the CRM an event, the next of its contact."""
     known = contacts.hear(tx, account["id"], row["contact"], act)
-    if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
-        _take_over_edits(tx, account, row)
     wait_s = ask_s if _ask(tx, account, row, known) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
     push = account["crm_webhook_url"] is not None
@@ -298,6 +308,8 @@ def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = cont
         tx.update("events", told, "id = ?", [row["id"]])
     else:  # a CRM that reads on must not have read past it: it gets the last place
         told = {**_found(tx, row["id"]), **told}
+        if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
+            told["payload"] = _edited(tx, account["id"], told)
         del told["position"]
         tx.run("DELETE FROM events WHERE id = ?", (row["id"],))
         tx.insert("events", told)
@@ -307,7 +319,7 @@ def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = cont
 def _ask(tx: Tx, account: Row, row: Row, known: Row) -> bool:
     """Have the channel asked for what an event does not tell; return whether the answer is worth a short wait."""
     answers = account["status"] == "active" and (account["ask_again_at"] or "") <= tx.now
-    if _is_announcement(row):
+    if row["rank"] == ANNOUNCED and row["kind"] == "message.unsupported":
         return questions.ask(tx, account["id"], "message", row["instagram_message_id"]) and answers
     if row["kind"] not in _BY_A_PERSON or not answers:
         return False  # the next message asks: nothing piles up meanwhile
@@ -365,7 +377,7 @@ def _apply_echo(tx: Tx, account: Row, row: Row, act: Act) -> str:
     is_open = any(_is_open(entry) for entry in (send, *possible))
     if is_open:
         return "held"
-    return "noted" if _is_known_otherwise(tx, account, row) else _forward(tx, account, row, act=act)
+    return "noted" if _brings_nothing(tx, account, row) else _forward(tx, account, row, act=act)
 
 
 def _is_in_flight(send: Row | None) -> bool:
@@ -387,20 +399,6 @@ def _shows(db: Reads, echo: Row, send: Row) -> bool:
     is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
     text, sent = shown.get("text") or "", messages.content(db, message["id"])
     return is_since and matching.likeness(sent, text, kinds, is_echo=True) == "same"
-
-
-def replace_announcement(db: Database, account_id: str, external_id: str) -> None:
-    """Take back the mere sign of a message, now that the message itself is told, unless the CRM has seen it."""
-
-    def job(tx: Tx) -> None:
-        known = _all_about(tx, account_id, external_id)
-        signs = [row for row in known if _is_announcement(row)]
-        if len(known) == len(signs):
-            return
-        for row in signs:
-            _take_back(tx, row["id"])
-
-    db.write(job)
 
 
 def _take_back(tx: Tx, event_id: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crmbridge.events import instant, new_id
+from crmbridge.events import WITHDRAWN, instant, new_id
 from crmbridge.store import accounts, contacts, deliveries, history, messages, questions, turn
 from crmbridge.store.database import Database, Reads, Row, Tx
 
@@ -115,6 +115,7 @@ def _blank_events(tx: Tx, ids: Sequence[str], contact: str, alias: str) -> None:
     tx.run(
         f"""
         UPDATE events SET contact = ?, party = NULL, payload = NULL, body = NULL, gone = 1,
+            rank = CASE WHEN rank IS NOT NULL THEN {WITHDRAWN} END,
             dedupe_key = REPLACE(dedupe_key, ?, ?),
             state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
         (alias, contact, alias, *ids),

@@ -149,7 +149,6 @@ class Names:
             return
         events = reading.events([told], account, instant(now_s))
         kept = inbound.keep(self._db, events, correlation_id=new_id("req"), ask_s=self._ask_s)
-        inbound.replace_announcement(self._db, account["id"], question["subject"])
         questions.drop(self._db, question)
         log.info("message.recovered", account=account["id"], events=sum(one.state == "forwarded" for one in kept))
         self._wake({question["account_id"]})

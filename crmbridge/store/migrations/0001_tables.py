@@ -124,6 +124,8 @@ TABLES = (
         kind                 TEXT NOT NULL,          -- message.received, message.read, …
         sequence             INTEGER,                -- among what CRMs hear of the contact; NULL: not told
         dedupe_key           TEXT,                   -- the same for every repetition of the same fact
+        rank                 INTEGER,                -- of a message by its id: 0 awaited, 1 announced, 2 recovered,
+                                                     -- 3 told, 4 withdrawn or erased
         instagram_message_id TEXT,
         message_id           TEXT,                   -- msg_…: the send whose status it tells
         state                TEXT NOT NULL,          -- forwarded | noted | held | unrouted | dropped
