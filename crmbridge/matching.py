@@ -58,6 +58,47 @@ def which(
     return Match("absent", "Instagram's conversation does not show it")
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A send that was tried, and whose end is open or was in doubt: to the echo's customer, or a private reply.
+
+    `is_calling`: its call is under way. `is_open`: that, or it is being looked for.
+    """
+
+    sent: Mapping[str, Any]
+    began_s: float | None
+    is_first: bool  # of its lane, so that it is the one being tried
+    is_given_up: bool
+    is_calling: bool
+    is_open: bool
+    is_reply: bool
+
+
+def whose(tried: Sequence[Tried], text: str, kinds: Sequence[str], at_s: float) -> Tried | Literal["open", "nobody's"]:
+    """Tell which send an echo shows; ``open`` where that cannot be told yet.
+
+    An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt. One that
+    was given up is thought of only where no other is being tried.
+    """
+
+    def shown(sends: Sequence[Tried]) -> list[Tried]:
+        since = [one for one in sends if one.began_s is not None and at_s >= one.began_s - SKEW_S]
+        return [one for one in since if likeness(one.sent, text, kinds, is_echo=True) == "same"]
+
+    own, replies = ([one for one in tried if one.is_reply == is_reply] for is_reply in (False, True))
+    first = next((one for one in own if one.is_first), None)
+    if first is not None and first.is_calling:
+        return "open"
+    possible = shown([one for one in own if first is None or not one.is_given_up])
+    if not possible:
+        possible = shown(replies)
+        if any(one.is_calling for one in possible):
+            return "open"
+    if len(possible) == 1:
+        return possible[0]
+    return "open" if any(one.is_open for one in (*filter(None, [first]), *possible)) else "nobody's"
+
+
 def likeness(sent: Mapping[str, Any], text: str, kinds: Sequence[str], *, is_echo: bool) -> Likeness:
     """Tell how near a message in the thread comes to what was sent, by its words or the types of its media.
 

@@ -473,50 +473,25 @@ def release(tx: Tx, row: Row, *, due: str, in_doubt: bool) -> None:
     tx.update("deliveries", released, "id = ?", [row["id"]])
 
 
-def tried_send(db: Reads, account_id: str, contact: str) -> Row | None:
-    """Return the send to a contact that was tried and is not settled, if there is one."""
-    return db.row(
-        """
-        SELECT * FROM deliveries WHERE finished_at IS NULL AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND place = 'head' AND attempts > 0 AND event = ? LIMIT 1""",
-        (account_id, contact, SEND),
-    )
-
-
-def tried_behind(db: Reads, account_id: str, contact: str) -> list[Row]:
-    """Return the sends to a contact that were tried, died, were revived and wait behind another one."""
-    return db.rows(
-        """
-        SELECT * FROM deliveries WHERE finished_at IS NULL AND target = 'instagram' AND account_id = ? AND contact = ?
-            AND place = 'behind' AND attempts > 0""",
-        (account_id, contact),
-    )
-
-
-def given_up_in_doubt(db: Reads, account_id: str, contact: str) -> list[Row]:
-    """Return the sends to a contact that ended without our knowing whether they had gone out."""
-    return db.rows(
-        """
-        SELECT * FROM deliveries WHERE place = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'
-            AND account_id = ? AND contact = ?""",
-        (account_id, contact),
-    )
-
-
 # A private reply's lane is its comment's: the channel tells only later whom it reaches.
 COMMENT_LANE = "comment:"
-_PRIVATE_REPLIES = "target = 'instagram' AND account_id = ? AND contact >= 'comment:' AND contact < 'comment;'"
+_UNSETTLED = " UNION ALL ".join(
+    f"""
+    SELECT deliveries.*, sent.recipient_id, sent.content FROM deliveries
+    JOIN outbound_messages AS sent ON sent.id = message_id
+    WHERE {which} AND target = 'instagram' AND deliveries.account_id = ? AND event = '{SEND}' AND {whose}"""
+    for which in ("finished_at IS NULL AND attempts > 0 AND place IN ('head', 'behind')",
+                  "place = 'dead' AND last_code = 'in_doubt'")
+    for whose in ("contact = ?", "contact >= 'comment:' AND contact < 'comment;' AND recipient_id IN (contact, ?)")
+)  # fmt: skip
 
 
-def doubtful_replies(db: Reads, account_id: str) -> list[Row]:
-    """Return the private replies that were tried and are not settled, or ended in doubt."""
-    return db.rows(
-        f"""
-        SELECT * FROM deliveries WHERE finished_at IS NULL AND {_PRIVATE_REPLIES} AND place = 'head' AND attempts > 0
-        UNION ALL
-        SELECT * FROM deliveries WHERE place = 'dead' AND last_code = 'in_doubt' AND {_PRIVATE_REPLIES}""",
-        (account_id, account_id),
-    )
+def unsettled(db: Reads, account_id: str, contact: str) -> list[Row]:
+    """Return the sends to a contact, and the private replies that may be to them, whose end is open or was in doubt.
+
+    They were tried and not settled, or given up in doubt; each with its `content`.
+    """
+    return db.rows(_UNSETTLED, (account_id, contact) * 4)
 
 
 def headless(db: Reads) -> list[Row]:

@@ -19,6 +19,7 @@ from crmbridge.events import (
     message_key,
     new_id,
 )
+from crmbridge.matching import Tried
 from crmbridge.store import accounts, bodies, contacts, deliveries, history, messages, questions, windows
 from crmbridge.store.contacts import Act
 from crmbridge.store.database import Database, Reads, Row, Tx
@@ -336,7 +337,7 @@ def _apply_read(tx: Tx, account: Row, row: Row) -> str:
         sent_until = message["sent_at"]
     elif external_id is None:  # Messenger's form tells a time
         sent_until = json.loads(row["payload"] or "{}").get("extra", {}).get("read_until")
-    elif _is_open(deliveries.tried_send(tx, account["id"], row["contact"])):
+    elif any(one.is_first and one.is_open for one, _ in _tried(tx, account, row["contact"]) if not one.is_reply):
         return "held"
     else:
         # A reply typed elsewhere, known by its echo: everything sent before it was read too.
@@ -356,49 +357,38 @@ def _apply_echo(tx: Tx, account: Row, row: Row, act: Act) -> str:
     if message is not None:
         messages.confirm(tx, message, external_id, row["contact"], at=at)
         return "noted"
-    send = deliveries.tried_send(tx, account["id"], row["contact"])
-    if _is_in_flight(send):
+    shown, sends = json.loads(row["payload"] or "{}"), _tried(tx, account, row["contact"])
+    kinds = [entry["type"] for entry in shown.get("attachments", ())]
+    found = matching.whose([tried for tried, _ in sends], shown.get("text") or "", kinds, epoch_s(at))
+    if found == "open":
         return "held"
-    # An error can follow a delivery: a send that waits for its retry is proven by its echo just as one in doubt.
-    doubtful = [send] if send else deliveries.given_up_in_doubt(tx, account["id"], row["contact"])
-    doubtful += deliveries.tried_behind(tx, account["id"], row["contact"])
-    possible = [entry for entry in doubtful if _shows(tx, row, entry)]
-    if not possible:
-        possible = [entry for entry in deliveries.doubtful_replies(tx, account["id"]) if _shows(tx, row, entry)]
-        if any(_is_in_flight(entry) for entry in possible):
-            return "held"
-    if len(possible) == 1:
-        message = messages.found(tx, possible[0]["message_id"])
-        messages.confirm(tx, message, external_id, row["contact"], at=at)
-        deliveries.end(tx, possible[0], "done", "echo", None)
+    if isinstance(found, Tried):
+        send = next(one for tried, one in sends if tried is found)
+        messages.confirm(tx, messages.found(tx, send["message_id"]), external_id, row["contact"], at=at)
+        deliveries.end(tx, send, "done", "echo", None)
         tx.update("events", {"state": "noted"}, "id = ?", [row["id"]])
-        release_held(tx, account["id"], possible[0]["contact"])
+        release_held(tx, account["id"], send["contact"])
         return "noted"
-    is_open = any(_is_open(entry) for entry in (send, *possible))
-    if is_open:
-        return "held"
     return "noted" if _brings_nothing(tx, account, row) else _forward(tx, account, row, act=act)
 
 
-def _is_in_flight(send: Row | None) -> bool:
-    return send is not None and send["claim_id"] is not None and not send["in_doubt"]
-
-
-def _is_open(send: Row | None) -> bool:
-    """Tell whether a send is in flight or in doubt, so that nobody knows yet what it became."""
-    return send is not None and (send["claim_id"] is not None or bool(send["in_doubt"]))
-
-
-def _shows(db: Reads, echo: Row, send: Row) -> bool:
-    """Tell whether an echo can be a send in doubt."""
-    message = messages.found(db, send["message_id"])
-    if message["recipient_id"] not in (echo["contact"], send["contact"]):
-        return False  # a private reply to somebody else
-    shown = json.loads(echo["payload"] or "{}")
-    kinds = [entry["type"] for entry in shown.get("attachments", ())]
-    is_since = messages.is_since(send["tried_at"], epoch_s(echo["occurred_at"]))
-    text, sent = shown.get("text") or "", messages.content(db, message["id"])
-    return is_since and matching.likeness(sent, text, kinds, is_echo=True) == "same"
+def _tried(db: Reads, account: Row, contact: str) -> list[tuple[Tried, Row]]:
+    """Return the sends that an echo or a receipt of a contact can be about, each with its delivery."""
+    return [
+        (
+            Tried(
+                sent=json.loads(send["content"] or "{}"),
+                began_s=epoch_s(send["tried_at"]) if send["tried_at"] else None,
+                is_first=send["place"] == "head",
+                is_given_up=send["place"] == "dead",
+                is_calling=send["claim_id"] is not None and not send["in_doubt"],
+                is_open=send["claim_id"] is not None or bool(send["in_doubt"]),
+                is_reply=send["contact"].startswith(deliveries.COMMENT_LANE),
+            ),
+            send,
+        )
+        for send in deliveries.unsettled(db, account["id"], contact)
+    ]
 
 
 def _take_back(tx: Tx, event_id: str) -> bool:

@@ -345,11 +345,6 @@ def match(db: Reads, claimed: Claimed, thread: Thread) -> Match:
     )
 
 
-def is_since(started: str | None, shown_s: float) -> bool:
-    """Tell whether what is in the thread can be what a call that began at `started` sent."""
-    return started is not None and shown_s >= epoch_s(started) - matching.SKEW_S
-
-
 def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | None]:
     """Return what is to be sent now, as JSON, and after when it is not to be.
 
