@@ -130,14 +130,11 @@ def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None)
     if opens and account is not None:  # only the whole message, if any form of it, tells that an ad led to it
         times = {"acted_at": row["occurred_at"], "received_at": known["received_at"]}
         contacts.note(tx, account["id"], row["contact"], windows.act(account, row["contact"], opens, **times))
-    is_first_content = known["kind"] == "message.unsupported" != row["kind"]
-    if not _tells_more(row, known, is_first_content):
+    is_seen = known["state"] == "forwarded" and _is_seen(tx, known)
+    if not _tells_more(row, known) or (is_seen and _has_content(known) >= _has_content(row)):
         history.note(tx, known["id"], "repeat", correlation=row["correlation_id"])
         return False
-    if known["state"] == "forwarded" and _is_seen(tx, known):
-        if not is_first_content:
-            history.note(tx, known["id"], "repeat", correlation=row["correlation_id"])
-            return False
+    if is_seen:
         tx.update("events", {"dedupe_key": f"{known['dedupe_key']}:{known['id']}"}, "id = ?", [known["id"]])
     elif known["state"] != "noted" and (known["kind"], known["contact"]) == (row["kind"], row["contact"]):
         tx.update("events", {"payload": row["payload"], "rank": row["rank"]}, "id = ?", [known["id"]])
@@ -147,6 +144,8 @@ def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None)
     else:
         if known["rank"] == AWAITED:
             row["payload"] = _edited(tx, known["account_id"], row)
+        elif known["rank"] == WITHDRAWN:
+            row["rank"] = WITHDRAWN
         deliveries.take_back(tx, known["id"])
         history.forget(tx, [known["id"]])
         tx.run("DELETE FROM events WHERE id = ?", (known["id"],))
@@ -154,11 +153,17 @@ def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None)
     return True
 
 
-def _tells_more(row: Row, known: Row, is_first_content: bool) -> bool:
-    """Tell whether a form of a message tells more than the one that is known."""
-    if row["rank"] is None or known["rank"] == WITHDRAWN:
+def _tells_more(row: Row, known: Row) -> bool:
+    """Tell whether a form of a message tells more than what is known of it: content first, then rank."""
+    if row["rank"] is None:
         return False
-    return bool(row["rank"] > known["rank"] or (row["rank"] == known["rank"] and is_first_content))
+    if known["rank"] == WITHDRAWN:  # yet an echo may be the proof that a send arrived
+        return bool(row["kind"] == "message.echo" and known["kind"] == NOTED)
+    return (_has_content(row), row["rank"]) > (_has_content(known), known["rank"])
+
+
+def _has_content(row: Row) -> bool:
+    return row["kind"] not in ("message.unsupported", NOTED)
 
 
 def _of_key(db: Reads, external_account_id: str, dedupe_key: str) -> Row:

@@ -197,16 +197,13 @@ TABLES = (
     "CREATE INDEX deliveries_old ON deliveries (target, account_id, aged_from) WHERE finished_at IS NULL",
     "CREATE INDEX deliveries_claimed ON deliveries (claim_id) WHERE claim_id IS NOT NULL",
     "CREATE INDEX deliveries_dead ON deliveries (target, finished_at) WHERE place = 'dead'",
-    """
-    CREATE INDEX deliveries_in_doubt ON deliveries (account_id, contact)
-        WHERE place = 'dead' AND target = 'instagram' AND last_code = 'in_doubt'""",
     "CREATE INDEX deliveries_message ON deliveries (message_id) WHERE message_id IS NOT NULL",
     "CREATE INDEX deliveries_event ON deliveries (event_id) WHERE event_id IS NOT NULL",
     """
     CREATE INDEX deliveries_doubtful ON deliveries (account_id, due)
         WHERE place IN ('head', 'aside') AND in_doubt = 1""",
     "CREATE INDEX deliveries_age ON deliveries (finished_at) WHERE finished_at IS NOT NULL",
-    "CREATE INDEX deliveries_dead_account ON deliveries (target, account_id) WHERE place = 'dead'",
+    "CREATE INDEX deliveries_dead_account ON deliveries (target, account_id, contact) WHERE place = 'dead'",
     "CREATE INDEX deliveries_contact ON deliveries (account_id, contact)",
     "CREATE INDEX deliveries_slow ON deliveries (finished_at) WHERE latency_ms > 5000",
     """
