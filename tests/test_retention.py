@@ -14,7 +14,7 @@ from crmbridge.events import instant
 from crmbridge.ops import check
 from crmbridge.sandbox import wire
 from crmbridge.store import dead as dlq
-from crmbridge.store import feed, inbound, messages, retention, story, turn
+from crmbridge.store import feed, inbound, retention, story, turn
 from crmbridge.store.accounts import everyone
 from crmbridge.store.database import Database, Tx
 from crmbridge.upkeep import Upkeep
@@ -92,7 +92,7 @@ def test_a_text_lives_from_the_end_of_its_delivery_so_that_a_dead_one_can_be_tri
     assert rig.meta.sent[-1].text == "dead, too"
     prune(rig, 7.1)
     assert column(rig, "SELECT DISTINCT payload FROM events") == [None]
-    assert messages.content(rig.db, message_id) == {}
+    assert rig.db.value("SELECT content FROM outbound_messages WHERE id = ?", (message_id,)) is None
 
 
 def test_what_an_account_without_url_has_not_read_yet_lives_as_long(rig: Rig) -> None:

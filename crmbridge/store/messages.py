@@ -56,20 +56,17 @@ def accept(db: Database, request: Request) -> tuple[Row, Outlook, bool]:
     """
 
     def job(tx: Tx) -> tuple[Row, Outlook, bool]:
-        known = tx.row(
-            "SELECT * FROM outbound_messages WHERE account_id = ? AND idempotency_key = ?",
-            (request.account_id, request.idempotency_key),
-        )
-        if known:
-            if known["request_hash"] != request.hash:
-                raise Conflict(
-                    f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
-                )
-            account = accounts.found(tx, request.account_id)
-            return known, _outlook(account, windows.of(tx, account, request.recipient_id, request.content)), False
-        message_id = new_id("msg")
-        checked, outlook = check(tx, request, tx.now)
-        content, is_action = checked.content, bool(checked.content.keys() & {"action", "reaction"})
+        try:
+            checked, outlook = check(tx, request, tx.now)
+        except (
+            Conflict,
+            Invalid,
+        ):  # what was accepted then may not be any more, and is no reason to refuse its repetition
+            if (known := _repeated(tx, request)) is None:
+                raise
+            return *known, False
+        message_id, content = new_id("msg"), checked.content
+        is_action = bool(content.keys() & {"action", "reaction"})
         before = checked.send_before
         if content.get("action") in ("typing_on", "typing_off"):
             before = min(before or "9", instant(tx.now_s + _TYPING_S))
@@ -87,7 +84,8 @@ def accept(db: Database, request: Request) -> tuple[Row, Outlook, bool]:
             "created_at": tx.now,
             "send_before": before,
         }
-        tx.insert("outbound_messages", row)
+        if not tx.insert("outbound_messages", row, once=True) and (known := _repeated(tx, request)):
+            return *known, False
         contacts.count_send(tx, request.account_id, request.recipient_id)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
@@ -97,6 +95,22 @@ def accept(db: Database, request: Request) -> tuple[Row, Outlook, bool]:
         return row, outlook, True
 
     return db.write(job)
+
+
+def _repeated(db: Reads, request: Request) -> tuple[Row, Outlook] | None:
+    """Return the message that a request repeats by its key, if it does. Raises Conflict for another request."""
+    known = db.row(
+        "SELECT * FROM outbound_messages WHERE account_id = ? AND idempotency_key = ?",
+        (request.account_id, request.idempotency_key),
+    )
+    if known is None:
+        return None
+    if known["request_hash"] != request.hash:
+        raise Conflict(
+            f"This idempotency_key was used for another request, {known['id']}.", code="idempotency_conflict"
+        )
+    account = accounts.found(db, request.account_id)
+    return known, _outlook(account, windows.of(db, account, request.recipient_id, request.content))
 
 
 def check(db: Reads, request: Request, now: str) -> tuple[Request, Outlook]:
@@ -350,7 +364,7 @@ def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | N
 
     Raises Conflict when it is too late for it, and LookupError when retention took it.
     """
-    message = found(db, delivery["message_id"])
+    message = found(db, delivery["message_id"], _WITH_CONTACT)
     if message["content"] is None:
         raise LookupError(f"the content of {message['id']} is gone")
     if delivery["in_doubt"]:
@@ -358,16 +372,11 @@ def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | N
     if message["send_before"] is not None and now >= message["send_before"]:
         raise Conflict("its send_before has passed", code="expired")
     sent = json.loads(message["content"])
-    window = windows.of(db, account, message["recipient_id"], sent)
+    window = windows.of(db, account, message["recipient_id"], sent, message)
     if window.is_closed(now):
         raise Conflict(f"Instagram's window for it ended at {window.ends_at}", code="window_closed")
     tagged = str(_json({**sent, "human_agent": True})) if window.needs_tag(now) else message["content"]
     return tagged, message["send_before"]
-
-
-def content(db: Reads, message_id: str) -> dict[str, Any]:
-    """Return what is to be sent, or nothing once retention took it."""
-    return json.loads(found(db, message_id)["content"] or "{}")  # type: ignore[no-any-return]
 
 
 def find_external(db: Reads, account_id: str, external_id: str) -> Row | None:
@@ -393,9 +402,15 @@ def end_all(tx: Tx, message_ids: Sequence[str]) -> None:
         history.note(tx, message["id"], "status", code="failed", text="account_deleted")
 
 
-def found(db: Reads, message_id: str) -> Row:
+_MESSAGE = "SELECT outbound_messages.* FROM outbound_messages WHERE id = ?"
+_WITH_CONTACT = """
+    SELECT outbound_messages.*, last_wrote_at, window_until FROM outbound_messages
+    LEFT JOIN contacts ON contacts.account_id = outbound_messages.account_id AND contact = recipient_id WHERE id = ?"""
+
+
+def found(db: Reads, message_id: str, sql: str = _MESSAGE) -> Row:
     """Return a message that is known to exist."""
-    row = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
+    row = db.row(sql, (message_id,))
     if row is None:
         raise LookupError(message_id)
     return row

@@ -187,24 +187,39 @@ def _serve(
         return  # nothing is owed, so it does not matter how its far side is
     place, dues = room(endpoint, row["trial_since"] is not None), [row[due] for due in _DUES]
     rows = _choose(tx, turn, row, place, senders, spare, dues)
-    is_plain = place.probe is None and row["due_look_up"] is None
-    if row["due_look_up"] is not None and row["due_look_up"] <= tx.now and len(turn.claimed) < senders:
-        # Look-ups have a room and a pace of their own, beside that of sends.
-        calls = room(ask, False).calls
-        doubtful = deliveries.in_doubt(tx, row["account_id"], tx.now, calls + len(in_flight)) if calls else []
-        rows += [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
+    in_order = place.probe is None and row["due_look_up"] is None
+    rows += _doubtful(tx, turn, row, room, senders, in_flight)
     if rows:
-        account, claimed = accounts.found(tx, row["account_id"]), len(turn.claimed)
-        for one in rows:
-            if one["claim_id"] not in in_flight:
-                _claim(tx, turn, one, account, row, terms)
+        all_claimed = _claim_all(tx, turn, row, rows, terms, in_flight)
         dues.append(instant(terms.now_s + terms.lease_s))
-        if not is_plain or len(turn.claimed) - claimed < len(rows):  # some ended, or were not taken in their order
+        if not (all_claimed and in_order):
             row = _again(tx, row)
             dues = [row[due] for due in _DUES]
     turn.dues[endpoint] = min(filter(None, dues), default=None)
     if row["kind"] == "instagram":
         turn.dues[ask] = row["due_look_up"]
+
+
+def _doubtful(
+    tx: Tx, turn: Turn, row: Row, room: Callable[..., Room], senders: int, in_flight: Collection[str]
+) -> list[Row]:
+    """Return the sends that may be looked for now. That has a room and a pace of its own, beside that of sends."""
+    if row["due_look_up"] is None or row["due_look_up"] > tx.now or len(turn.claimed) >= senders:
+        return []
+    calls = room((ASK, row["account_id"]), False).calls
+    doubtful = deliveries.in_doubt(tx, row["account_id"], tx.now, calls + len(in_flight)) if calls else []
+    return [one for one in doubtful if one["claim_id"] not in in_flight][:calls]
+
+
+def _claim_all(
+    tx: Tx, turn: Turn, endpoint: Row, rows: Sequence[Row], terms: Terms, in_flight: Collection[str]
+) -> bool:
+    """Claim rows of an endpoint; False when some ended instead, or are in flight still."""
+    account, claimed = accounts.found(tx, endpoint["account_id"]), len(turn.claimed)
+    for row in rows:
+        if row["claim_id"] not in in_flight:
+            _claim(tx, turn, row, account, endpoint, terms)
+    return len(turn.claimed) - claimed == len(rows)
 
 
 def _question_due(tx: Tx, turn: Turn, row: Row) -> str | None:

@@ -40,13 +40,15 @@ class Window:
         return self.tagged_from is not None and now >= self.tagged_from
 
 
-def of(db: Reads, account: Row, recipient_id: str, content: Mapping[str, Any]) -> Window:
-    """Return the window of a send."""
+def of(
+    db: Reads, account: Row, recipient_id: str, content: Mapping[str, Any], known: Mapping[str, Any] | None = None
+) -> Window:
+    """Return the window of a send; `known` is what is known of its recipient, where that was read before."""
     if "comment_id" in content:
         return _of_comment(db, account, content["comment_id"])
     if recipient_id in (account["instagram_account_id"], account["app_scoped_id"]):
         return Window()  # messages to oneself are exempt
-    known = contacts.find(db, account["id"], recipient_id)
+    known = known or contacts.find(db, account["id"], recipient_id)
     last, open_until = known["last_wrote_at"], of_contact(known)
     if open_until is None:
         return Window(warning="recipient_unknown")
