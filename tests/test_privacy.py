@@ -15,7 +15,7 @@ from crmbridge.events import instant
 from crmbridge.instagram import signed_request
 from crmbridge.sandbox import wire
 from crmbridge.sandbox.meta import APP_SECRET
-from crmbridge.store import accounts, messages, privacy
+from crmbridge.store import accounts, messages, privacy, turn
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID, SHOP_SCOPED_ID, TOKEN, Shop
@@ -55,7 +55,7 @@ def test_nothing_of_an_erased_customer_is_left_and_all_of_the_other(rig: Rig) ->
     before = dump(rig.db.path)
     assert before.count(CUSTOMER) == before.count(OTHER) > 20
     erased = privacy.erase_contact(rig.db, account["id"], CUSTOMER)
-    assert (erased.events, erased.messages) == (5, 3)
+    assert (erased.events, erased.messages) == (4, 3)
     after = dump(rig.db.path)
     assert f"'{CUSTOMER}'" not in after
     assert after.count(OTHER) == before.count(OTHER)
@@ -95,6 +95,37 @@ def test_a_repetition_is_still_known_and_a_new_message_begins_a_new_conversation
     first, second = (entry.event for entry in rig.taken())
     assert (first["sequence"], second["sequence"]) == (1, 1)
     assert first["conversation_id"] != second["conversation_id"]
+
+
+def test_what_became_of_a_private_reply_is_erased_with_whom_it_reached(rig: Rig) -> None:
+    account, comment = rig.account(), "17900000000000004"
+    content = {"text": "by private message", "comment_id": comment}
+    request = messages.Request(
+        account["id"], f"comment:{comment}", "key", "hash", content, {"name": "Jane Roe"}, "test"
+    )
+    messages.accept(rig.db, request)
+    rig.meta.fault("messages", after_effect=True, drop=True, times=9)
+    rig.live_through(3600)
+    rig.echo("by private message", "mid-private")
+    rig.drain()
+    assert "Jane Roe" in dump(rig.db.path)
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
+    assert "Jane Roe" not in str(rig.db.rows("SELECT * FROM events"))
+
+
+@pytest.mark.parametrize("ends", ["contact", "account"])
+def test_a_call_in_flight_that_an_erasure_ends_is_still_told_of(rig: Rig, ends: str) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "hello")
+    (row,) = rig.due("instagram", account)
+    rig.claim(row, account)
+    if ends == "contact":
+        privacy.erase_contact(rig.db, account["id"], CUSTOMER)
+    else:
+        turn.delete_account(rig.db, account["id"])
+    status = messages.status(rig.db, message_id) or {}
+    assert [call["outcome"] for call in status["attempts"]] == ["abandoned"]
+    assert status["attempt_count"] == 1
 
 
 def test_a_call_in_flight_at_an_erasure_changes_nothing_after_it(rig: Rig) -> None:

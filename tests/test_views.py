@@ -207,7 +207,7 @@ def scans(rig: Rig, query: str, parameters: Sequence[Any]) -> list[str]:
     large = ("deliveries", "waiting", "head", "events", "outbound_messages", "history")
     found = [step for step in plan if step.startswith("SCAN") and step.split()[1] in large]
     # In the order of its rows with a limit, or over an index that holds only what is asked for.
-    partial = ("deliveries_expiry", "deliveries_dead_account", "deliveries_slow", "events_unrouted")
+    partial = ("deliveries_expiry", "deliveries_dead", "deliveries_dead_account", "deliveries_slow", "events_unrouted")
     return [step for step in found if not step.endswith(partial) and "FROM recent LIMIT" not in query]
 
 

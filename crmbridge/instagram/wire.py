@@ -305,8 +305,8 @@ def _edit(item: _Item, told: Mapping[str, Any]) -> ChannelEvent | None:
         if text and item.contact:
             kind = "message.echo" if item.from_account else "message.received"
             # The whole message may follow, with what this form cannot carry.
-            told = {"external_id": mid, "rank": ANNOUNCED, "text": text, "message_type": "text"}
-            return item.event(kind, message_key(mid), **told)
+            facts = {"external_id": mid, "rank": ANNOUNCED, "text": text, "message_type": "text"}
+            return item.event(kind, message_key(mid), **facts)
         return item.unsupported(external_id=mid, rank=ANNOUNCED)
     # Apps that tell no number tell the edits apart by their time.
     which = str(number) if number is not None else item.time or _hash(text)

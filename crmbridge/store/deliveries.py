@@ -275,16 +275,22 @@ def wait_no_more(tx: Tx, account_id: str, contact: str) -> None:
     )
 
 
-def take_back(tx: Tx, event_id: str) -> bool:
-    """Drop a delivery that no CRM was told of yet; tell whether there was one."""
-    row = tx.row(
+def unseen(db: Reads, event_id: str) -> Row | None:
+    """Return the delivery of an event that no CRM was told of yet, and may be; None when there is none."""
+    return db.row(
         """
         SELECT deliveries.* FROM events JOIN deliveries ON event_id = events.id
         WHERE events.id = ? AND body IS NULL AND attempts = 0 AND (finished_at IS NULL OR last_code = 'not_pushed')""",
         (event_id,),
     )
+
+
+def take_back(tx: Tx, event_id: str) -> bool:
+    """Drop a delivery that no CRM was told of yet; tell whether there was one."""
+    row = unseen(tx, event_id)
     if row is None:
         return False
+    history.forget(tx, [row["id"]])
     tx.run("DELETE FROM deliveries WHERE id = ?", (row["id"],))
     promote(tx, "crm", row["account_id"], row["contact"])
     return True
@@ -434,7 +440,7 @@ def end(tx: Tx, row: Row, to: Literal["done", "dead"], code: str, message: str |
     if to == "done" and row["attempts"] and code != "cancelled":
         ended["latency_ms"] = latency_ms(row["accepted_at"], tx.now)
     if row["claim_id"] is not None:
-        _break_off(tx, row, code)
+        break_off(tx, "id = ?", [row["id"]], code)
     _move_one(tx, to, "id = ?", [row["id"]], ended, {"kind": to, "code": code})
 
 
@@ -452,11 +458,16 @@ def promote(tx: Tx, target: Target, account_id: str, contact: str) -> None:
     move(tx, "head", _NEXT_OF_LANE, (target, account_id, contact), {"due": tx.now})
 
 
-def _break_off(tx: Tx, row: Row, code: str) -> None:
-    """Write down that nobody waits for the answer to a call any more."""
-    kind = _kind(row)
-    began = row["tried_at"] if kind == "call" else tx.now  # of a look-up that is not written before it is over
-    history.note(tx, row["id"], kind, at=began, until=tx.now, outcome="abandoned", code=code)
+def break_off(tx: Tx, where: str, parameters: Sequence[Any], code: str) -> None:
+    """Write down of deliveries whose calls are under way that nobody waits for the answers any more."""
+    tx.run(
+        f"""
+        INSERT INTO history (subject, kind, at, until, outcome, code)
+        SELECT id, CASE WHEN in_doubt THEN 'look_up' ELSE 'call' END,
+            CASE WHEN in_doubt THEN ? ELSE tried_at END, ?, 'abandoned', ?
+        FROM deliveries WHERE claim_id IS NOT NULL AND {where}""",
+        (tx.now, tx.now, code, *parameters),
+    )
 
 
 def abandoned(db: Reads) -> list[Row]:
@@ -469,7 +480,7 @@ def release(tx: Tx, row: Row, *, due: str, in_doubt: bool) -> None:
     released = {"claim_id": None, "due": due, "in_doubt": int(in_doubt), "last_code": "abandoned"}
     if in_doubt and not row["in_doubt"]:
         released["retries"] = row["retries"] + 1
-    _break_off(tx, row, "abandoned")
+    break_off(tx, "id = ?", [row["id"]], "abandoned")
     tx.update("deliveries", released, "id = ?", [row["id"]])
 
 
@@ -596,9 +607,9 @@ def left_over(db: Reads, endpoint: Row, limit: int) -> list[Row]:
 def end_all(tx: Tx, rows: Sequence[Row], to: Literal["done", "dead"], code: str, message: str | None) -> None:
     """End pending deliveries whose lanes go no further, without a call. A send in doubt ends so."""
     for in_doubt, told in ((1, "in_doubt"), (0, code)):  # before the mark of the doubt goes
-        these = f"position IN ({_marks(rows)}) AND in_doubt = {in_doubt}"
-        ended = {"last_code": told, "last_error": message}
-        move(tx, to, these, [row["position"] for row in rows], ended, told={"kind": to, "code": told})
+        these = f"position IN ({_marks(rows)}) AND in_doubt = {in_doubt}", [row["position"] for row in rows]
+        break_off(tx, *these, told)
+        move(tx, to, *these, {"last_code": told, "last_error": message}, told={"kind": to, "code": told})
 
 
 def _marks(values: Collection[Any]) -> str:

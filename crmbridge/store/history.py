@@ -83,6 +83,6 @@ def _call(number: int, row: Row) -> Row:
 
 
 def first_call(db: Reads, delivery_id: str) -> str | None:
-    """Return when the first call of a delivery began that is over, or None."""
+    """Return when the first call of a delivery began that came to an end, or None."""
     found = db.value("SELECT MIN(at) FROM history WHERE subject = ? AND kind = 'call'", (delivery_id,))
     return str(found) if found else None

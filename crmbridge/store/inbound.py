@@ -108,8 +108,10 @@ def _keep_one(
     }
     is_whole = event.kind == "message.received" and event.rank != ANNOUNCED
     opens = event.opens if is_whole else None
-    if not tx.insert("events", row, once=True) and not _takes_its_place(tx, account, row, opens):
-        return Kept("duplicate", event, None, account["id"] if account else None)
+    if not tx.insert("events", row, once=True):
+        if not _takes_its_place(tx, account, row, opens):
+            return Kept("duplicate", event, None, account["id"] if account else None)
+        row = _found(tx, event_id)
     if event.kind == TEST:
         return Kept("noted", event, event_id, None)
     if account is None:
@@ -122,7 +124,7 @@ def _keep_one(
 
 
 def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None) -> bool:
-    """Store an event where one with its key is known, if it tells more; tell whether it is to be applied as a new one.
+    """Meet what has an event's key: store the event if it tells more, and tell whether it is to be applied.
 
     What a CRM has seen, or may have, stays; beside that goes only what has content where it had none.
     """
@@ -134,23 +136,32 @@ def _takes_its_place(tx: Tx, account: Row | None, row: Row, opens: Opens | None)
     if not _tells_more(row, known) or (is_seen and _has_content(known) >= _has_content(row)):
         history.note(tx, known["id"], "repeat", correlation=row["correlation_id"])
         return False
+    is_alike = (known["kind"], known["contact"]) == (row["kind"], row["contact"])
+    if not is_seen and is_alike and known["state"] in ("forwarded", "held", "unrouted"):
+        _complete(tx, account, known, row)
+        return False
     if is_seen:
         tx.update("events", {"dedupe_key": f"{known['dedupe_key']}:{known['id']}"}, "id = ?", [known["id"]])
-    elif known["state"] != "noted" and (known["kind"], known["contact"]) == (row["kind"], row["contact"]):
-        tx.update("events", {"payload": row["payload"], "rank": row["rank"]}, "id = ?", [known["id"]])
-        if known["state"] == "forwarded":
-            deliveries.wait_no_more(tx, known["account_id"], known["contact"])
-        return False
     else:
-        if known["rank"] == AWAITED:
-            row["payload"] = _edited(tx, known["account_id"], row)
-        elif known["rank"] == WITHDRAWN:
-            row["rank"] = WITHDRAWN
+        row |= {"received_at": known["received_at"]}  # of the message there was a word then
+        row |= {"rank": WITHDRAWN} if known["rank"] == WITHDRAWN else {}
         deliveries.take_back(tx, known["id"])
-        history.forget(tx, [known["id"]])
-        tx.run("DELETE FROM events WHERE id = ?", (known["id"],))
+        _forget(tx, known["id"])
     tx.insert("events", row)
     return True
+
+
+def _complete(tx: Tx, account: Row | None, known: Row, row: Row) -> None:
+    """Let a form of a message have the place that another one of its kind has, of which no CRM has heard."""
+    payload = row["payload"] if account is None else _edited(tx, account["id"], row)
+    tx.update("events", {"payload": payload, "rank": row["rank"]}, "id = ?", [known["id"]])
+    if known["state"] == "held" and account is not None:
+        _apply(tx, account, _found(tx, known["id"]))
+
+
+def _forget(tx: Tx, event_id: str) -> None:
+    history.forget(tx, [event_id])
+    tx.run("DELETE FROM events WHERE id = ?", (event_id,))
 
 
 def _tells_more(row: Row, known: Row) -> bool:
@@ -173,9 +184,8 @@ def _of_key(db: Reads, external_account_id: str, dedupe_key: str) -> Row:
 
 
 def _is_seen(db: Reads, known: Row) -> bool:
-    """Tell whether a CRM has seen an event, or may have."""
-    tried = "SELECT 1 FROM deliveries WHERE event_id = ? AND attempts > 0"
-    return known["body"] is not None or db.value(tried, (known["id"],)) is not None
+    """Tell whether a CRM has seen an event, or may have, or will not any more."""
+    return known["body"] is not None or bool(known["gone"]) or deliveries.unseen(db, known["id"]) is None
 
 
 def _payload(event: ChannelEvent) -> str:
@@ -269,26 +279,30 @@ def _expect(tx: Tx, account: Row, row: Row, rank: int) -> bool:
     """Keep a place for the message that an event is about; False when it is here."""
     place: Row = {"kind": NOTED, "state": "noted", "rank": rank, "dedupe_key": message_key(row["instagram_message_id"])}
     place |= {"id": new_id("evt"), "account_id": account["id"], "received_at": tx.now}
-    place |= {name: row[name] for name in ("instagram_account_id", "contact", "occurred_at", "correlation_id")}
+    place |= {"instagram_account_id": account["instagram_account_id"]}
+    place |= {name: row[name] for name in ("contact", "occurred_at", "correlation_id")}
     return tx.insert("events", place, once=True)
 
 
 def _edited(db: Reads, account_id: str, row: Row) -> str | None:
     """Return a message's payload with the newest text, if an edit overtook it: a CRM shows what comes later."""
+    payload: str | None = row["payload"]
+    is_editable = row["kind"] in ("message.received", "message.echo") and row["rank"] != RECOVERED
+    if payload is None or not is_editable or not row["instagram_message_id"]:
+        return payload
     edits = db.rows(
         """
         SELECT payload, occurred_at FROM events
         WHERE account_id = ? AND instagram_message_id = ? AND kind = 'message.edited' AND payload IS NOT NULL""",
         (account_id, row["instagram_message_id"]),
     )
-    payload: str | None = row["payload"]
-    if not edits or payload is None or row["rank"] == RECOVERED:
+    if not edits:
         return payload
     told = [(edit["occurred_at"], json.loads(edit["payload"])) for edit in edits]
     _, newest = max(told, key=lambda edit: (edit[1].get("extra", {}).get("edit", {}).get("number") or 0, edit[0]))
-    return (
-        json.dumps({**json.loads(payload), "text": newest["text"]}, ensure_ascii=False) if "text" in newest else payload
-    )
+    if "text" not in newest:
+        return payload
+    return json.dumps({**json.loads(payload), "text": newest["text"]}, ensure_ascii=False)
 
 
 def _find(db: Reads, account_id: str, external_id: str, kinds: Sequence[str]) -> Row | None:
@@ -313,12 +327,9 @@ def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = cont
     if "position" not in row:  # it is new
         tx.update("events", told, "id = ?", [row["id"]])
     else:  # a CRM that reads on must not have read past it: it gets the last place
-        told = {**_found(tx, row["id"]), **told}
-        if row["kind"] in ("message.received", "message.echo") and row["instagram_message_id"]:
-            told["payload"] = _edited(tx, account["id"], told)
-        del told["position"]
+        told = {**_found(tx, row["id"]), **told, "position": None}
         tx.run("DELETE FROM events WHERE id = ?", (row["id"],))
-        tx.insert("events", told)
+        tx.insert("events", {**told, "payload": _edited(tx, account["id"], told)})
     return "forwarded"
 
 
@@ -439,14 +450,17 @@ def _waiting(db: Reads, account: Row, limit: int) -> list[Row]:
 def _adopt_some(tx: Tx, account: Row, ask_s: float) -> int:
     named = account["instagram_account_id"]
     waiting = _waiting(tx, account, _ADOPT_AT_ONCE)
-    for row in waiting:
-        is_ours = row["instagram_account_id"] == named
-        if not is_ours and _is_here(tx, named, row["dedupe_key"]):  # it came again since the account is known
-            tx.update("events", {"state": "dropped", "payload": None}, "id = ?", [row["id"]])
+    for one in waiting:
+        row = tx.row("SELECT * FROM events WHERE state = 'unrouted' AND id = ?", (one["id"],))
+        if row is None:  # one before it took its place
             continue
-        if not is_ours:
-            tx.update("events", {"instagram_account_id": named}, "id = ?", [row["id"]])
         opens = json.loads(row["payload"] or "{}").get("opens")
+        if row["instagram_account_id"] != named:
+            _forget(tx, row["id"])
+            row = {**row, "instagram_account_id": named, "position": None}
+            if not tx.insert("events", row, once=True) and not _takes_its_place(tx, account, row, opens):
+                continue
+            row = _found(tx, row["id"])
         times = {"acted_at": row["occurred_at"], "received_at": row["received_at"]}
         _apply(tx, account, row, ask_s, windows.act(account, row["contact"], opens, **times))
     return len(waiting)
@@ -459,11 +473,6 @@ _UNROUTED_PARTY = "SELECT * FROM events WHERE state = 'unrouted' AND party = ?"
 def _waits(db: Reads, account: Row) -> bool:
     named = account["instagram_account_id"]
     return bool(db.value(f"SELECT EXISTS ({_UNROUTED}) OR EXISTS ({_UNROUTED_PARTY})", (named, named)))
-
-
-def _is_here(db: Reads, external_account_id: str, dedupe_key: str) -> bool:
-    sql = "SELECT 1 FROM events WHERE instagram_account_id = ? AND dedupe_key = ?"
-    return db.value(sql, (external_account_id, dedupe_key)) is not None
 
 
 def _found(db: Reads, event_id: str) -> Row:

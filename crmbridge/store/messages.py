@@ -364,7 +364,7 @@ def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | N
 
     Raises Conflict when it is too late for it, and LookupError when retention took it.
     """
-    message = found(db, delivery["message_id"], _WITH_CONTACT)
+    message = _with_contact(db, delivery["message_id"])
     if message["content"] is None:
         raise LookupError(f"the content of {message['id']} is gone")
     if delivery["in_doubt"]:
@@ -402,15 +402,23 @@ def end_all(tx: Tx, message_ids: Sequence[str]) -> None:
         history.note(tx, message["id"], "status", code="failed", text="account_deleted")
 
 
-_MESSAGE = "SELECT outbound_messages.* FROM outbound_messages WHERE id = ?"
-_WITH_CONTACT = """
-    SELECT outbound_messages.*, last_wrote_at, window_until FROM outbound_messages
-    LEFT JOIN contacts ON contacts.account_id = outbound_messages.account_id AND contact = recipient_id WHERE id = ?"""
-
-
-def found(db: Reads, message_id: str, sql: str = _MESSAGE) -> Row:
+def found(db: Reads, message_id: str) -> Row:
     """Return a message that is known to exist."""
-    row = db.row(sql, (message_id,))
+    row = db.row("SELECT * FROM outbound_messages WHERE id = ?", (message_id,))
+    if row is None:
+        raise LookupError(message_id)
+    return row
+
+
+def _with_contact(db: Reads, message_id: str) -> Row:
+    """Return a message that is known to exist, with what opens its recipient's window."""
+    row = db.row(
+        """
+        SELECT outbound_messages.*, last_wrote_at, window_until FROM outbound_messages
+        LEFT JOIN contacts ON contacts.account_id = outbound_messages.account_id AND contact = recipient_id
+        WHERE id = ?""",
+        (message_id,),
+    )
     if row is None:
         raise LookupError(message_id)
     return row

@@ -97,6 +97,11 @@ def _within(contact: str) -> str:
 
 def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     marks = _marks(ids)
+    deliveries.break_off(tx, f"id IN ({marks})", ids, "erased")
+    # What became of a private reply names nobody by its contact, which is the comment.
+    told = {"contact": alias, "payload": None, "body": None, "gone": 1}
+    theirs = f"message_id IS NOT NULL AND id IN (SELECT event_id FROM deliveries WHERE id IN ({marks}))"
+    tx.update("events", told, theirs, ids)
     deliveries.move(tx, "done", f"id IN ({marks})", ids, {"last_code": "erased"})
     tx.update("deliveries", {"contact": alias, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)
     tx.run(f"UPDATE history SET text = NULL WHERE subject IN ({marks})", ids)

@@ -125,7 +125,7 @@ TABLES = (
         sequence             INTEGER,                -- among what CRMs hear of the contact; NULL: not told
         dedupe_key           TEXT,                   -- the same for every repetition of the same fact
         rank                 INTEGER,                -- of a message by its id: 0 awaited, 1 announced, 2 recovered,
-                                                     -- 3 told, 4 withdrawn or erased
+                                                     -- 3 told, 4 taken back, or erased
         instagram_message_id TEXT,
         message_id           TEXT,                   -- msg_…: the send whose status it tells
         state                TEXT NOT NULL,          -- forwarded | noted | held | unrouted | dropped
@@ -152,7 +152,7 @@ TABLES = (
     "CREATE INDEX events_long ON events (received_at) WHERE length(CAST(body AS BLOB)) > 4000",
     """
     CREATE TABLE deliveries (                        -- one HTTP call owed to one target
-        position         INTEGER PRIMARY KEY,        -- order within the lane
+        position         INTEGER PRIMARY KEY AUTOINCREMENT, -- order within the lane
         id               TEXT NOT NULL UNIQUE,       -- dlv_…
         target           TEXT NOT NULL,              -- crm | instagram
         account_id       TEXT NOT NULL,
