@@ -79,6 +79,10 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
         """Answer whether tasks are revoked: none ever is."""
         return {}
 
+    def delete_data(self, key: str) -> bool:
+        """Answer whether a task's revocation was there to be dropped, which Huey asks after each: there is none."""
+        return False
+
     def notify_all(self) -> None:
         with self._news:
             self._count += 1

@@ -165,8 +165,8 @@ def test_what_was_synced_survives_the_loss_and_is_copied_again(
     assert writers.refused == 0
     assert checkpointed_bytes > 2 * begun_bytes
     assert not re.search(r"storage\.(?!wal_large)| error ", shop.log())
-    # Litestream's own snapshot, or its last look before it stops, may meet the log's new beginning; it makes another.
-    assert "level=ERROR" not in re.sub(r".*(compaction failed|failed to close database).*", "", litestream.log())
+    # Litestream's own snapshot may meet the log's new beginning; it makes another.
+    assert "level=ERROR" not in re.sub(r".*compaction failed.*", "", litestream.log())
 
     restored = folder / "restored.db"
     litestream.restore(restored)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huey.signals import SIGNAL_COMPLETE
 
 from crmbridge.errors import Misconfigured
+from crmbridge.store import sqlite
 from crmbridge.worker import Job, Worker, ring_remote
 from tests.waiting import PATIENCE_S, assert_rung, until
 
@@ -159,3 +161,22 @@ def test_a_bell_is_heard_though_the_queue_cannot_be_written(
         other.commit()
         worker.wake()
         engine.wait(2)
+
+
+def test_a_bell_is_worked_off_without_a_look_at_the_queue(
+    start: Callable[..., tuple[FakeEngine, Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Huey would look there after each task whether it was revoked, and wait for whoever has locked it."""
+    made, guard, complete = list[sqlite3.Connection](), sqlite.guard, threading.Semaphore(0)
+
+    def note(connection: sqlite3.Connection) -> Any:
+        made.append(connection)
+        return guard(connection)
+
+    monkeypatch.setattr(sqlite, "guard", note)
+    engine, worker = start()
+    worker._huey.signal(SIGNAL_COMPLETE)(lambda *_: complete.release())
+    worker.wake()
+    engine.wait(2)
+    assert complete.acquire(timeout=PATIENCE_S)
+    assert len(made) == 1  # when the queue was made
