@@ -18,7 +18,7 @@ from tests.waiting import until
 
 EIGHT, MANY = 8, 80
 # At most so many statements a message. What is to be reached: 14, 9 and 24.
-MOST = {"lone": 14, "in turns of eight": 8.5, "send": 27}
+MOST = {"lone": 14, "in turns of eight": 8.5, "send": 24}
 
 
 @pytest.fixture

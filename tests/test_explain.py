@@ -118,6 +118,13 @@ def test_an_account_and_a_conversation_have_stories(rig: Rig) -> None:
     assert "secret" not in str(rig.db.rows("SELECT url, id FROM endpoints")) + str(account)
 
 
+def test_a_customer_of_whom_the_crm_has_not_heard_yet_leads_to_what_waits_for_them(rig: Rig) -> None:
+    account = rig.account()
+    rig.pause(account, "sends")
+    waiting = {rig.send(account, "one", contact="7001"), rig.send(account, "two", contact="7001")}
+    assert {one["id"] for one in stories(rig, "7001")} == waiting
+
+
 def test_a_long_conversation_says_that_its_newest_deliveries_are_shown(rig: Rig) -> None:
     rig.account()
     for number in range(21):

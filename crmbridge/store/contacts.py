@@ -13,14 +13,12 @@ _LATER = "CASE WHEN contacts.{0} > excluded.{0} THEN contacts.{0} ELSE COALESCE(
 _HEAR = f"""
     INSERT INTO contacts (account_id, contact, conversation_id, created_at, last_wrote_at, window_until, username,
         crm_sequence)
-    VALUES (?, ?, ?, ?, ?, ?, ?, 1)
+    SELECT account_id, ?, ?, ?, ?, ?, ?, 1 FROM endpoints WHERE account_id = ? AND kind = 'crm'
     ON CONFLICT (account_id, contact) DO UPDATE SET crm_sequence = contacts.crm_sequence + 1,
         last_wrote_at = {_LATER.format("last_wrote_at")}, window_until = {_LATER.format("window_until")},
         username = COALESCE(excluded.username, contacts.username)
-    RETURNING crm_sequence, profile_checked_at, profile_due"""
-_COUNT_SEND = """
-    INSERT INTO contacts (account_id, contact, conversation_id, created_at, sends) VALUES (?, ?, ?, ?, 1)
-    ON CONFLICT (account_id, contact) DO UPDATE SET sends = contacts.sends + 1"""
+    RETURNING crm_sequence, profile_checked_at, profile_due,
+        (SELECT url FROM endpoints WHERE account_id = contacts.account_id AND kind = 'crm') AS crm_url"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +39,10 @@ NOTHING = Act()
 def hear(tx: Tx, account_id: str, contact: str, act: Act = NOTHING) -> Row:
     """Give out the next number of what a CRM hears about a contact, who is made at the first mention.
 
-    Returns `crm_sequence`, and with it when their names were asked for and are to be again.
+    Returns `crm_sequence`, and with it when their names were asked for and are to be again, and the CRM's URL. Nothing
+    for an account that is deleted: nobody hears of it any more.
     """
-    parameters = (account_id, contact, new_id("cnv"), tx.now, act.at, act.until, act.username)
-    return tx.row(_HEAR, parameters) or {}
-
-
-def count_send(tx: Tx, account_id: str, contact: str) -> None:
-    """Count a send; the contact is made at the first mention, and nobody else writes to their lane meanwhile."""
-    tx.run(_COUNT_SEND, (account_id, contact, new_id("cnv"), tx.now))
+    return tx.row(_HEAR, (contact, new_id("cnv"), tx.now, act.at, act.until, act.username, account_id)) or {}
 
 
 def note(tx: Tx, account_id: str, contact: str, act: Act) -> None:

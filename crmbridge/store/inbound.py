@@ -321,8 +321,7 @@ def _forward(tx: Tx, account: Row, row: Row, ask_s: float = 0.0, act: Act = cont
     known = contacts.hear(tx, account["id"], row["contact"], act)
     wait_s = ask_s if _ask(tx, account, row, known) else 0.0
     debt = Debt("crm", account["id"], row["contact"], row["kind"], row["correlation_id"], event_id=row["id"])
-    push = account["crm_webhook_url"] is not None
-    deliveries.owe(tx, debt, push=push, wait_s=wait_s)
+    deliveries.owe(tx, debt, push=known["crm_url"] is not None, wait_s=wait_s)
     told: Row = {"state": "forwarded", "account_id": account["id"], "sequence": known["crm_sequence"]}
     if "position" not in row:  # it is new
         tx.update("events", told, "id = ?", [row["id"]])

@@ -86,7 +86,6 @@ def accept(db: Database, request: Request) -> tuple[Row, Outlook, bool]:
         }
         if not tx.insert("outbound_messages", row, once=True) and (known := _repeated(tx, request)):
             return *known, False
-        contacts.count_send(tx, request.account_id, request.recipient_id)
         debt = Debt(
             "instagram", request.account_id, request.recipient_id, deliveries.ACTION if is_action else deliveries.SEND,
             request.correlation_id, message_id=message_id,
@@ -208,9 +207,23 @@ def _delivery(db: Reads, message_id: str) -> Row | None:
     return db.row("SELECT * FROM deliveries WHERE message_id = ? AND target = 'instagram'", (message_id,))
 
 
-def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> None:
-    """Carry a send's outcome over to its message; runs inside the write that records it."""
-    message = found(tx, str(claimed.message_id))
+_HELD = "SELECT 1 FROM events WHERE state = 'held' AND account_id = outbound_messages.account_id"
+_SETTLED = f"SELECT *, EXISTS ({_HELD}) AS awaited FROM outbound_messages WHERE id = ?"
+
+
+def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool:
+    """Carry a send's outcome over to its message; runs inside the write that records it.
+
+    Tells whether echoes or receipts of its account wait for such news.
+    """
+    message = tx.row(_SETTLED, (claimed.message_id,))
+    if message is None:
+        raise LookupError(claimed.message_id)
+    _settle(tx, message, claimed, outcome, verdict)
+    return bool(message["awaited"])
+
+
+def _settle(tx: Tx, message: Row, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> None:
     if outcome.kind == "done":
         known = message["instagram_message_id"] or outcome.external_id
         advance(tx, message, "sent", {"instagram_message_id": known, **_met(message, outcome.contact)}, at=tx.now)
@@ -299,20 +312,19 @@ def _latest(db: Tx, message: Row, at: str) -> str:
 
 
 def _owe_status(tx: Tx, message: Row, at: str) -> None:
-    account = accounts.find(tx, message["account_id"])
-    if account is None:
+    heard = contacts.hear(tx, message["account_id"], message["recipient_id"])
+    if not heard:
         return
-    event, event_id = f"message.{message['status']}", new_id("evt")
-    sequence = contacts.hear(tx, message["account_id"], message["recipient_id"])["crm_sequence"]
+    event, event_id, sequence = f"message.{message['status']}", new_id("evt"), heard["crm_sequence"]
     body = bodies.of_status(message, event_id, sequence, at)
     told = {"contact": message["recipient_id"], "kind": event, "message_id": message["id"], "occurred_at": at}
-    told |= {"account_id": account["id"], "correlation_id": message["correlation_id"], "received_at": tx.now}
+    told |= {"account_id": message["account_id"], "correlation_id": message["correlation_id"], "received_at": tx.now}
     tx.insert("events", {"id": event_id, "state": "forwarded", "sequence": sequence, "body": body, **told})
     debt = Debt(
         "crm", message["account_id"], message["recipient_id"], event, message["correlation_id"],
         event_id=event_id, message_id=message["id"],
     )  # fmt: skip
-    deliveries.owe(tx, debt, push=account["crm_webhook_url"] is not None)
+    deliveries.owe(tx, debt, push=heard["crm_url"] is not None)
 
 
 def status(db: Reads, message_id: str) -> dict[str, Any] | None:

@@ -83,6 +83,9 @@ def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
     look("message", "SELECT id FROM outbound_messages WHERE correlation_id = ?", given)
     look("event", "SELECT id FROM events WHERE message_id IS NULL AND correlation_id = ?", given)
     look("conversation", f"SELECT conversation_id AS id FROM contacts WHERE {ours} AND contact = ?", given)
+    if not found:  # of whom no CRM has heard yet
+        waits = "target = 'instagram' AND finished_at IS NULL"
+        look("message", f"SELECT message_id AS id FROM deliveries WHERE {waits} AND {ours} AND contact = ?", given)
     look("account", "SELECT id FROM accounts WHERE instagram_account_id = ?", given)
     return found[: MEANINGS_MOST + 1]
 

@@ -127,8 +127,7 @@ def _record(tx: Tx, turn: Turn, entry: Finished, terms: Terms) -> None:
         endpoints.prove(tx, claimed.account_id, claimed.target, claimed.revision)
     # That a call went out stays true even when its claim was lost; what a look-up saw does not.
     is_true = is_ours or (outcome.kind == "done" and claimed.kind == "call")
-    if claimed.target == "instagram" and is_true:
-        messages.settle(tx, claimed, outcome, entry.verdict)
+    if claimed.target == "instagram" and is_true and messages.settle(tx, claimed, outcome, entry.verdict):
         inbound.release_held(tx, claimed.account_id, claimed.contact)
 
 

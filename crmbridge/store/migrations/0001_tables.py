@@ -69,7 +69,6 @@ TABLES = (
         conversation_id TEXT NOT NULL,               -- cnv_…
         username        TEXT,
         crm_sequence    INTEGER NOT NULL DEFAULT 0,  -- the last event's number
-        sends           INTEGER NOT NULL DEFAULT 0,  -- that were accepted
         last_wrote_at   TEXT,                        -- opens the window in which we may answer
         window_until    TEXT,                        -- where an ad opened more than the usual day
         name            TEXT,                        -- what the customer calls themselves
