@@ -7,7 +7,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 me=${bundle_file:+"sh $bundle_file"} # what to type to come here again
 me=${me:-$root/install.sh}
 
-# The server's folders; README.md, "On a server", says what lies where.
+# The server's folders; docs/operate.md says what lies where.
 opt=/opt/crmbridge
 etc=/etc/crmbridge
 ini=$etc/crmbridge.ini
@@ -16,7 +16,7 @@ logs=/var/log/crmbridge
 user=crmbridge
 mark=$opt/.moving        # there only while the service is moved from one version to another: its state, and from which
 rc=/run/openrc           # where OpenRC keeps what it knows of services
-shipped="crmbridge static api-spec.yaml crmbridge.ini install.sh openrc requirements.txt README.md"
+shipped="crmbridge static api-spec.yaml crmbridge.ini install.sh openrc requirements.txt README.md docs LICENSE"
 code_mb=200               # what must be free on disk: an installation takes half of it
 index_mb=124 wheels_mb=92 # what must be free of memory: pip takes that with a package index, and with the packages at hand
 least_sqlite=3.35.0       # RETURNING
@@ -640,11 +640,11 @@ crmbridge $version runs, and starts at every boot. Next:
 
 1. In $ini, under [instagram], set verify_token (a string of your own) and app_secrets (the Instagram app
    secret: Meta's console, "API setup with Instagram login"); under [web], public_url. Then:  rc-service crmbridge restart
-2. Lead https://YOUR.NAME to http://$host:$port by a reverse proxy on this machine: $opt/current/README.md has it.
+2. Lead https://YOUR.NAME to http://$host:$port by a reverse proxy on this machine: $opt/current/docs/proxy.
 3. In Meta's console, "Configure webhooks": the address https://YOUR.NAME/webhooks/instagram and the verify token; subscribe
    to messages, message_echoes, messaging_seen, message_reactions, messaging_postbacks, message_edit and
    messaging_referral, and set the app live.
-4. Make a key for yourself, which is shown once, and connect the account with it (README.md, "Five minutes", 3.):
+4. Make a key for yourself, which is shown once, and connect the account with it (docs/instagram.md):
      $cli key create --name admin --admin
 END
     command -v logrotate >/dev/null 2>&1 || echo "5. The log is rotated by logrotate:  emerge --ask app-admin/logrotate"

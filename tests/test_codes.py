@@ -119,9 +119,9 @@ def shown_codes(meaning: Meaning) -> str:
     return f'{listed} "{meaning.says}"' if meaning.says else listed or "any other"
 
 
-def test_readme_tells_what_happens_and_what_to_do() -> None:
-    readme = (config.ROOT / "README.md").read_text()
-    told = re.findall(r"^\| ([^|]*) \| `(\w+)` \| ([^|]*) \| ([^|]*) \|$", readme, re.MULTILINE)
+def test_the_document_tells_what_happens_and_what_to_do() -> None:
+    document = (config.ROOT / "docs" / "instagram.md").read_text()
+    told = re.findall(r"^\| ([^|]*) \| `(\w+)` \| ([^|]*) \| ([^|]*) \|$", document, re.MULTILINE)
     assert told == [(shown_codes(one), one.slug, HAPPENS[one.kind], one.hint) for one in MEANINGS]
 
 

@@ -818,7 +818,7 @@ def normal(text: str) -> str:
     return " ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", text).split())
 
 
-def test_readme_shows_what_doctor_prints(stage: Stage, undo: contextlib.ExitStack) -> None:
+def test_the_document_shows_what_doctor_prints(stage: Stage, undo: contextlib.ExitStack) -> None:
     soon(stage, undo)
     stage.shop.crm.answer_always(401)
     undo.callback(stage.shop.crm.answer_always, None)
@@ -828,7 +828,8 @@ def test_readme_shows_what_doctor_prints(stage: Stage, undo: contextlib.ExitStac
     printed = doctor.told(report, 2.1, verbose=False)
     old = doctor.Report([*machine.wal_reset([], (3, 40, 1))])
     told = {normal(block) for block in [*printed.split("\n\n"), *doctor.told(old, 0, verbose=False).split("\n\n")]}
-    shown = re.search(r"```\n# crmbridge doctor\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
+    document = (config.ROOT / "docs" / "operate.md").read_text()
+    shown = re.search(r"```\n# crmbridge doctor\n(.*?)```", document, re.DOTALL)
     assert shown is not None
     head, *blocks = shown[1].strip().split("\n\n")
     assert re.fullmatch(r"crmbridge \S+ on \S+, \S+, took \S+ s\n1 BROKEN, 1 WARNING, 1 note, \d+ ok", head)

@@ -14,7 +14,7 @@ from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.test_cli import run
 from tests.test_retention import prune
 
-README = (config.ROOT / "README.md").read_text()
+DOCUMENT = (config.ROOT / "docs" / "operate.md").read_text()
 OTHER_CUSTOMER = "900000000000002"
 REFUSED_FOR_NOW = wire.error_body(2, "An unexpected error has occurred.", is_transient=False)
 
@@ -75,9 +75,9 @@ def normal(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"\b\d+ ms\b", "N ms", text)).strip()
 
 
-def test_a_message_that_met_every_trouble_has_the_story_that_readme_shows(rig: Rig) -> None:
+def test_a_message_that_met_every_trouble_has_the_story_that_the_document_shows(rig: Rig) -> None:
     found = told(rig, troubled(rig))
-    shown = re.search(r"```\n\$ crmbridge explain [^\n]+\n(.*?)```", README, re.DOTALL)
+    shown = re.search(r"```\n\$ crmbridge explain [^\n]+\n(.*?)```", DOCUMENT, re.DOTALL)
     assert shown is not None
     assert normal(found) == normal(shown[1])
     assert max(len(line) for line in found.splitlines() if "aWdf" not in line) <= 110

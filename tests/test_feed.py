@@ -24,7 +24,7 @@ from tests.rig import Rig
 from tests.shop import OTHER_ID, OTHER_TOKEN, QUICK, SHOP_ID, Shop, opened
 from tests.waiting import PATIENCE_S, free_port, until
 
-README = (config.ROOT / "README.md").read_text()
+DOCUMENT = (config.ROOT / "docs" / "crm.md").read_text()
 
 
 class Stopped(Exception):
@@ -32,8 +32,8 @@ class Stopped(Exception):
 
 
 def follower() -> Callable[..., None]:
-    """Return the README's."""
-    (block,) = re.findall(r"```python\n([^`]*def follow\([^`]*)```", README)
+    """Return the document's."""
+    (block,) = re.findall(r"```python\n([^`]*def follow\([^`]*)```", DOCUMENT)
     assert len(block.strip().splitlines()) <= 20
     room: dict[str, Any] = {}
     exec(block, room)

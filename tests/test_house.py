@@ -90,7 +90,7 @@ def test_meta_words_stay_in_their_rooms() -> None:
 def test_the_tree_has_no_unknown_top_level_entry() -> None:
     known = {
         "crmbridge", "tests", "static", "api-spec.yaml", "crmbridge.ini", "install.sh", "openrc", "requirements.txt",
-        "README.md", "CHANGELOG.md", "docs", "pyproject.toml", ".ci", ".gitignore", "bench", "contrib",
+        "README.md", "CHANGELOG.md", "LICENSE", "docs", "pyproject.toml", ".ci", ".gitignore", "bench", "contrib",
     }  # fmt: skip
     ignored = {".git", ".venv", "var", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "__pycache__"}
     assert {path.name for path in ROOT.iterdir()} - ignored <= known

@@ -1,4 +1,4 @@
-"""Litestream beside the running bridge, as README sets it up: the bridge alone checkpoints, and nothing is lost."""
+"""Litestream beside the bridge, as docs/operate.md sets it up: the bridge alone checkpoints, and nothing is lost."""
 
 import contextlib
 import os
@@ -23,7 +23,8 @@ from tests.waiting import BULK_S, PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
 BESIDE = Path(sys.executable).parent / "litestream"
-AT_ITS_STOP = re.compile(r'.* level=ERROR msg="failed to close database" error="sync: [^"]*: EOF"\n')  # as README says
+# as docs/operate.md says
+AT_ITS_STOP = re.compile(r'.* level=ERROR msg="failed to close database" error="sync: [^"]*: EOF"\n')
 MIDS = "SELECT instagram_message_id FROM events"
 
 
@@ -34,7 +35,7 @@ def socket() -> Iterator[Path]:
 
 
 class Litestream:
-    """README's litestream.yml and what it has one type, for a database; with a socket by which a test can wait."""
+    """The document's litestream.yml and scripts, for a database; with a socket by which a test can wait."""
 
     def __init__(self, database: Path, socket: Path) -> None:
         found = shutil.which("litestream") or (str(BESIDE) if BESIDE.exists() else None)
@@ -42,15 +43,15 @@ class Litestream:
         self._socket, self._database, self._folder = socket, database, database.parent.parent
         self._environ = {**os.environ, "PATH": f"{Path(str(found)).parent}:{os.environ['PATH']}"}
         self._log = self._folder / "litestream.log"
-        recipe = self._readme(r"```yaml\n([^`]*dbs:[^`]*)```")
+        recipe = self._recipe(r"```yaml\n([^`]*dbs:[^`]*)```")
         (self._folder / "litestream.yml").write_text(f"{recipe}\nsocket:\n  enabled: true\n  path: {socket}\n")
         (self._folder / "replica").mkdir()
         self._process: subprocess.Popen[bytes] | None = None
         self._ends: list[str] = []  # what it logged from each SIGTERM on
 
-    def _readme(self, pattern: str) -> str:
-        """Return a block of README, with the places of this test."""
-        (found,) = re.findall(pattern, (ROOT / "README.md").read_text())
+    def _recipe(self, pattern: str) -> str:
+        """Return a block of docs/operate.md, with the places of this test."""
+        (found,) = re.findall(pattern, (ROOT / "docs" / "operate.md").read_text())
         for theirs, ours in (
             ("/var/lib/crmbridge", self._database.parent),
             ("/mnt/elsewhere/crmbridge", self._folder / "replica"),
@@ -62,7 +63,7 @@ class Litestream:
     def start(self) -> None:
         """Replicate, and wait until it can be asked."""
         self._socket.unlink(missing_ok=True)
-        words = ["sh", "-c", self._readme(r"```sh\n(#!/bin/sh\nrm -rf [^`]*litestream replicate[^`]*)```")]
+        words = ["sh", "-c", self._recipe(r"```sh\n(#!/bin/sh\nrm -rf [^`]*litestream replicate[^`]*)```")]
         with self._log.open("ab") as log:
             self._process = process = subprocess.Popen(words, env=self._environ, stdout=log, stderr=log)
         until(lambda: self._socket.exists() or process.poll() is not None)
@@ -82,11 +83,11 @@ class Litestream:
         self._run(f"litestream sync -wait -timeout {BULK_S:.0f} -socket {self._socket} {self._database}")
 
     def restore(self, file: Path) -> None:
-        script = self._readme(r"```sh\n([^`]*litestream restore[^`]*)crmbridge restore[^`]*```")
+        script = self._recipe(r"```sh\n([^`]*litestream restore[^`]*)crmbridge restore[^`]*```")
         self._run(script.replace("/root/restored.db", str(file)))
 
     def log(self) -> str:
-        """Return all that it logged, but for what README says of its stops."""
+        """Return all that it logged, but for what docs/operate.md says of its stops."""
         log = self._log.read_text()
         for end in self._ends:
             log = log.replace(end, AT_ITS_STOP.sub("", end, count=1), 1)
@@ -142,7 +143,7 @@ def salt(database: Path) -> bytes:
 
 
 def lose(shop: Shop, what: str) -> None:
-    """Lose the database, or the machine: all but the key file, of which README has a copy made elsewhere."""
+    """Lose the database, or the machine: all but the key file, of which docs/operate.md has a copy made elsewhere."""
     for path in shop.database.parent.iterdir():
         if path.name == "crmbridge.key" or (what == "database" and not path.name.startswith("bridge.db")):
             continue

@@ -1,4 +1,4 @@
-"""README's nginx and Caddy, over TLS before a running bridge; only their names, ports and files are changed."""
+"""docs/proxy's nginx and Caddy, over TLS before a running bridge; only their names, ports and files are changed."""
 
 import contextlib
 import datetime
@@ -37,7 +37,6 @@ from tests.waiting import BULK_S, PATIENCE_S, free_port, until
 pytestmark = [pytest.mark.proxy, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 NAME = "localhost"
 # whence a test calls that looks for its address in the log
 STRANGERS = ("127.0.0.9", "127.0.0.10", "127.0.0.11")
@@ -45,10 +44,9 @@ FORGED = "192.0.2.66"
 HALF_SENT = 620
 
 
-def snippet(language: str) -> str:
-    """Return README's one block of a language, for this name and no other."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return str(found).replace("YOUR.NAME", NAME)
+def document(name: str) -> str:
+    """Return a file of docs/proxy, for this name and no other."""
+    return (ROOT / "docs" / "proxy" / name).read_text().replace("YOUR.NAME", NAME)
 
 
 def certify(folder: Path) -> tuple[Path, Path]:
@@ -77,7 +75,7 @@ def certify(folder: Path) -> tuple[Path, Path]:
 
 
 def nginx(folder: Path, http_port: int, https_port: int, upstream: str) -> list[str]:
-    text = snippet("nginx").replace("127.0.0.1:8080", upstream)
+    text = document("nginx.conf").replace("127.0.0.1:8080", upstream)
     for port, ours in ((80, http_port), (443, https_port)):
         text = text.replace(f"listen {port}", f"listen 127.0.0.1:{ours}")
         text = re.sub(rf"^ *listen \[::\]:{port}.*\n", "", text, flags=re.MULTILINE)
@@ -101,7 +99,7 @@ def is_old_caddy() -> bool:
 
 
 def caddy(folder: Path, http_port: int, https_port: int, upstream: str) -> list[str]:
-    text = snippet("caddyfile").replace("127.0.0.1:8080", upstream)
+    text = document("Caddyfile").replace("127.0.0.1:8080", upstream)
     if is_old_caddy():
         ((first, second),) = re.findall(r"# Caddy before 2\.7, .*\n\t*# \"(.*)\" and \"(.*)\"\n", text)
         text = re.sub(r"^\t*request_buffers .*$", f"{first}\n{second}", text, flags=re.MULTILINE)

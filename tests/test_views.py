@@ -1,4 +1,4 @@
-"""The views and README's queries, through the real sqlite3 program, while the bridge works."""
+"""The views and docs/operate.md's queries, through the real sqlite3 program, while the bridge works."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.waiting import PATIENCE_S
 
-QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL)
+QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "docs" / "operate.md").read_text(), re.DOTALL)
 MAY_BE_EMPTY = {
     "What was slow?",
     "Which alerts are open?",
@@ -30,7 +30,7 @@ VIEWS = ("stuck", "dead", "recent", "slow", "account_overview", "latency_last_ho
 
 
 def sqlite(shop: Shop, *words: str) -> str:
-    shell = ["sqlite3", "-readonly", "-cmd", ".timeout 5000", str(shop.database)]  # as README says
+    shell = ["sqlite3", "-readonly", "-cmd", ".timeout 5000", str(shop.database)]  # as docs/operate.md says
     done = subprocess.run([*shell, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -43,7 +43,7 @@ def load(shop: Shop, end: threading.Event) -> None:
         shop.meta.customer_says(SHOP_ID, f"70{number % 50}", f"hello {number}")
 
 
-def test_every_query_of_readme_works_while_the_bridge_does(fresh_shop: Shop) -> None:
+def test_every_query_of_the_document_works_while_the_bridge_does(fresh_shop: Shop) -> None:
     shop, end = fresh_shop, threading.Event()
     shop.lose("a CRM never takes this")
     shop.crm.answer(401, event="message.failed")

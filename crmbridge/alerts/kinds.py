@@ -1,4 +1,4 @@
-"""The kinds of alerts: what each means, what to do, and how it ends. README's table is held to this one."""
+"""The kinds of alerts: what each means, what to do, and how it ends. docs/operate.md's table is held to it."""
 
 from dataclasses import dataclass
 
@@ -179,7 +179,8 @@ KINDS = {
     ),
     "backup_old": Kind(
         "the last backup failed, or none was made within two days: what came since is lost when the disk dies",
-        "crmbridge backup /var/lib/crmbridge/backups/ --keep 14 tells what is wrong; daily by cron: README, Backups",
+        "crmbridge backup /var/lib/crmbridge/backups/ --keep 14 tells what is wrong; daily by cron: docs/operate.md, "
+        "Backups",
         "a good backup was made",
         lasting=True,
     ),

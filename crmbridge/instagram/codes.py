@@ -9,7 +9,7 @@ from typing import Any, Literal
 Class = Literal["retry", "open", "once", "limit", "final", "alert", "account", "unknown"]
 Part = int | Literal["*"] | None
 
-# What happens to the send, in words; README's table is held to these.
+# What happens to the send, in words; docs/instagram.md's table is held to these.
 HAPPENS: dict[Class, str] = {
     "retry": "tried again, up to 3 times",
     "open": "in doubt where the answer leaves that open: looked for, and sent again if it is not there, up to 3 times",

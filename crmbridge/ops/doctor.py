@@ -473,7 +473,8 @@ def _way_in(given: config.Settings, last_probe: Callable[[], str | None]) -> Ite
     context: ssl.SSLContext | None = None
     if url.scheme == "http":
         yield Finding("error", "public_http", "[web] public_url is plain http", "Meta posts to HTTPS alone",
-                      "set up a reverse proxy (README, Reverse proxy), and public_url = https://…")  # fmt: skip
+                      "set up a reverse proxy (docs/operate.md, Reverse proxy), and public_url = https://…"
+                      )  # fmt: skip
     else:
         context = ssl.create_default_context()
         trusted = False
@@ -490,7 +491,8 @@ def _way_in(given: config.Settings, last_probe: Callable[[], str | None]) -> Ite
         said = check.theirs(str(error))
         yield Finding("error", "public_unreached", f"{base}/health/live does not lead to the bridge: {said}",
                       "what Meta posts does not arrive; after an hour of it Meta ends the subscription",
-                      f"curl -i {base}/health/live; the proxy must lead to {_local(given)} (README, Reverse proxy)"
+                      f"curl -i {base}/health/live; the proxy must lead to {_local(given)} (docs/operate.md, "
+                      "Reverse proxy)"
                       )  # fmt: skip
         return
     began_s = time.time()

@@ -21,7 +21,7 @@ from crmbridge.ops import check, owner
 from crmbridge.ops.check import Finding
 from crmbridge.store import accounts, copies, database, vitals
 
-IDLE_MB, LOADED_MB = 52, 64  # the budget of one process, PSS; README tells it
+IDLE_MB, LOADED_MB = 52, 64  # the budget of one process, PSS; docs/operate.md tells it
 _MB = 2**20
 _DAY_S = 86_400
 _LARGE_WAL_BYTES = 96 * _MB
@@ -445,7 +445,7 @@ def _proxy(given: config.Settings, source: Path) -> Iterator[Finding]:
 def backups(settings: config.Settings, db: database.Database | None) -> Iterator[Finding]:
     """Look for the last good backup, and for a later one that failed."""
     folder = settings.store.path.parent
-    todo = f"crmbridge backup {folder}/backups/ --keep 14; daily by cron: README, Backups"
+    todo = f"crmbridge backup {folder}/backups/ --keep 14; daily by cron: docs/operate.md, Backups"
     if db is None:
         return
     good, tried = copies.last(db), copies.last(db, good=False)

@@ -17,6 +17,8 @@ SHIPPED = (
     "install.sh",
     "requirements.txt",
     "README.md",
+    "docs",
+    "LICENSE",
 )
 _MIGRATION = '''"""One more table."""
 

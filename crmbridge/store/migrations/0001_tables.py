@@ -233,7 +233,7 @@ TABLES = (
     )""",
     """
     CREATE TABLE alerts (                            -- what an administrator must know, open and ended
-        kind       TEXT NOT NULL,                    -- dead_letter, crm_down, …: README lists them
+        kind       TEXT NOT NULL,                    -- dead_letter, crm_down, …: docs/operate.md lists them
         account_id TEXT NOT NULL,                    -- '' when it is about the whole bridge
         since      TEXT NOT NULL,                    -- its first cause
         last_at    TEXT NOT NULL,                    -- its last cause

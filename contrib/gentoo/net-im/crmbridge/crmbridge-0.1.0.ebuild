@@ -10,7 +10,7 @@ SRC_URI="
 	arm64? ( ${P}-aarch64.sh )
 "
 S=${WORKDIR}
-LICENSE="all-rights-reserved"
+LICENSE="MIT"
 SLOT="0"
 KEYWORDS="~amd64 ~arm64"
 REQUIRED_USE=${PYTHON_REQUIRED_USE}
@@ -42,7 +42,7 @@ src_install() {
 	"${EPYTHON}" -m pip install --no-index --find-links wheels --no-deps --no-compile --require-hashes \
 		--target "${ED}${home}/lib" -r requirements.txt || die
 	insinto "${home}"
-	doins -r crmbridge static api-spec.yaml crmbridge.ini requirements.txt README.md
+	doins -r crmbridge static api-spec.yaml crmbridge.ini requirements.txt README.md docs LICENSE
 	exeinto "${home}/bin"
 	newexe - crmbridge <<-END
 		#!/bin/sh
