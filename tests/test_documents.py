@@ -1,11 +1,13 @@
-"""README and docs/: what they point to is there."""
+"""README and docs/: what they point to is there, and the events that they show are real."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from crmbridge.config import ROOT
+from tests import spec
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -40,3 +42,13 @@ def test_every_document_is_reached_from_readme() -> None:
             places = re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", prose(document))
             ahead += {(document.parent / place).resolve() for place in places} - seen
     assert seen >= {path for path in (ROOT / "docs").rglob("*") if path.is_file()}
+
+
+def test_the_events_that_the_document_shows_are_events_of_the_spec() -> None:
+    blocks = re.findall(r"^```json\n(.*?)^```$", (ROOT / "docs" / "crm.md").read_text(), re.MULTILINE | re.DOTALL)
+    events = [event for event in map(json.loads, blocks) if "event" in event]
+    assert [event["event"] for event in events] == ["message.received", "message.failed"]
+    for event in events:
+        operation = spec.load()["webhooks"][event["event"]]["post"]
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        assert spec.misfits(schema, event) == []
