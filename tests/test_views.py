@@ -20,7 +20,9 @@ from tests.rig import START_S, Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID, Shop
 from tests.waiting import PATIENCE_S
 
-QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (config.ROOT / "docs" / "operate.md").read_text(), re.DOTALL)
+DOCUMENT = (config.ROOT / "docs" / "operate.md").read_text()
+(BLOCK,) = re.findall(r"^```sql\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+QUERIES = [part.partition("\n")[::2] for part in re.split(r"^-- ", BLOCK, flags=re.MULTILINE)[1:]]
 MAY_BE_EMPTY = {
     "What was slow?",
     "Which alerts are open?",
