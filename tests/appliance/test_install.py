@@ -36,6 +36,7 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
     listed = installed.run(
         "stat", "-c", "%a %U:%G %n",
         "/opt/crmbridge", "/opt/crmbridge/current/crmbridge/__main__.py", "/opt/crmbridge/current/install.sh",
+        "/opt/crmbridge/current/docs/instagram.md", "/opt/crmbridge/current/docs/proxy/Caddyfile",
         "/etc/crmbridge", "/etc/crmbridge/crmbridge.ini", "/etc/crmbridge/crmbridge.key", "/var/lib/crmbridge",
         "/var/lib/crmbridge/bridge.db", "/var/lib/crmbridge/backups", "/var/log/crmbridge",
         "/var/log/crmbridge/crmbridge.log", "/etc/init.d/crmbridge", "/etc/conf.d/crmbridge",
@@ -45,6 +46,8 @@ def test_a_first_installation_needs_no_network_and_makes_what_the_design_says(in
         "755 root:root /opt/crmbridge",
         "644 root:root /opt/crmbridge/current/crmbridge/__main__.py",
         "755 root:root /opt/crmbridge/current/install.sh",
+        "644 root:root /opt/crmbridge/current/docs/instagram.md",
+        "644 root:root /opt/crmbridge/current/docs/proxy/Caddyfile",
         "750 root:crmbridge /etc/crmbridge",
         "640 root:crmbridge /etc/crmbridge/crmbridge.ini",
         "600 crmbridge:crmbridge /etc/crmbridge/crmbridge.key",

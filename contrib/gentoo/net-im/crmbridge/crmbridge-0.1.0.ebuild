@@ -1,4 +1,4 @@
-# Never run on Gentoo: see README.md, also for where the distfile comes from. All its packages are in there.
+# Never run on Gentoo: see README.md; docs/operate.md says where the distfile comes from. All its packages are in there.
 EAPI=8
 
 PYTHON_COMPAT=( python3_{11..14} )
