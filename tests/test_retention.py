@@ -477,9 +477,10 @@ def test_a_follower_misses_nothing_through_a_restart_and_a_retention_run(fresh_s
         connection.execute("UPDATE deliveries SET accepted_at = ?, finished_at = ?", (old, old))
     say(30, 40)
     db = Database(shop.database)
-    swept = retention.sweep(db, retention.Terms("2021", "2021", "2021", "2021", "2021", 0, 0))
+    retention.sweep(db, retention.Terms("2021", "2021", "2021", "2021", "2021", 0, 0))
     db.close()
-    assert (swept.texts, swept.rows) == (30, 30)
+    # the server's own sweep may have taken some of it
+    shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE accepted_at < '2021'", [(0,)])
     say(40, 50)
     follow(50, cursor)
     assert list(kept.values()) == [f"text {number}" for number in range(50)]

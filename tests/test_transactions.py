@@ -58,16 +58,33 @@ def test_what_is_to_happen_after_a_commit_happens_once_though_its_job_ran_twice(
         return thread
 
     threads = [started(lambda: db.write(first))]
-    waiting.until(db._turn.locked)
+    waiting.until(db._commits._turn.locked)
     for number, job in enumerate((lambda: db.write(good), run_bad), start=1):
         threads.append(started(job))
-        waiting.until(lambda number=number: len(db._waiting) == number)  # type: ignore[misc]
+        waiting.until(lambda number=number: len(db._commits._waiting) == number)  # type: ignore[misc]
     may_go.set()
     for thread in threads:
         thread.join()
     assert sorted(ran) == ["bad", "bad", "good", "good"]
     assert told == ["good"]
     assert db.rows("SELECT name FROM heartbeats") == [{"name": "good"}]
+
+
+def test_no_write_is_left_asleep(db: Database) -> None:
+    """A leader that has looked at the queue for the last time misses no ticket that comes just then."""
+
+    def write(thread: int) -> None:
+        for number in range(100):
+            db.write(lambda tx, number=number: beat(tx, f"{thread} {number}"))  # type: ignore[misc]
+        db.close_thread()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(waiting.PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads)
+    assert db.value("SELECT COUNT(*) FROM heartbeats") == 600
 
 
 def test_a_transaction_has_the_time_at_which_it_began(db: Database) -> None:

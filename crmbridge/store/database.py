@@ -1,13 +1,11 @@
-"""One open database: reads from any thread, writes one at a time, requests that meet share a commit."""
+"""One open database: reads from any thread, writes one at a time."""
 
 import contextlib
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import peewee
 from playhouse.migrations import Runner
@@ -16,11 +14,11 @@ from crmbridge import log
 from crmbridge.errors import Misconfigured, Unavailable
 from crmbridge.events import instant
 from crmbridge.store import schema, sqlite
+from crmbridge.store.commits import Commits
 
 T = TypeVar("T")
 K = TypeVar("K")
 Row = dict[str, Any]
-_COMMIT_TOGETHER = 64
 IS_IT_MOUNTED = "is its disk mounted (df)? If it is lost: crmbridge restore FILE"
 # A file that is locked, full, unreadable or no database; against statements that are wrong, which are ours to mend.
 _BROKEN = (peewee.DatabaseError,)
@@ -106,47 +104,19 @@ class Tx(Reads):
         self.acts.append(act)
 
 
-class _Ticket(Generic[T]):
-    """A write that waits for its commit; its thread sleeps until it is committed or may lead the next commit."""
-
-    def __init__(self, job: Callable[[Tx], T]) -> None:
-        self.job = job
-        self.done = False
-        self.poked = threading.Event()
-        self._tx: Tx
-        self._result: T
-        self._error: BaseException | None = None  # of the last try
-
-    def run(self, tx: Tx) -> None:
-        self._tx = tx
-        self._result = self.job(tx)
-
-    def settle(self, error: BaseException | None = None) -> None:
-        self._error = error
-        self.done = True
-        self.poked.set()
-
-    def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        for act in self._tx.acts:
-            act()
-        return self._result
-
-
 class Database(Reads):
     """The bridge's tables.
 
-    Every write goes through `write` or `write_last`: a process-wide lock and a file lock before
-    BEGIN IMMEDIATE keep threads and processes out of SQLite's busy back-off.
+    Every write goes through `write` or `write_last`: threads queue at `Commits`, and processes at a file lock. It keeps
+    the commands beside the service out of SQLite's busy back-off, and a commit from beginning inside a checkpoint,
+    which SQLite before 3.51.3 does not bear (its WAL-reset bug).
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(sqlite.connect(path))
         self.path = path
         self.clock: Callable[[], float] = time.time
-        self._turn = threading.Lock()
-        self._waiting: deque[_Ticket[Any]] = deque()
+        self._commits = Commits(self._transaction)
         self._presence = sqlite.FileLock(_presence_of(path))
         if not self._presence.share():
             self._presence.close()
@@ -161,36 +131,18 @@ class Database(Reads):
     def write(self, job: Callable[[Tx], T]) -> T:
         """Run `job` in a transaction and return once it is on disk; jobs that wait together share the commit.
 
-        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL; `Tx.after` takes
-        what must happen once. Raises Unavailable
-        while the disk is full: what little space there is belongs to what was acknowledged before.
+        A job may run twice (alone, after a neighbour failed), so it must do nothing but SQL; `Tx.after` takes what
+        must happen once. Raises Unavailable while the disk is full: what little space there is belongs to what was
+        acknowledged before.
         """
-        if self._is_full:
+        if self.is_full:
             self._look_for_space()
-        ticket = _Ticket(job)
-        self._waiting.append(ticket)
-        while not ticket.done:
-            if not self._turn.acquire(blocking=False):
-                ticket.poked.wait()
-                ticket.poked.clear()
-                continue
-            try:
-                while not ticket.done:
-                    self._commit_waiting()
-            finally:
-                self._pass_on()
-        return ticket.result()
+        return self._commits.run(job)
 
     def write_last(self, job: Callable[[Tx], T]) -> T:
         """Like `write`, alone in its transaction and after the writes that wait already; also on a full disk."""
-        ticket = _Ticket(job)
-        with self._turn_taken():
-            self._commit_waiting()  # once: those that come meanwhile must not hold it up for ever
-            was_full = self._is_full
-            self._commit([ticket])
-            if self._is_full and not was_full:  # the reserve was freed just now
-                self._commit([ticket])
-        return ticket.result()
+        was_full = self.is_full
+        return self._commits.run_last(job, again=lambda: self.is_full and not was_full)  # the reserve was freed
 
     def in_steps(
         self,
@@ -216,23 +168,6 @@ class Database(Reads):
                 break
         return total
 
-    @contextlib.contextmanager
-    def _turn_taken(self) -> Iterator[None]:
-        self._turn.acquire()
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        """End this thread's turn; whoever waits first may lead the next one.
-
-        The look at the queue comes after the release: a ticket that it misses finds the lock free itself.
-        """
-        self._turn.release()
-        with contextlib.suppress(IndexError):
-            self._waiting[0].poked.set()
-
     def _look_for_space(self) -> None:
         """Go back to work when the disk has room for the reserve again. Raises Unavailable when it has not."""
         now_s = time.monotonic()
@@ -247,12 +182,7 @@ class Database(Reads):
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing new is taken for want of disk space."""
-        return self._is_full
-
-    @property
-    def _is_full(self) -> bool:
-        """The reserve tells, so that every process knows, and the next one too."""
+        """Whether nothing new is taken for want of disk space. The reserve tells, to every process and the next one."""
         return not self._reserve.is_held()
 
     def _run_full(self) -> None:
@@ -260,40 +190,26 @@ class Database(Reads):
         self._reserve.give_up()
         log.error("storage.full", path=str(self.path))
 
-    def _commit_waiting(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _COMMIT_TOGETHER))]
-        if batch and not self._commit(batch) and len(batch) > 1:
-            for ticket in batch:
-                self._commit([ticket])
-
-    def _commit(self, batch: list[_Ticket[Any]]) -> bool:
-        """Run the batch in one transaction. A lone ticket keeps its error; several are left to be run alone."""
-        began = False
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Callable[[], Tx]]:
         try:
             with self._file_lock.held():
                 self._db.begin("IMMEDIATE")
-                began = True
                 try:
                     now_s = self.clock()
-                    for ticket in batch:
-                        ticket.run(Tx(self._db, now_s))
+                    yield lambda: Tx(self._db, now_s)
                     self._db.commit()
                 except BaseException:
                     # SQLite rolls back by itself when the disk fails; a second roll-back would hide why.
                     if self._db.connection().in_transaction:
                         self._db.rollback()
                     raise
-        except BaseException as error:  # noqa: BLE001 - handed to the thread whose job it was
-            if _is_full(error) and not self._is_full:
+        except BaseException as error:
+            if _is_full(error) and not self.is_full:
                 self._run_full()
-            if len(batch) == 1 or not began:
-                for ticket in batch:  # a database that is locked is locked for all of them
-                    ticket.settle(_named(error))
-                return not began
-            return False
-        for ticket in batch:
-            ticket.settle()
-        return True
+            if isinstance(error, _BROKEN) and not isinstance(error, _OURS):  # inside a job it is named already
+                raise _unavailable(error) from error
+            raise
 
     # --- the schema and the file ---
 
@@ -306,7 +222,7 @@ class Database(Reads):
         if not any(step.applied is None for step in self._steps(runner)):
             return []
         try:
-            with self.alone(), self._turn, self._file_lock.held():
+            with self.alone(), self._commits.alone(), self._file_lock.held():
                 return list(runner.up())
         except peewee.DatabaseError as error:
             raise Misconfigured(f"{self.path} cannot be migrated: {error}") from error
@@ -391,7 +307,7 @@ class Database(Reads):
 
         Nobody writes meanwhile, in no process. Raises Unavailable when it cannot be done.
         """
-        with self._turn_taken():
+        with self._commits.alone():
             try:
                 with self._file_lock.held():
                     return sqlite.checkpoint(self._db)
@@ -416,11 +332,6 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _named(error: BaseException) -> BaseException:
-    """BEGIN and COMMIT fail with Peewee's own error; inside a job it is named already."""
-    return _unavailable(error) if isinstance(error, _BROKEN) and not isinstance(error, _OURS) else error
 
 
 def _unavailable(error: BaseException) -> Unavailable:
