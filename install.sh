@@ -433,7 +433,6 @@ prepare_system() {
 # Puts the service's files of the version $1 in the place of those of $2.
 place_service() {
     place_file "$opt/$1/openrc/crmbridge" /etc/init.d/crmbridge 755
-    [ -L /etc/init.d/crmbridge.worker ] || ln -s crmbridge /etc/init.d/crmbridge.worker
     place_default "$1" "$2" crmbridge.confd /etc/conf.d/crmbridge 644
     place_default "$1" "$2" crmbridge.logrotate /etc/logrotate.d/crmbridge 644
     place_default "$1" "$2" crmbridge.cron /etc/cron.daily/crmbridge 755
@@ -695,7 +694,7 @@ uninstall() {
     if (read_ini current) 2>/dev/null; then read_ini current; fi
     [ "$(readlink /usr/local/bin/crmbridge)" != "$opt/current/bin/crmbridge" ] || remove /usr/local/bin/crmbridge
     ! { [ -n "$*" ] || cmp -s "$opt/current/openrc/crmbridge.cron" /etc/cron.daily/crmbridge; } || remove /etc/cron.daily/crmbridge
-    remove /etc/init.d/crmbridge.worker /etc/init.d/crmbridge /etc/logrotate.d/crmbridge
+    remove /etc/init.d/crmbridge /etc/logrotate.d/crmbridge
     if [ -z "$*" ]; then
         remove "$opt"
         keep "$etc" /etc/conf.d/crmbridge /etc/cron.daily/crmbridge "$data" "$logs"

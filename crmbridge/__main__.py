@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,9 +87,7 @@ def _parser() -> _Parser:
         return parser
 
     command(commands, "init", _init, "make what is missing: configuration, key file, database", as_owner=False)
-    serve = command(commands, "serve", _serve, "run the bridge: web server and worker in one process")
-    serve.add_argument("--no-worker", action="store_true", help="run the web server alone, beside 'crmbridge worker'")
-    command(commands, "worker", _worker, "run the worker alone, beside 'crmbridge serve --no-worker'")
+    command(commands, "serve", _serve, "run the bridge: web server and worker")
     command(commands, "migrate", _migrate, "bring the database's schema up to this version")
     check = command(commands, "check", _check, "show the effective configuration and look at the files; calls nobody")
     check.add_argument("--rehearse", metavar="FILE", help="instead, try to migrate and serve a copy of this backup")
@@ -100,7 +98,6 @@ def _parser() -> _Parser:
     health.add_argument("--wait", type=float, default=0, metavar="S", help="ask for S seconds until it is well")
     health.add_argument("--at", metavar="PLACE", help="HOST:PORT (default: as the configuration says)")
     health.add_argument("--pid", type=int, metavar="N", help="ask where this process listens, whatever else is said")
-    health.add_argument("--worker", action="store_true", help="ask 'crmbridge worker' instead; PLACE is its queue_path")
 
     backup = command(commands, "backup", _backup, "copy the database while the service runs, and check the copy",
                      as_owner=False)  # fmt: skip
@@ -347,10 +344,6 @@ def _health(options: argparse.Namespace) -> int:
 
     if options.pid:
         return health.of_process(options.pid, live=options.live, wait_s=options.wait)
-    if options.worker:
-        _become_owner(options)
-        queue_path = Path(options.at) if options.at else _settings(options).store.queue_path
-        return health.worker(queue_path, wait_s=options.wait)
     web = health.at(options.at) if options.at else _settings(options).web
     return health.run(web, live=options.live, wait_s=options.wait)
 
@@ -439,9 +432,9 @@ def _account_resume(options: argparse.Namespace) -> None:
 
 
 def _ring(options: argparse.Namespace) -> None:
-    from crmbridge.worker import ring_remote
+    from crmbridge.worker import ring
 
-    ring_remote(_settings(options).store.queue_path)
+    ring(_settings(options).store.queue_path)
 
 
 def _span(text: str) -> float:
@@ -539,7 +532,7 @@ def _dlq_filters(db: database.Database, options: argparse.Namespace) -> Any:
     return wanted
 
 
-# --- serve and worker ---
+# --- serve ---
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -548,70 +541,28 @@ def _serve(options: argparse.Namespace) -> None:
     _bound_memory()
     settings = _settings(options)
     log.setup(settings.log.level)
-    _say_start(settings, "serve")
-    rooms = wiring.open_rooms(settings, "web" if options.no_worker else "all")
-    worker: Any = None
-    lookout: Any = None
-    if options.no_worker:
-        from crmbridge.worker import ring_remote
-
-        lookout = wiring.make_lookout(rooms)
-
-        def wake(_: Collection[str] | None) -> None:
-            ring_remote(settings.store.queue_path)
-
-    else:
-        worker = wiring.make_worker(rooms)
-        wake = worker.wake
+    _say_start(settings)
+    rooms = wiring.open_rooms(settings)
+    worker = wiring.make_worker(rooms)
     from crmbridge.web.server import Server
 
     try:
-        server = Server(wiring.make_app(rooms, wake), settings.web)
+        server = Server(wiring.make_app(rooms, worker.wake), settings.web)
     except (OSError, ValueError) as error:
         where = f"{settings.web.host}:{settings.web.port}"
         raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
     _stop_on_signals()
     rooms.alerts.start()
-    for part in (worker, lookout):
-        if part is not None:
-            part.start()
+    worker.start()
     _say_health(rooms)
     public_url = log.origin(settings.web.public_url) if settings.web.public_url else None
     log.info("serve.ready", url=server.url, public_url=public_url)
     server.run()
     log.info("serve.stopping")
     server.close()
-    if lookout is not None:
-        lookout.stop()
-    _end(rooms, worker)
-
-
-def _worker(options: argparse.Namespace) -> None:
-    from crmbridge import wiring
-
-    _bound_memory()
-    settings = _settings(options)
-    log.setup(settings.log.level)
-    _say_start(settings, "worker")
-    rooms = wiring.open_rooms(settings, "worker")
-    worker = wiring.make_worker(rooms)
-    _stop_on_signals()
-    rooms.alerts.start()
-    worker.start()
-    _say_health(rooms)
-    log.info("worker.ready")
-    with contextlib.suppress(SystemExit):
-        while True:
-            signal.pause()
-    _end(rooms, worker)
-
-
-def _end(rooms: Any, worker: Any) -> None:
-    clean = True
-    if worker is not None:
-        clean = worker.stop(rooms.settings.delivery.stop_grace_s)
-        with contextlib.suppress(BridgeError):
-            vitals.end(rooms.db, "worker")
+    clean = worker.stop(settings.delivery.stop_grace_s)
+    with contextlib.suppress(BridgeError):
+        vitals.end(rooms.db, "worker")
     rooms.alerts.stop(5)
     log.info("stopped", calls_left=not clean)
     if not clean:
@@ -640,10 +591,10 @@ def _stop_on_signals() -> None:
         signal.signal(signum, stop)
 
 
-def _say_start(settings: config.Settings, mode: str) -> None:
+def _say_start(settings: config.Settings) -> None:
     import sqlite3
 
-    log.info("start", version=__version__, mode=mode, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
+    log.info("start", version=__version__, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
     log.info("config", **config.shown(settings))
     for doubt in config.doubts(settings):
         write = log.error if doubt.level == "error" else log.warning

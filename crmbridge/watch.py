@@ -34,16 +34,6 @@ class Watch:
         self._limits = limits
         self._alarm = alarm
         self._clock = clock
-        self._started_s = clock()
-
-    def worker(self) -> None:
-        """Tell of a worker that is not alive, once it has had the time to start again, and of one that is."""
-        now_s, last = self._clock(), vitals.last_beat(self._db, "worker")
-        problem = vitals.worker_problem(self._db, now_s)
-        if problem is None:
-            self._alarm.clear("worker_dead")
-        elif now_s - max(self._started_s, epoch_s(last) if last else 0) > vitals.STALE_S:
-            self._alarm.alert("worker_dead", problem)
 
     def disk(self) -> None:
         """Tell of a disk that is full or nearly, and of one that has space again."""
@@ -75,7 +65,6 @@ class Watch:
 
     def look(self) -> None:
         """Give the all-clear for alerts whose cause is gone, and see to it that whatever is dead is told of."""
-        self._alarm.clear("worker_dead")  # it is the worker that looks
         for one in accounts.everyone(self._db):
             self._count_dead(one["id"])
         for kind in KINDS:

@@ -4,11 +4,10 @@ import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
-from crmbridge.alerts.kinds import KINDS
 from crmbridge.errors import Misconfigured, Refused, Unclear
 from crmbridge.events import Thread, Wake, epoch_s
 from crmbridge.instagram.client import Client
@@ -34,8 +33,8 @@ class Rooms:
     patience: Patience
 
 
-def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] = "all") -> Rooms:
-    """Open the database and the vault for a process or a part of two. Raises Misconfigured when that cannot be."""
+def open_rooms(settings: config.Settings) -> Rooms:
+    """Open the database and the vault. Raises Misconfigured when that cannot be."""
     db = database.open_existing(settings.store.path, settings.vault.key_file)
     db.require_schema()
     keys_of_secrets = vault.load(settings.vault.key_file)
@@ -62,7 +61,6 @@ def open_rooms(settings: config.Settings, part: Literal["all", "web", "worker"] 
             url=settings.alerts.url,
             repeat_after_s=settings.alerts.repeat_after_s,
             session=telling.open_session(),
-            kinds=[name for name, kind in KINDS.items() if part == "all" or kind.by_web == (part == "web")],
         ),
         patience=Patience(
             settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s, settings.instagram.profile_wait_s
@@ -150,8 +148,8 @@ def make_worker(rooms: Rooms) -> Any:
     from crmbridge.watch import Watch
     from crmbridge.worker import Job, Worker
 
-    if not rooms.db.take_worker_lock():
-        raise Misconfigured(f"another worker is running on {rooms.settings.store.path}")
+    if not rooms.db.be_the_only_one():
+        raise Misconfigured(f"another crmbridge is running on {rooms.settings.store.path}")
     delivery = rooms.settings.delivery
     longest_s = max(rooms.settings.crm.timeout_s, rooms.settings.instagram.timeout_s)
     schedule = Schedule(
@@ -228,7 +226,7 @@ def make_worker(rooms: Rooms) -> Any:
         rooms.settings.store.queue_path,
         jobs,
         helpers=helpers,
-        on_bell=helpers[0].tell,
+        on_wake=helpers[0].tell,
         alert=rooms.alerts.alert,
         on_thread=rooms.db.checkpoint_here,
         on_thread_end=rooms.db.close_thread,
@@ -286,17 +284,6 @@ def make_helpers(rooms: Rooms, wake: Wake) -> list[Any]:
     )
     asking.work, tending.work = names.look, rounds.go
     return [asking, tending]
-
-
-def make_lookout(rooms: Rooms) -> Any:
-    """Return the thread of a web server without a worker that tells when no worker is alive."""
-    from crmbridge.tending import Aside, Rounds
-    from crmbridge.watch import Watch
-
-    lookout = Aside("lookout", rooms.db, rooms.alerts)
-    watch = Watch(rooms.db, rooms.settings.alerts, rooms.alerts)
-    lookout.work = Rounds([(10, watch.worker)], time.monotonic).go
-    return lookout
 
 
 def make_app(rooms: Rooms, wake: Wake, **clocks: Any) -> Any:

@@ -6,8 +6,6 @@ The queue holds nothing but bells; every row that is due is found without it.
 import contextlib
 import datetime
 import json
-import os
-import socket
 import sqlite3
 import threading
 import time
@@ -31,13 +29,22 @@ from crmbridge.store import sqlite
 TICK_S = 5
 _HEALTH_S = 10
 _IDLE_WAIT_S = 5.0
+_FILE_WAIT_S = 0.2  # for who has it locked
 
 
-class _Storage(SqliteStorage):  # type: ignore[misc]
-    """Huey's queue, of which only its file lies in SQLite: what this process enqueues and schedules stays in memory.
+class _File(SqliteStorage):  # type: ignore[misc]
+    """Huey's queue in its file."""
 
-    It is no record: a bell that is lost is rung again. So nobody waits for a file that is locked or full, and the
-    reader sleeps until something is enqueued.
+    def _create_connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite.guard(super()._create_connection())
+        return connection
+
+
+class _Storage(_File):
+    """Huey's queue of this process, which stays in memory; of the file it takes the bells of other processes.
+
+    It is no record: a bell that is lost is rung again. So nobody waits for a file that is locked, full or lost, and the
+    readers sleep until something is enqueued.
     """
 
     blocking = True
@@ -46,11 +53,10 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
         self._own = MemoryStorage()
         self._news = threading.Condition()
         self._count = 0
+        self._file = threading.Lock()
+        self._is_closed = False
+        self.on_bell: Callable[[], None] = lambda: None
         super().__init__(*args, **kwargs)
-
-    def _create_connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection = sqlite.guard(super()._create_connection())
-        return connection
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:
         self._own.enqueue(data, priority)
@@ -72,8 +78,20 @@ class _Storage(SqliteStorage):  # type: ignore[misc]
         self._own.add_to_schedule(data, ts)
 
     def read_schedule(self, ts: datetime.datetime) -> list[bytes]:
+        """Return what is due, which Huey asks once a second; whatever stands in the file is a bell."""
+        is_rung = False
+        with self._file, contextlib.suppress(sqlite3.Error):
+            while not self._is_closed and super().dequeue():
+                is_rung = True
+        if is_rung:
+            self.on_bell()
         due: list[bytes] = self._own.read_schedule(ts)
         return due
+
+    def close(self) -> bool:
+        with self._file:
+            self._is_closed = True
+            return bool(super().close())
 
     def peek_many(self, keys: Sequence[str]) -> dict[str, Any]:
         """Answer whether tasks are revoked: none ever is."""
@@ -141,7 +159,7 @@ class Worker:
         jobs: list[Job],
         *,
         helpers: Sequence[Helper] = (),
-        on_bell: Callable[[], None] = lambda: None,
+        on_wake: Callable[[], None] = lambda: None,
         alert: Callable[..., None] = lambda *_: None,
         on_thread: Callable[[], None] = lambda: None,
         on_thread_end: Callable[[], None] = lambda: None,
@@ -149,7 +167,7 @@ class Worker:
     ) -> None:
         self._engine = engine
         self._helpers = helpers
-        self._on_bell = on_bell
+        self._on_wake = on_wake
         self._queue_path = queue_path
         self._clock = clock
         self._lock = threading.Lock()
@@ -161,11 +179,10 @@ class Worker:
         self._huey.on_shutdown("connection")(on_thread_end)
         self._huey.signal(SIGNAL_ERROR)(lambda _signal, task, error: alert("system_fault", _failed(task, error)))
         self._drain_task = self._huey.task(name="drain")(self._drain)
+        self._huey.storage.on_bell = self.wake
         for job in jobs:
             self._register(job)
         self._consumer = _Consumer(self._huey, workers=3, scheduler_interval=1)
-        self._threads: list[threading.Thread] = []
-        self._bell: socket.socket | None = None
 
     def _open_queue(self) -> Huey:
         """Open Huey's queue, emptied: bells of an earlier run mean nothing now."""
@@ -174,15 +191,7 @@ class Worker:
             name.unlink(missing_ok=True)
         self._queue_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return Huey(
-                "crmbridge",
-                results=False,
-                storage_class=_Storage,
-                filename=str(self._queue_path),
-                fsync=False,
-                cache_mb=1,
-                serializer=_Json(),
-            )
+            return _open(_Storage, self._queue_path)
         except sqlite3.Error as error:
             raise Misconfigured(f"[store] queue_path: {self._queue_path} cannot be made: {error}") from None
 
@@ -206,7 +215,7 @@ class Worker:
 
     def wake(self, accounts: Collection[str] | None = None) -> None:
         """Have new rows of these accounts, or of any, looked at; many calls at once ring one bell."""
-        self._on_bell()
+        self._on_wake()
         if self._engine.tell(accounts):
             return
         with self._lock:
@@ -240,13 +249,9 @@ class Worker:
     # --- life ---
 
     def start(self) -> None:
-        """Start Huey's threads, the ear for other processes' bells, and ring once."""
+        """Start Huey's threads and the helpers, and ring once."""
         self._consumer.start()
-        self._bell = _listen(bell_path(self._queue_path))
-        for name, target in (("worker-health", self._watch), ("bell", self._hear)):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        threading.Thread(target=self._watch, name="worker-health", daemon=True).start()
         for helper in self._helpers:
             helper.start()
         self.ring()
@@ -260,25 +265,11 @@ class Worker:
         self._consumer.stop()
         self._huey.storage.notify_all()
         self._huey.storage.close()
-        if self._bell is not None:
-            bell_path(self._queue_path).unlink(missing_ok=True)
-            self._bell.close()
         return clean
 
     def _watch(self) -> None:
         while not self._ended.wait(_HEALTH_S):
             self._consumer.check_worker_health()
-
-    def _hear(self) -> None:
-        bell = self._bell
-        while bell is not None and not self._ended.is_set():
-            try:
-                bell.recv(16)
-            except TimeoutError:
-                continue
-            except OSError:
-                return
-            self.wake()
 
 
 _SQLITE = b"SQLite format 3\0"
@@ -312,37 +303,26 @@ def _failed(task: Any, error: BaseException) -> str:
     return f"the worker's job {task.name.rsplit('.', 1)[-1]} failed with {type(error).__name__}; the log tells where"
 
 
-def bell_path(queue_path: Path) -> Path:
-    """Return where a worker listens for the bells of other processes."""
-    return queue_path.with_name(queue_path.name + ".bell")
+def _open(storage: type[SqliteStorage], path: Path) -> Huey:
+    return Huey(
+        "crmbridge",
+        results=False,
+        storage_class=storage,
+        filename=str(path),
+        fsync=False,
+        timeout=_FILE_WAIT_S,
+        cache_mb=1,
+        serializer=_Json(),
+    )
 
 
-def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
-    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    _at(path, bell.bind)
-    path.chmod(0o600)
-    bell.settimeout(1.0)
-    return bell
-
-
-def ring_remote(queue_path: Path) -> None:
-    """Ring the worker in another process; if it does not hear, its next look finds the rows."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
-        bell.setblocking(False)
-        try:
-            _at(bell_path(queue_path), lambda address: bell.sendto(b"!", address))
-        except OSError as error:
-            log.debug("bell.unheard", error=type(error).__name__)
-
-
-def _at(path: Path, use: Callable[[str], Any]) -> None:
-    """Use a socket address that may be longer than the 107 bytes the kernel takes, by way of its folder."""
-    if len(os.fsencode(path)) <= 100:
-        use(str(path))
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+def ring(queue_path: Path) -> None:
+    """Ring the service from another process: it looks at everything within two seconds, and else at its next sweep."""
+    if not queue_path.exists():
+        return  # none has run here
     try:
-        use(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)
+        huey = _open(_File, queue_path)
+        huey.task(name="bell")(_open)()
+        huey.storage.close()
+    except sqlite3.Error as error:
+        log.debug("bell.unheard", error=str(error))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from crmbridge import config, log, wiring
+from crmbridge import config, log
 from crmbridge.alerts import telling
 from crmbridge.alerts.kinds import KINDS
 from crmbridge.events import epoch_s, instant
@@ -21,7 +21,7 @@ from crmbridge.ops import alerts as ops
 from crmbridge.ops import backup
 from crmbridge.sandbox import LoopbackServer, wire
 from crmbridge.store import alerts as record
-from crmbridge.store import copies, database, dead, turn, vitals
+from crmbridge.store import copies, database, dead, turn
 from crmbridge.store.database import Tx
 from crmbridge.upkeep import Upkeep
 from crmbridge.web import webhook_routes
@@ -232,22 +232,12 @@ def test_a_url_that_is_down_is_not_hammered_by_a_crash_loop(office: Office, hook
     assert office.posted == [("raised", "dead_letter")]
 
 
-def test_of_two_processes_each_tells_its_own(rig: Rig, office: Office) -> None:
+def test_what_is_about_the_whole_bridge_is_told_first(office: Office) -> None:
     raise_some(office, 5)
     office.alarm.alert("system_fault", "a job failed")
     office.pass_s(10)
-    office.alarm.alert("system_fault", "a job failed")
-    raise_some(office, 5)
-    office.pass_s(100)
-    settings = {"command": office.command, "kinds": [name for name, kind in KINDS.items() if kind.by_web]}
-    web = Recorder(rig.db, lambda: rig.now_s, **settings)
-    rig.now_s += 2 * DAY_S
-    web.alert("request_fault", "a request failed")
-    web.pass_on()
     told = [re.search("(?<=: )[a-z_]+", letter)[0] for letter in office.letters]  # type: ignore[index]
-    assert told == ["system_fault", "dead_letter", "request_fault"]  # what is about the whole bridge goes first
-    open_rows = {row["kind"]: row["count"] for row in record.everything(rig.db) if row["cleared_at"] is None}
-    assert open_rows == {"dead_letter": 10, "system_fault": 2, "request_fault": 1}
+    assert told == ["system_fault", "dead_letter"]
 
 
 def test_what_was_over_before_it_was_told_is_not_told_at_all(office: Office) -> None:
@@ -477,36 +467,6 @@ def test_what_is_held_without_an_end_while_something_waits_is_recalled(rig: Rig,
     rig.say("hello", "mid-2")
     assert look(0.9) == []
     assert look(0.2) == [("raised", "held_long")]
-
-
-def test_a_worker_that_is_gone_is_told_of_by_the_web_server_and_its_return_too(
-    rig: Rig, office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vitals.beat(rig.db, "worker", rig.now_s - 3600)
-    watch = rig.watch()
-    for _ in range(4):  # the worker may be starting, too
-        watch.worker()
-        office.pass_s(10)
-    assert office.posted == []
-    office.pass_s(10)
-    watch.worker()
-    office.pass_s(10)
-    assert office.posted == [("raised", "worker_dead")]
-    assert "No worker since 2027-01-15T07:00:00.000Z." in office.letters[0]
-    vitals.beat(rig.db, "worker", rig.now_s)
-    watch.worker()
-    office.pass_s(10)
-    assert office.posted == [("raised", "worker_dead"), ("cleared", "worker_dead")]
-    vitals.end(rig.db, "worker")
-    causes = len(rig.alerts)
-    watch.worker()  # it may be a restart
-    assert len(rig.alerts) == causes
-    rig.now_s += 46
-    watch.worker()
-    assert "it was stopped at" in rig.alerts[-1][1]
-    monkeypatch.setattr(vitals, "STALE_S", -DAY_S * 365)  # by the real clock the beats lie ahead
-    wiring.make_lookout(rig.rooms).work()
-    assert list(rig.rooms.alerts.opened("worker_dead")) == [""]
 
 
 @pytest.mark.parametrize("target", ["crm", "instagram"])

@@ -2,9 +2,9 @@
 
 import contextlib
 import http.server
+import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import pytest
 from crmbridge import vault
 from crmbridge.store import accounts, database
 from tests.far import Far
-from tests.shop import QUICK, Shop, opened
+from tests.shop import Shop
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,32 +249,13 @@ def test_health_waits_for_the_final_answer(tmp_path: Path) -> None:
 
 
 def test_health_tells_the_reasons(tmp_path: Path) -> None:
-    with opened(tmp_path, QUICK, account=False) as shop:
-        shop.bridge.stop()
-        shop.bridge.start("serve", "--no-worker")
-        address = shop.bridge.url.removeprefix("http://")
-        shop.change("UPDATE heartbeats SET at = '2026-01-01T00:00:00.000Z'")
-        unwell = run(tmp_path, "health", "--at", address)
-        reason = "the worker's last heartbeat was at 2026-01-01T00:00:00.000Z"
-        assert (unwell.returncode, unwell.stdout) == (1, f"unhealthy: {reason}\n")
-        assert run(tmp_path, "health", "--live", "--wait", "50", "--at", address).returncode == 0
-
-
-def test_health_asks_a_worker_of_its_own_process(tmp_path: Path) -> None:
-    with opened(tmp_path, QUICK, account=False) as shop:
-        queue = str(tmp_path / "var" / "queue.db")
-        ini = str(shop.bridge.folder / "crmbridge.ini")
-        alive = run(tmp_path, "health", "--worker", "--wait", "50", "--config", ini)
-        assert (alive.returncode, alive.stdout) == (0, "alive\n")
-        process = shop.bridge._process
-        assert process is not None
-        process.send_signal(signal.SIGSTOP)
-        for place in (("--config", ini), ("--at", queue)):
-            hung = run(tmp_path, "health", "--worker", *place)
-            assert (hung.returncode, hung.stdout) == (3, f"no worker hears {queue}.bell: timed out\n")
-        process.send_signal(signal.SIGCONT)
-        assert run(tmp_path, "health", "--worker", "--wait", "50", "--at", queue).returncode == 0
-    assert run(tmp_path, "health", "--worker", "--at", queue).returncode == 3
+    said = json.dumps({"status": "unhealthy", "reasons": ["the disk is full", "no worker has run yet"]}).encode()
+    head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: %d\r\n\r\n" % len(said)
+    with Far(lambda _: [head + said]) as far:
+        for words, status in (([], 1), (["--live"], 0)):
+            asked = run(tmp_path, "health", *words, "--at", f"127.0.0.1:{far.port}")
+            assert asked.returncode == status
+            assert asked.stdout == "unhealthy: the disk is full; no worker has run yet\n"
 
 
 def test_a_key_of_an_earlier_version_is_named_and_stops_nothing(made: Path) -> None:

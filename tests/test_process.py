@@ -1,17 +1,16 @@
-"""The server as a process: kill -9, restarts, a lost queue, load, and the split into web and worker."""
+"""The server as a process: kill -9, restarts, a lost queue and load."""
 
 import contextlib
-import signal
 import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from crmbridge.sandbox import Sandbox
 from tests.shop import CUSTOMER, QUICK, SHOP_ID, Shop, opened
 from tests.waiting import BULK_S, PATIENCE_S, assert_rung
 
@@ -125,39 +124,6 @@ def test_a_delivery_starts_at_once_when_idle(fresh_shop: Shop) -> None:
     )
 
 
-def test_web_and_worker_run_as_two_processes(tmp_path: Path) -> None:
-    with Sandbox() as sandbox:
-        shop = Shop(tmp_path, sandbox, QUICK)
-        worker = None
-        try:
-            shop.start("serve", "--no-worker")
-            shop.open()
-            assert shop.call("GET", "/health").status_code == 503
-            shop.meta.customer_says(SHOP_ID, CUSTOMER, "nobody works")
-            assert shop.crm.received == []
-            words = [sys.executable, "-m", "crmbridge", "worker", "--config", str(tmp_path / "crmbridge.ini")]
-            with (tmp_path / "worker.log").open("wb") as log:
-                worker = subprocess.Popen(words, stderr=log, env=shop.bridge.environ)
-            shop.crm.wait(1, where=lambda entry: entry.event.get("message") == "nobody works")
-            assert_rung(
-                lambda number: shop.meta.customer_says(SHOP_ID, CUSTOMER, f"rung {number}"),
-                lambda number: shop.crm.wait(number + 2),
-            )
-            shop.send("hello", "split-1")
-            shop.meta.wait_sent(1)
-            second = subprocess.run(
-                words, capture_output=True, text=True, env=shop.bridge.environ, timeout=PATIENCE_S, check=False
-            )
-            assert second.returncode == 1
-            assert "another worker is running" in second.stderr
-            worker.send_signal(signal.SIGTERM)
-            assert worker.wait(PATIENCE_S) == 0
-        finally:
-            if worker is not None and worker.poll() is None:
-                worker.kill()
-            shop.close()
-
-
 def test_a_stop_is_clean_and_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with opened(tmp_path, f"timeout_s = 60\n{QUICK}stop_grace_s = 60\n") as shop:
         shop.crm.answer(200, delay_s=600)
@@ -175,22 +141,20 @@ def test_a_stop_is_clean_and_finishes_what_is_in_flight(tmp_path: Path) -> None:
         assert "calls_left=false" in shop.log()
 
 
-def test_a_second_server_on_the_same_port_or_database_says_so(fresh_shop: Shop) -> None:
+def test_a_second_server_on_the_same_port_or_database_says_so(fresh_shop: Shop, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "crmbridge", "serve", "--config", str(fresh_shop.bridge.folder / "crmbridge.ini")]
     second = subprocess.run(
         words, capture_output=True, text=True, env=fresh_shop.bridge.environ, timeout=PATIENCE_S, check=False
     )
     assert second.returncode == 1
-    assert "another worker is running" in second.stderr
-    port = fresh_shop.url.rsplit(":", 1)[1]
-    taken = subprocess.run(
-        [*words, "--no-worker"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-        env={**fresh_shop.bridge.environ, "CRMBRIDGE_WEB_PORT": port},
-    )
+    assert "another crmbridge is running" in second.stderr
+    environ = {**fresh_shop.bridge.environ, "CRMBRIDGE_WEB_PORT": fresh_shop.url.rsplit(":", 1)[1]}
+    words = [sys.executable, "-m", "crmbridge"]
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere: dict[str, Any] = {"cwd": folder, "env": environ, "capture_output": True, "timeout": PATIENCE_S}
+    subprocess.run([*words, "init"], check=True, **elsewhere)
+    taken = subprocess.run([*words, "serve"], check=False, text=True, **elsewhere)
     assert taken.returncode == 1
     assert "cannot listen on 127.0.0.1" in taken.stderr
 

@@ -13,7 +13,7 @@ from huey.signals import SIGNAL_COMPLETE
 
 from crmbridge.errors import Misconfigured
 from crmbridge.store import sqlite
-from crmbridge.worker import Job, Worker, ring_remote
+from crmbridge.worker import Job, Worker, ring
 from tests.waiting import PATIENCE_S, assert_rung, until
 
 
@@ -86,24 +86,34 @@ def test_a_drain_comes_back_when_the_next_row_is_due(start: Callable[..., tuple[
     assert engine.drains[2] - asked >= 2.4
 
 
-def test_another_process_can_ring_and_a_missing_worker_is_no_error(
+def test_another_process_can_ring_and_a_missing_service_is_no_error(
     start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path
 ) -> None:
-    ring_remote(tmp_path / "nobody.db")
+    ring(tmp_path / "nobody.db")
+    assert not (tmp_path / "nobody.db").exists()
     engine, _ = start()
-    ring_remote(tmp_path / "queue.db")
+    for number in range(2):
+        ring(tmp_path / "queue.db")
+        engine.wait(2 + number)
+
+
+def test_whatever_stands_in_the_queues_file_is_a_bell(
+    start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path
+) -> None:
+    engine, _ = start()
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as queue, queue:
+        for junk in (b"no message", b'["x", "rm", {}]', b""):
+            queue.execute("INSERT INTO task (queue, data) VALUES ('crmbridge', ?)", (junk,))
     engine.wait(2)
 
 
-def test_a_socket_path_longer_than_the_kernel_takes_still_works(tmp_path: Path) -> None:
-    folder = tmp_path / ("long" * 30)
-    engine = FakeEngine()
-    worker = Worker(engine, folder / "queue.db", [])  # type: ignore[arg-type]
-    worker.start()
-    engine.wait(1)
-    ring_remote(folder / "queue.db")
-    engine.wait(2)
-    worker.stop(0)
+def test_a_locked_queue_holds_nobody_up(start: Callable[..., tuple[FakeEngine, Worker]], tmp_path: Path) -> None:
+    engine, worker = start()
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        ring(tmp_path / "queue.db")  # it is not heard, and no error
+        worker.wake()
+        engine.wait(2)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ The rooms above raise and clear; a thread of its own keeps the record and tells 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,7 +91,7 @@ class _Telling:
 
 
 class Alerts:
-    """The alerts of this process, which alone raises `kinds`; without them it raises all there are.
+    """The alerts of the service.
 
     Nothing is stored or told before `start`, unless `pass_on` is called.
     """
@@ -104,7 +104,6 @@ class Alerts:
         url: str,
         repeat_after_s: float,
         session: net.Session,
-        kinds: Collection[str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._db = db
@@ -114,11 +113,7 @@ class Alerts:
         self._session = session
         self._clock = clock
         self._changed = threading.Condition()
-        self._alerts = {
-            (row["kind"], row["account_id"]): _read(row)
-            for row in record.everything(db)
-            if kinds is None or row["kind"] in kinds
-        }
+        self._alerts = {(row["kind"], row["account_id"]): _read(row) for row in record.everything(db)}
         self._tellings: dict[_Key, _Telling] = {}
         self._unsaved: set[_Key] = set()
         self._save_s = float("inf")  # when what is unsaved is to be stored

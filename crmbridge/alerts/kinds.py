@@ -12,7 +12,6 @@ class Kind:
     ACCOUNT in it stands for the account's id. A `lasting` one is a state: its causes are not counted aloud. With
     `once`, the same message again is no new cause. One without another end is over `quiet_s` after its last cause.
     One with `wait_s` is told that much later, in case it belongs to a greater trouble.
-    The kinds `by_web` are raised by the web server, the others by the worker, which may be two processes.
     """
 
     cause: str
@@ -22,7 +21,6 @@ class Kind:
     once: bool = False
     quiet_s: float | None = None
     wait_s: float = 0.0
-    by_web: bool = False
 
 
 _STOPPED_WAIT_S = 120.0
@@ -134,7 +132,6 @@ KINDS = {
         "set [instagram] app_secrets to the Instagram app secret (Meta's console: API setup with Instagram login; "
         "not the Meta app secret of App settings > Basic), restart, and see with crmbridge check",
         "a webhook with a right signature comes",
-        by_web=True,
     ),
     "silence": Kind(
         "nothing has come from Instagram for an account that usually talks",
@@ -150,13 +147,6 @@ KINDS = {
         "/api/v1/accounts/ACCOUNT with status: active",
         "they are resumed, or nothing waits any more",
         lasting=True,
-    ),
-    "worker_dead": Kind(
-        "no worker runs beside crmbridge serve --no-worker: what comes is stored, and nothing goes out",
-        "start it: crmbridge worker; the end of its log tells why it ended",
-        "a worker is alive again",
-        lasting=True,
-        by_web=True,
     ),
     "disk_nearly_full": Kind(
         "the database's disk has less free than [alerts] disk_free_mb",
@@ -189,7 +179,6 @@ KINDS = {
         "look for request.fault in the log, and report it",
         "there was none for an hour",
         quiet_s=HOUR_S,
-        by_web=True,
     ),
     "system_fault": Kind(
         "the bridge itself failed at something",

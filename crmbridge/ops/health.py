@@ -96,30 +96,6 @@ def ask(host: str, port: int, *, live: bool = False) -> tuple[int, str]:
     return int(not well), ": ".join([said_status, *filter(None, ["; ".join(said.get("reasons", []))])])
 
 
-def worker(queue_path: Path, *, wait_s: float) -> int:
-    """Ring a worker in its own process more often than its bell holds, so that somebody must hear it.
-
-    Returns 0 when it is heard, NO_ANSWER when it is not within `wait_s`.
-    """
-    holds = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
-    ends = time.monotonic() + wait_s
-    while True:
-        try:
-            os.chdir(queue_path.parent)  # the whole path may be longer than a socket's address
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
-                bell.settimeout(max(ends - time.monotonic(), _PAUSE_S))
-                bell.connect(queue_path.name + ".bell")
-                for _ in range(holds + 2):
-                    bell.send(b"!")
-            terminal.say("alive")
-            return 0
-        except OSError as error:
-            if time.monotonic() >= ends:
-                terminal.say(f"no worker hears {queue_path}.bell: {error}")
-                return NO_ANSWER
-        time.sleep(_PAUSE_S)
-
-
 def at(address: str) -> config.Web:
     """Read HOST:PORT. Raises Misconfigured."""
     host, _, port = address.rpartition(":")

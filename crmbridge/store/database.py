@@ -277,8 +277,8 @@ class Database(Reads):
         """Leave no trace in the file of what the calling thread deletes from now on."""
         sqlite.overwrite_what_is_deleted(self._db)
 
-    def take_worker_lock(self) -> bool:
-        """Become the one worker of this database until the process ends; False when another one is."""
+    def be_the_only_one(self) -> bool:
+        """Become the one process that serves this database, until it ends; False when another one is."""
         self._worker_lock = sqlite.FileLock(self.path.with_name(self.path.name + ".worker"))
         return self._worker_lock.take()
 

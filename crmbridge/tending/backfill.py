@@ -47,7 +47,7 @@ class Backfill:
     def notice(self) -> float:
         """Note that webhooks are taken now; return for how long none were, 0 for no gap, and ask for what was missed.
 
-        Nothing is taken while no worker runs beside the web server, nor while the disk is full.
+        Nothing is taken while the disk is full.
         """
         if self._db.is_full:
             return 0.0

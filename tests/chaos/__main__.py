@@ -1,4 +1,4 @@
-"""``python -m tests.chaos --kills 1000 --seed 7``: long runs by hand, fifty kills to a database, both modes in turn."""
+"""``python -m tests.chaos --kills 1000 --seed 7``: long runs by hand, fifty kills to a database."""
 
 import argparse
 import shutil
@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 from tests.chaos.planted import PLANTED
-from tests.chaos.processes import MODES
 from tests.chaos.run import Plan, run
 
 _KILLS_A_RUN = 50
@@ -19,15 +18,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Kill the bridge under load, and judge.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the next ones count up")
-    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
     parser.add_argument("--planted", choices=PLANTED, help="start the bridge with this bug")
     parser.add_argument("--keep", action="store_true", help="keep the folder of a run that found something")
     options = parser.parse_args()
     total, failed, left, seed = Counter[str](), [], options.kills, options.seed
     while left > 0:
-        mode = options.mode if options.mode != "both" else ("serve", "split")[(seed - options.seed) % 2]
         folder = Path(tempfile.mkdtemp(prefix="crmbridge-chaos-", dir="/var/tmp"))
-        result = run(Plan(seed, min(left, _KILLS_A_RUN), mode, options.planted), folder)
+        result = run(Plan(seed, min(left, _KILLS_A_RUN), options.planted), folder)
         print(result.told(), flush=True)
         total.update(result.counts)
         failed += [seed] if result.violations else []

@@ -116,12 +116,10 @@ class Order(Fact):
 
 @dataclass(slots=True)
 class Kill(Fact):
-    """Processes of the bridge were killed: `serve`, or `web` and `worker`."""
-
-    who: tuple[str, ...]
+    """The bridge was killed."""
 
     def told(self) -> str:
-        return f"KILL             {' '.join(self.who)}"
+        return "KILL"
 
 
 @dataclass(slots=True)

@@ -92,7 +92,6 @@ def die_before_ringing() -> None:
     def die(*_: Any) -> None:
         os._exit(9)
 
-    _plant(worker, ring_remote=die)
     _plant(worker.Worker, wake=die, ring=lambda _: None)
 
 

@@ -1,7 +1,6 @@
 """The bridge's processes, killed and started again by their ids; knows no load and no rules."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,22 +9,16 @@ from pathlib import Path
 
 from tests.waiting import PATIENCE_S, until
 
-MODES: dict[str, dict[str, tuple[str, ...]]] = {
-    "serve": {"serve": ("serve",)},
-    "split": {"web": ("serve", "--no-worker"), "worker": ("worker",)},
-}
-_READY = re.compile(rb"(?:serve|worker)\.ready")
+_READY = b"serve.ready"
 _ROOT = Path(__file__).absolute().parent.parent.parent
 
 
 class Process:
-    """One process of the bridge; `planted` names a bug that it is started with."""
+    """The bridge as a process; `planted` names a bug that it is started with."""
 
-    def __init__(
-        self, name: str, words: Sequence[str], ini: Path, environ: Mapping[str, str], planted: str | None = None
-    ) -> None:
+    def __init__(self, name: str, ini: Path, environ: Mapping[str, str], planted: str | None = None) -> None:
         module = ["crmbridge"] if planted is None else ["tests.chaos.planted", planted]
-        self._words = [sys.executable, "-m", *module, *words, "--config", str(ini)]
+        self._words = [sys.executable, "-m", *module, "serve", "--config", str(ini)]
         self._environ = {**environ, "PYTHONPATH": str(_ROOT)}
         self._process: subprocess.Popen[bytes] | None = None
         self._logs = ini.parent / "logs"
@@ -45,8 +38,8 @@ class Process:
 
     def wait_ready(self) -> None:
         """Wait until it does its work; RuntimeError when it ended or takes too long."""
-        until(lambda: _READY.search(self._log.read_bytes()) or not self.runs())
-        if not _READY.search(self._log.read_bytes()):
+        until(lambda: _READY in self._log.read_bytes() or not self.runs())
+        if _READY not in self._log.read_bytes():
             raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()}")
 
     def runs(self) -> bool:

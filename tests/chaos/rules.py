@@ -39,7 +39,7 @@ class Seen:
         self.crm_calls = self.history.of(CrmCall)
         self.calls = self.history.of(SendCall)
         self.orders = self.history.of(Order)
-        self.worker_kills = [kill for kill in self.history.of(Kill) if set(kill.who) & {"serve", "worker"}]
+        self.kills = self.history.of(Kill)
         self.effects = sorted((call for call in self.calls if call.mid), key=lambda call: call.position)
         self.by_event = grouped(self.crm_calls, lambda call: call.event_id)
         self.acknowledged: dict[tuple[str, str], Webhook] = {}
@@ -50,7 +50,7 @@ class Seen:
 
     def killed_between(self, begin: float, end: float) -> bool:
         """Tell whether whoever calls the far sides was killed in that time."""
-        return any(kill.at <= end and kill.until + _ARRIVED_S >= begin for kill in self.worker_kills)
+        return any(kill.at <= end and kill.until + _ARRIVED_S >= begin for kill in self.kills)
 
 
 Rule = Callable[[Seen], Iterator[Violation]]
@@ -171,7 +171,7 @@ def _stepped_aside(seen: Seen, mine: Sequence[CrmCall], overtaker: CrmCall, fini
     before = [call for call in finished if call.until <= overtaker.at]
     row: list[CrmCall] = []
     for call in reversed(before):
-        if call.heard or any(call.until < kill.at < overtaker.at for kill in seen.worker_kills):
+        if call.heard or any(call.until < kill.at < overtaker.at for kill in seen.kills):
             break
         row.append(call)
     tries = Counter(call.event_id for call in seen.crm_calls if call.at < overtaker.at and not call.heard)

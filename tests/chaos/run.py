@@ -45,7 +45,6 @@ class Plan:
 
     seed: int
     kills: int = 10
-    mode: str = "serve"
     planted: str | None = None
     up_s: tuple[float, float] = (0.1, 1.2)
     inbound: int = 3
@@ -62,7 +61,7 @@ class Stage:
 
     plan: Plan
     folder: Path
-    parts: dict[str, Process]
+    bridge: Process
     history: History
     weather: Weather
     rng: random.Random
@@ -81,7 +80,7 @@ class Result:
     def told(self) -> str:
         """Return the table of counts, the violations and what is known about them."""
         plan = self.plan
-        head = f"seed {plan.seed}, mode {plan.mode}" + (f", planted {plan.planted}" if plan.planted else "")
+        head = f"seed {plan.seed}" + (f", planted {plan.planted}" if plan.planted else "")
         table = [f"  {number:8}  {name}" for name, number in sorted(self.counts.items())]
         broken = [f"  VIOLATION  {entry.rule}: {entry.problem}" for entry in self.violations[:_SHOWN]]
         if len(self.violations) > _SHOWN:
@@ -97,27 +96,23 @@ def run(plan: Plan, folder: Path, disturb: Callable[[Stage], None] | None = None
         shop = _shop(folder, sandbox)
         port = free_port()
         own = {"CRMBRIDGE_WEB_PORT": str(port), "CRMBRIDGE_INSTAGRAM_TIMEOUT_S": str(TIMEOUT_S)}
-        parts = {
-            name: Process(name, words, folder / "crmbridge.ini", {**shop.bridge.environ, **own}, plan.planted)
-            for name, words in processes.MODES[plan.mode].items()
-        }
+        bridge = Process("serve", folder / "crmbridge.ini", {**shop.bridge.environ, **own}, plan.planted)
         url = f"http://127.0.0.1:{port}"
         meta.callback_url = f"{url}/webhooks/instagram"
         load = Load(meta, history, url, {"account_id": shop.account_id}, shop.key, plan.seed)
-        stage = Stage(plan, folder, parts, history, weather, random.Random(f"{plan.seed} kills"))
+        stage = Stage(plan, folder, bridge, history, weather, random.Random(f"{plan.seed} kills"))
         began = time.time()
         try:
-            _start(parts)
+            _start(bridge)
             load.start(inbound=plan.inbound, outbound=plan.outbound, pause_s=plan.pause_s)
             (disturb or kill_again_and_again)(stage)
-            _start(parts)
+            _start(bridge)
             time.sleep(1)
             _go_on(plan, history, weather)
             owed = _calm_down(plan, load, meta, weather, shop.database)
             statuses = _statuses(url, shop.key, history)
         finally:
-            for part in parts.values():
-                part.stop()
+            bridge.stop()
     seen = rules.Seen(history, statuses, owed, _QUICK_TRIES)
     violations = rules.check(seen)
     seen.counts.update(_counted(history, shop.database))
@@ -137,43 +132,34 @@ def _shop(folder: Path, sandbox: object) -> Shop:
 
 
 def kill_again_and_again(stage: Stage) -> None:
-    """Kill and start the bridge's processes at random moments, also while they start."""
-    plan, parts, rng = stage.plan, stage.parts, stage.rng
+    """Kill and start the bridge at random moments, also while it starts."""
+    plan, bridge, rng = stage.plan, stage.bridge, stage.rng
     for number in range(plan.kills):
         if number % 2 == 0 and not plan.is_fair:
             stage.history.add(Note(now := time.time(), now, stage.weather.turn(rng)))
         time.sleep(rng.uniform(*plan.up_s))
-        chosen = list(parts)
-        if len(parts) > 1 and rng.random() < 0.8:
-            chosen = ["web" if rng.random() < 0.4 else "worker"]
         if rng.random() < _STOPPED:
-            stop = stage.history.add(Note(time.time(), 0, f"stop {' '.join(chosen)}"))
-            for name in chosen:
-                parts[name].stop()
-                parts[name].spawn()
-                parts[name].wait_ready()
+            stop = stage.history.add(Note(time.time(), 0, "stop"))
+            bridge.stop()
+            bridge.spawn()
+            bridge.wait_ready()
             stop.until = time.time()
             time.sleep(rng.uniform(*plan.up_s))
-        kill = stage.history.add(Kill(time.time(), 0, tuple(chosen)))
-        for name in chosen:
-            parts[name].kill()
+        kill = stage.history.add(Kill(time.time(), 0))
+        bridge.kill()
         kill.until = time.time()
         if rng.random() < 0.3:
             time.sleep(rng.uniform(0, 0.3))
-        for name in chosen:
-            parts[name].spawn()
+        bridge.spawn()
         if rng.random() < 0.8:
-            for name in chosen:
-                parts[name].wait_ready()
+            bridge.wait_ready()
 
 
-def _start(parts: dict[str, Process]) -> None:
-    """Start what does not run, and wait until all do their work."""
-    for part in parts.values():
-        if not part.runs():
-            part.spawn()
-    for part in parts.values():
-        part.wait_ready()
+def _start(bridge: Process) -> None:
+    """Start it unless it runs, and wait until it does its work."""
+    if not bridge.runs():
+        bridge.spawn()
+    bridge.wait_ready()
 
 
 def _go_on(plan: Plan, history: History, weather: Weather) -> None:
@@ -242,9 +228,7 @@ def _statuses(url: str, key: str, history: History) -> dict[str, dict[str, objec
 def _counted(history: History, database: Path) -> Counter[str]:
     """Count what the rules do not."""
     counts = Counter[str]()
-    for kill in history.of(Kill):
-        counts[f"kills of {' and '.join(kill.who)}"] += 1
-        counts["kills"] += 1
+    counts["kills"] = len(history.of(Kill))
     counts["orderly stops"] = sum(note.text.startswith("stop") for note in history.of(Note))
     for call in history.of(SendCall):
         counts["look-ups" if call.text is None else "Send API calls"] += 1

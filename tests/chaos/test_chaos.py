@@ -12,7 +12,6 @@ from statistics import median
 import pytest
 
 from crmbridge.sandbox import Sandbox
-from tests.chaos import processes
 from tests.chaos.history import CrmCall, Webhook
 from tests.chaos.processes import Process
 from tests.chaos.run import Plan, Stage, run
@@ -26,8 +25,7 @@ _TIMES = 10  # as long as what has its bell takes here, at this moment, may come
 
 def test_more_than_fifty_kills_break_no_promise(tmp_path: Path) -> None:
     """Two bridges at a time, so that each also meets a busy machine."""
-    modes = {1: "serve", 2: "split", 3: "serve", 4: "split"}
-    plans = [Plan(seed, 13, mode, least=(251, 51)) for seed, mode in modes.items()]
+    plans = [Plan(seed, 13, least=(251, 51)) for seed in (1, 2, 3, 4)]
     folders = [tmp_path / str(plan.seed) for plan in plans]
     for folder in folders:
         folder.mkdir()
@@ -72,7 +70,7 @@ def test_a_planted_bug_is_found(plan: Plan, rules: set[str], tmp_path: Path) -> 
 
 @contextmanager
 def still_shop(folder: Path) -> Iterator[tuple[Shop, dict[str, Process]]]:
-    """Yield a shop and the processes that its bridge may be made of, none of them started."""
+    """Yield a shop and two processes that its bridge may be, none of them started."""
     with Sandbox() as sandbox:
         shop = Shop(folder, sandbox, QUICK)
         shop.bridge.environ["CRMBRIDGE_WEB_PORT"] = str(free_port())
@@ -81,13 +79,8 @@ def still_shop(folder: Path) -> Iterator[tuple[Shop, dict[str, Process]]]:
         shop.close()
         environ = shop.bridge.environ
         parts = {
-            name: Process(name, words, folder / "crmbridge.ini", environ, planted)
-            for name, words, planted in (
-                ("serve", ("serve",), None),
-                ("web", ("serve", "--no-worker"), None),
-                ("dying", ("serve", "--no-worker"), "die_before_ringing"),
-                ("worker", ("worker",), None),
-            )
+            name: Process(name, folder / "crmbridge.ini", environ, planted)
+            for name, planted in (("serve", None), ("dying", "die_before_ringing"))
         }
         try:
             yield shop, parts
@@ -96,14 +89,12 @@ def still_shop(folder: Path) -> Iterator[tuple[Shop, dict[str, Process]]]:
                 part.stop()
 
 
-@pytest.mark.parametrize("mode", processes.MODES)
-def test_500_messages_acknowledged_before_a_kill_arrive_once_each(mode: str, tmp_path: Path) -> None:
+def test_500_messages_acknowledged_before_a_kill_arrive_once_each(tmp_path: Path) -> None:
     """The CRM answers 500 to everything, the bridge is killed after the last 200, the CRM recovers."""
-    with still_shop(tmp_path) as (shop, all_parts):
-        parts = [all_parts[name] for name in processes.MODES[mode]]
-        for part in parts:
-            part.spawn()
-            part.wait_ready()
+    with still_shop(tmp_path) as (shop, parts):
+        bridge = parts["serve"]
+        bridge.spawn()
+        bridge.wait_ready()
         shop.crm.answer_always(500)
 
         def say(number: int) -> int:
@@ -111,12 +102,10 @@ def test_500_messages_acknowledged_before_a_kill_arrive_once_each(mode: str, tmp
 
         with ThreadPoolExecutor(8) as pool:
             assert set(pool.map(say, range(500))) == {200}
-        for part in parts:
-            part.kill()
+        bridge.kill()
         assert not [entry for entry in shop.crm.received if entry.answered == 200]
         shop.crm.answer_always(None)
-        for part in parts:
-            part.spawn()
+        bridge.spawn()
         shop.crm.wait(500, timeout_s=BULK_S, where=lambda entry: entry.answered == 200)
         shop.wait_rows("SELECT COUNT(*) FROM deliveries WHERE state <> 'done'", [(0,)])
         taken = [entry.event for entry in shop.crm.received if entry.answered == 200]
@@ -127,35 +116,26 @@ def test_500_messages_acknowledged_before_a_kill_arrive_once_each(mode: str, tmp
             lanes[event["sender_id"]] = event["sequence"]
 
 
-def test_a_kill_between_commit_and_bell_delays_by_a_sweep_at_most(tmp_path: Path) -> None:
+def test_a_kill_between_commit_and_bell_loses_and_doubles_nothing(tmp_path: Path) -> None:
     with still_shop(tmp_path) as (shop, parts):
-        for name in ("worker", "web"):
-            parts[name].spawn()
-            parts[name].wait_ready()
-        began = time.monotonic()
-        assert shop.meta.customer_says(SHOP_ID, CUSTOMER, "somebody rings").status == 200
-        shop.crm.wait(1)
-        at_most_s = SWEEP_S + _TOLERANCE_S + _TIMES * (time.monotonic() - began)
-        parts["web"].kill()
-        parts["dying"].spawn()
-        parts["dying"].wait_ready()
-        began = time.monotonic()
+        serve, dying = parts["serve"], parts["dying"]
+        dying.spawn()
+        dying.wait_ready()
         assert shop.meta.customer_says(SHOP_ID, CUSTOMER, "nobody rang").status == 0
-        assert parts["dying"].wait(PATIENCE_S) == 9
-        shop.crm.wait(2)
-        took_s = {"in": time.monotonic() - began}
-        parts["dying"].spawn()
-        parts["dying"].wait_ready()
-        began = time.monotonic()
+        assert dying.wait(PATIENCE_S) == 9
+        serve.spawn()
+        serve.wait_ready()
+        shop.crm.wait(1)
+        serve.stop()
+        dying.spawn()
+        dying.wait_ready()
         with pytest.raises(OSError):  # requests' own errors are OSErrors
             shop.send("nobody rang", "bell-1")
+        assert dying.wait(PATIENCE_S) == 9
+        serve.spawn()
+        serve.wait_ready()
         shop.meta.wait_sent(1)
-        took_s["out"] = time.monotonic() - began
-        print(f"at most {at_most_s:.1f} s: {took_s}")
-        assert max(took_s.values()) < at_most_s
         # Both were kept, so Meta's and the client's repetitions change nothing.
-        parts["web"].spawn()
-        parts["web"].wait_ready()
         assert shop.send("nobody rang", "bell-1").status_code == 202
         assert shop.rows("SELECT COUNT(*) FROM outbound_messages") == [(1,)]
         assert [entry.text for entry in shop.meta.sent] == ["nobody rang"]
@@ -164,19 +144,17 @@ def test_a_kill_between_commit_and_bell_delays_by_a_sweep_at_most(tmp_path: Path
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(7, 0, "serve", is_fair=True),
-        Plan(7, 0, "split", is_fair=True),
-        Plan(8, 0, "serve", is_fair=True, inbound=1, outbound=1, pause_s=2.0),  # so seldom that each needs a bell
+        Plan(7, 0, is_fair=True),
+        Plan(8, 0, is_fair=True, inbound=1, outbound=1, pause_s=2.0),  # so seldom that each needs a bell
     ],
-    ids=["serve", "split", "seldom"],
+    ids=["often", "seldom"],
 )
 def test_the_queue_may_be_deleted_under_load(plan: Plan, tmp_path: Path) -> None:
     def delete_the_queue(stage: Stage) -> None:
         for _ in range(5):
             time.sleep(2 if plan.pause_s > 1 else 0.7)
             for path in (stage.folder / "var").glob("queue.db*"):
-                if not path.name.endswith(".bell"):
-                    path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     result = run(plan, tmp_path, delete_the_queue)
     print(result.told())

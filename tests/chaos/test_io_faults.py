@@ -5,12 +5,10 @@ Whatever was acknowledged is kept and delivered, the rest is refused with 503, a
 
 import contextlib
 import json
-import operator
 import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -459,43 +457,3 @@ def test_a_restart_on_a_full_disk_keeps_the_space_for_what_was_acknowledged(smal
     assert_honest(callers)
     wait_arrived(shop, set(callers.answers))
     assert_whole(shop)
-
-
-@pytest.mark.chaos
-def test_web_and_worker_as_two_processes_have_a_reserve_for_the_second_full_disk_too(small_disk: Path) -> None:
-    with Sandbox() as sandbox:
-        shop = Shop(small_disk, sandbox, QUICK)
-        worker = None
-        try:
-            shop.start("serve", "--no-worker")
-            shop.open()
-            words = [sys.executable, "-m", "crmbridge", "worker", "--config", str(small_disk / "crmbridge.ini")]
-            with (small_disk / "worker.log").open("wb") as log:
-                worker = subprocess.Popen(words, env=shop.bridge.environ, stderr=log)
-            wait_healthy(shop)
-            know_customers(shop)
-            callers = Callers(shop)
-
-            def times_full() -> int:
-                return (small_disk / "worker.log").read_text().count(" storage.full ")
-
-            for _ in range(2):
-                before = times_full()
-                shop.crm.answer_always(503)
-                shop.meta.fault("messages", times=100_000, status=503, body="")
-                take(callers, 60)
-                filler = fill(shop.database.parent)
-                until(times_full, partial(operator.lt, before))  # the worker alone writes, until it finds the disk full
-                try_until_refused(callers)
-                come_back(shop)
-                wait_arrived(shop, callers.taken())
-                filler.unlink()
-                callers.mend()
-                assert_each_once(shop, set(callers.answers))
-            assert_honest(callers)
-            assert_whole(shop)
-        finally:
-            if worker is not None:
-                worker.terminate()
-                worker.wait()
-            shop.close()
