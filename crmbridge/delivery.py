@@ -376,7 +376,7 @@ class Engine:
                 http_status=outcome.http_status,
                 is_worn=is_worn(claimed, self._schedule),
                 previous_s=epoch_s(claimed.previous_at) if claimed.previous_at else None,
-                contact=claimed.contact,
+                delivery=claimed.id,
                 was_head=claimed.place == "head",
             )
             ends = f"; what was tried is given up at {claimed.expires_at}"

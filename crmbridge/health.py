@@ -21,9 +21,9 @@ class Room:
     """What an endpoint may get now.
 
     `calls` at most, of which `retries` may be for rows that failed before, and `revived` of these for rows that
-    were dead. While it is broken it gets one
-    `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row after the one that just failed
-    in the lane of `contact`, to tell a message that the far side cannot take from a far side that is down.
+    were dead. While it is broken it gets one `probe` at a time: ``head`` tries a lane's first row, ``behind`` the row
+    after the one that just failed, `failed`, to tell a message that the far side cannot take from a far side that is
+    down.
     Instagram, which may take a message and answer with an error, must first answer a question (``ask``).
     `is_idle` tells that it has no call now: its first one is served before another endpoint's second.
     """
@@ -32,7 +32,7 @@ class Room:
     retries: int
     is_idle: bool = True
     probe: Literal["head", "behind", "ask"] | None = None
-    contact: str = ""
+    failed: str = ""
     revived: int = 1
 
 
@@ -51,7 +51,7 @@ class _State:
     failing_since_s: float = 0.0
     probes: int = 0
     rests_until_s: float = 0.0
-    behind: str | None = None
+    behind: str | None = None  # the delivery that failed, after which the next one is tried
     tokens: float = 0.0
     counted_s: float = 0.0
     revived_in_flight: int = 0
@@ -134,9 +134,9 @@ class Endpoints:
                 return NO_ROOM
             if endpoint[0] == "instagram" and not state.has_answered:
                 return Room(0, 0, probe="ask")
-            contact, state.behind = state.behind, None
-            if contact is not None:
-                return Room(1, 1, probe="behind", contact=contact)
+            failed, state.behind = state.behind, None
+            if failed is not None:
+                return Room(1, 1, probe="behind", failed=failed)
             return Room(1, 1, probe="head")
         if endpoint[0] == ASK:
             return Room(1, 1)
@@ -210,7 +210,7 @@ class Endpoints:
         http_status: int | None,
         is_worn: bool,
         previous_s: float | None,
-        contact: str,
+        delivery: str,
         was_head: bool,
     ) -> Change | None:
         """Note that the far side did not.
@@ -235,7 +235,7 @@ class Endpoints:
         state.probes += 1
         # Something answers there: it may be this message alone that it cannot take.
         answered = http_status is not None and http_status not in _OVERLOADED
-        state.behind = contact if answered and was_head and is_worn else None
+        state.behind = delivery if answered and was_head and is_worn else None
         return None if was_broken else "broken"
 
     def rest(self, endpoint: Endpoint, until_s: float) -> None:

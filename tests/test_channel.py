@@ -692,6 +692,38 @@ def test_what_was_taken_back_is_erased_everywhere(rig: Rig) -> None:
     assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM outbound_messages"))
 
 
+@pytest.mark.parametrize("was_told", [True, False])
+def test_what_was_taken_back_keeps_all_but_what_was_said(rig: Rig, was_told: bool) -> None:
+    """A CRM that reads again finds each event of the kind it was, and the window as it was told then."""
+    rig.account()
+    rig.crm.answer_always(None if was_told else 503)
+    rig.say("my secret", "mid-1")
+    rig.hear(rig.item({"reaction": {"mid": "mid-1", "action": "react", "emoji": "❤"}}))
+    rig.hear(rig.item({"message_edit": {"mid": "mid-1", "text": "my other secret", "num_edit": 1}}))
+    rig.drain()
+    rig.now_s += 60
+    rig.say("now the window is open for longer", "mid-2")
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}))
+    rig.crm.answer_always(None)
+    rig.live_through(3600)
+    _, page = rig.call("GET", "/api/v1/events")
+    read = {event["event"]: event for event in page["events"] if event["instagram_message_id"] == "mid-1"}
+    assert {name: event["message_type"] for name, event in read.items()} == {
+        "message.received": "deleted",
+        "message.reaction": "reaction",
+        "message.edited": "edited",
+        "message.deleted": "deleted",
+    }
+    assert "secret" not in json.dumps(read)
+    assert (read["message.reaction"]["reaction"]["emoji"], read["message.edited"]["message"]) == ("❤", None)
+    if was_told:
+        for entry in rig.taken():
+            event = entry.event
+            if event["event"] in ("message.received", "message.edited") and event["instagram_message_id"] == "mid-1":
+                kind = "deleted" if event["event"] == "message.received" else "edited"
+                assert {**event, "message": None, "message_type": kind} == read[event["event"]]
+
+
 @pytest.mark.parametrize(("switch", "wanted"), [("false", ["text"]), ("true", ["comment", "mention", "text"])])
 def test_comments_and_mentions_are_told_only_where_asked_for(tmp_path: Path, switch: str, wanted: list[str]) -> None:
     switches = f"comments = {switch}\nmentions = {switch}\n"

@@ -228,6 +228,24 @@ def test_a_message_that_the_crm_cannot_take_holds_up_no_later_one(rig: Rig) -> N
     assert [entry.event["message"] for entry in rig.taken()] == ["a day later"]
 
 
+def test_what_waited_behind_a_head_that_died_of_age_has_its_own_quick_retries(rig: Rig) -> None:
+    rig.account()
+    rig.crm.answer_always(500)
+    rig.say("text 0", "mid-0")
+    rig.live_through(DAY_S - 70)
+    for number in range(1, 5):
+        rig.say(f"text {number}", f"mid-{number}")
+    rig.live_through(69)
+    tried = [entry.event["message"] for entry in rig.crm.received].count("text 1")
+    assert 0 < tried < 5  # as the one behind a probe
+    rig.crm.answer_always(None)
+    rig.crm.answer(500, times=1000, containing="text 0")
+    rig.crm.answer(500, times=5 - tried, containing="text 1")
+    rig.live_through(3600)
+    assert [entry.event["message"] for entry in rig.taken()] == ["text 1", "text 2", "text 3", "text 4"]
+    assert rig.db.rows("SELECT last_code FROM deliveries WHERE place = 'dead'") == [{"last_code": "crm_error"}]
+
+
 @pytest.mark.parametrize("status", [500, 503])
 def test_an_outage_changes_no_order_and_is_asked_by_single_probes(rig: Rig, status: int) -> None:
     rig.account()

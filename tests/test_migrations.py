@@ -103,7 +103,8 @@ def test_a_rehearsal_that_does_not_end_is_ended(code: Path) -> None:
     assert at(code, "backup", "copy.db").returncode == 0
     before, left = dump(code), sorted(code.iterdir())
     place = code / "crmbridge" / "ops" / "rehearsal.py"
-    place.write_text(re.sub(r"^_LONGEST_S = \d+$", "_LONGEST_S = 2", place.read_text(), flags=re.MULTILINE))
+    usual = place.read_text()
+    place.write_text(re.sub(r"^_LONGEST_S = \d+$", "_LONGEST_S = 2", usual, flags=re.MULTILINE))
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
     for said, step in (
         ("crmbridge: the rehearsal took more than 2 s and was ended\n", f'db.execute_sql("{endless}")'),
@@ -114,6 +115,7 @@ def test_a_rehearsal_that_does_not_end_is_ended(code: Path) -> None:
         ended = at(code, "check", "--rehearse", "copy.db")
         assert time.monotonic() - began_s < PATIENCE_S / 2
         assert (ended.returncode != 0, ended.stderr) == (True, said)
+    place.write_text(usual)
     plant(code, "0007_shoes", GOOD)
     assert at(code, "check", "--rehearse", "copy.db").returncode == 0
     assert (dump(code), sorted(code.iterdir())) == (before, left)

@@ -109,6 +109,19 @@ def of(db: Reads, account: Row, row: Row) -> str:
     return rendered(fields)
 
 
+def withdrawn(kind: str, body: str) -> str:
+    """Return a body that was rendered, without what its message said; all else stays as it was told."""
+    told = json.loads(body)
+    nothing: dict[str, Any] = {"message": None, "attachments": [], "reply_to": None, "raw": None, "other": None}
+    told |= {name: value for name, value in nothing.items() if name in told}
+    for value in told.values():
+        if isinstance(value, dict):
+            value |= {name: None for name in ("other", "ad") if name in value}
+    if kind in MESSAGES:
+        told["message_type"] = "deleted"
+    return rendered(told)
+
+
 def _message_id(db: Reads, account_id: str, row: Row) -> str | None:
     """Return our id of the message that an event is or is about, or None when it is not here."""
     if row["kind"] in MESSAGES:

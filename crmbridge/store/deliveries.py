@@ -213,14 +213,16 @@ def in_doubt(db: Reads, account_id: str, now: str, limit: int) -> list[Row]:
     return db.rows(_LOOK_UPS, (account_id, now, limit))
 
 
-def first_behind(db: Reads, target: str, account_id: str, contact: str) -> Row | None:
-    """Return the first row that waits behind a lane's head."""
+def next_after(db: Reads, delivery_id: str) -> Row | None:
+    """Return the row that goes after a delivery in its lane: the first one behind it, or the head where it is over."""
     return db.row(
         """
-        SELECT * FROM deliveries
-        WHERE finished_at IS NULL AND target = ? || '' AND account_id = ? AND contact = ? AND place = 'behind'
-        ORDER BY position LIMIT 1""",
-        (target, account_id, contact),
+        SELECT after.* FROM deliveries AS before JOIN deliveries AS after
+            ON after.target = before.target AND after.account_id = before.account_id AND after.contact = before.contact
+        WHERE before.id = ? AND after.finished_at IS NULL AND after.place IN ('head', 'behind')
+            AND after.id <> before.id
+        ORDER BY after.place = 'behind', after.position LIMIT 1""",
+        (delivery_id,),
     )
 
 

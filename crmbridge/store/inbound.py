@@ -262,12 +262,14 @@ def _withdraw(tx: Tx, account: Row, row: Row) -> None:
     named = [account["id"], row["instagram_message_id"], row["id"]]
     # An echo that is held may be the only proof that a send arrived; it is erased when it is looked at again.
     where = "account_id = ? AND instagram_message_id = ? AND id <> ? AND state <> 'held'"
-    for event in tx.rows(f"SELECT id, payload FROM events WHERE {where} AND payload IS NOT NULL", named):
+    for event in tx.rows(f"SELECT id, kind, payload, body FROM events WHERE {where} AND payload IS NOT NULL", named):
         left = {key: value for key, value in json.loads(event["payload"]).items() if key not in _SAID_NOTHING}
         if "referral" in left.get("extra", {}):
             left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
-        withdrawn = json.dumps({**left, "message_type": "deleted"}, ensure_ascii=False)
-        tx.update("events", {"payload": withdrawn, "body": None}, "id = ?", [event["id"]])
+        if event["kind"] in bodies.MESSAGES:
+            left["message_type"] = "deleted"
+        body = bodies.withdrawn(event["kind"], event["body"]) if event["body"] is not None else None
+        tx.update("events", {"payload": json.dumps(left, ensure_ascii=False), "body": body}, "id = ?", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"
     tx.update("outbound_messages", {"content": None}, sent, named[:2])
     if not _expect(tx, account, row, WITHDRAWN):

@@ -100,7 +100,8 @@ def _end_deliveries(tx: Tx, ids: Sequence[str], alias: str) -> None:
     deliveries.break_off(tx, f"id IN ({marks})", ids, "erased")
     # What became of a private reply names nobody by its contact, which is the comment.
     told = {"contact": alias, "payload": None, "body": None, "gone": 1}
-    theirs = f"message_id IS NOT NULL AND id IN (SELECT event_id FROM deliveries WHERE id IN ({marks}))"
+    owed = f"SELECT event_id FROM deliveries WHERE id IN ({marks})"
+    theirs = f"message_id IS NOT NULL AND contact LIKE 'comment:%' AND id IN ({owed})"
     tx.update("events", told, theirs, ids)
     deliveries.move(tx, "done", f"id IN ({marks})", ids, {"last_code": "erased"})
     tx.update("deliveries", {"contact": alias, "gone": 1, "last_error": None}, f"id IN ({marks})", ids)

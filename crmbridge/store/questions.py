@@ -38,8 +38,15 @@ def later(db: Database, question: Row, due_at: str) -> None:
 
 
 def drop(db: Database, question: Row) -> None:
-    """Ask no more."""
-    db.write(lambda tx: tx.run(f"DELETE FROM questions WHERE {_only(question)[0]}", _only(question)[1]))
+    """Ask no more, and let go what waited for the answer."""
+    named = (question["account_id"], question["subject"])
+
+    def job(tx: Tx) -> None:
+        for row in tx.rows("SELECT contact FROM events WHERE account_id = ? AND instagram_message_id = ?", named):
+            deliveries.wait_no_more(tx, question["account_id"], row["contact"])
+        tx.run(f"DELETE FROM questions WHERE {_only(question)[0]}", _only(question)[1])
+
+    db.write(job)
 
 
 def forget(db: Database, before: str, messages_before: str) -> int:

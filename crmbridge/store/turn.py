@@ -256,8 +256,8 @@ def _choose(tx: Tx, turn: Turn, row: Row, room: Room, senders: int, spare: int, 
     if calls <= 0:
         return []
     if room.probe == "behind":
-        behind = deliveries.first_behind(tx, *endpoint, room.contact)
-        return [behind] if behind else []
+        after = deliveries.next_after(tx, room.failed)
+        return [after] if after else []
 
     def due(rank: int, at_most: int) -> list[Row]:
         at = dues[rank]

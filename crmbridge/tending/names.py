@@ -146,6 +146,7 @@ class Names:
                 questions.drop(self._db, question)
             else:
                 questions.later(self._db, question, instant(now_s + _AGAIN_S[question["tries"]]))
+            self._wake({question["account_id"]})
             return
         events = reading.events([told], account, instant(now_s))
         kept = inbound.keep(self._db, events, correlation_id=new_id("req"), ask_s=self._ask_s)
