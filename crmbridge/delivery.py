@@ -177,6 +177,7 @@ class Engine:
         self._hasten: dict[Endpoint, str] = {}
         self._asking: set[Endpoint] = set()
         self._answers: list[tuple[Question, bool]] = []
+        self._late: dict[Endpoint, int] = {}  # how many deliveries in a row were late
         self._stops: list[tuple[float, str]] = []  # when which account was stopped, of late
         self._started_s = self._clock.now_s()
         self._newest = 0  # the last delivery that the turn before has seen
@@ -547,8 +548,11 @@ class Engine:
 
     def _report(self, entry: Finished, now_s: float, *, is_ours: bool) -> None:
         """Write a call's line into the log, and raise and clear the alerts that follow from it."""
-        _log(entry, now_s, is_ours=is_ours)
         claimed, outcome = entry.claimed, entry.outcome
+        latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
+        _log(entry, now_s, latency_ms)
+        if is_ours and entry.verdict.state == "done":
+            self._tell_slow(claimed, latency_ms)
         if outcome.kind == "done":
             for kind in _STOPS[claimed.target]:
                 if claimed.account_id in self._alarm.opened(kind) and not self._is_held(claimed):
@@ -560,6 +564,19 @@ class Engine:
             self._alarm.alert(outcome.alert, outcome.message or "", account=claimed.account_id, delivery=claimed.id)
         if is_ours and entry.verdict.state == "dead":
             self._tell_dead(claimed, outcome)
+
+    def _tell_slow(self, claimed: Claimed, latency_ms: int) -> None:
+        """Warn of the first of an endpoint's deliveries that come late one after the other; then tell how many came."""
+        endpoint = (claimed.target, claimed.account_id)
+        late = self._late.pop(endpoint, 0)
+        about = {"target": claimed.target, "account": claimed.account_id}
+        if latency_ms > SLOW_S * 1000:
+            self._late[endpoint] = late + 1
+            if not late:
+                told = {"latency_ms": latency_ms, "correlation": claimed.correlation_id}
+                log.warning("performance.delivery_slow", delivery=claimed.id, **about, **told)
+        elif late > 1:
+            log.warning("performance.deliveries_slow", **about, deliveries=late)
 
     def _tell_dead(self, claimed: Claimed, outcome: Outcome) -> None:
         """Raise the alert about a delivery that is dead, where it was not the customer's or the CRM's own doing."""
@@ -598,9 +615,8 @@ class Engine:
         self._alarm.alert(kind, message, account=account, delivery=entry.claimed.id)
 
 
-def _log(entry: Finished, now_s: float, *, is_ours: bool) -> None:
+def _log(entry: Finished, now_s: float, latency_ms: int) -> None:
     claimed, outcome, verdict = entry.claimed, entry.outcome, entry.verdict
-    latency_ms = deliveries.latency_ms(claimed.accepted_at, instant(now_s))
     write = log.info if outcome.kind == "done" else log.error if verdict.state == "dead" else log.warning
     write(
         "delivery.attempted",
@@ -622,15 +638,6 @@ def _log(entry: Finished, now_s: float, *, is_ours: bool) -> None:
         next_s=round(epoch_s(verdict.due) - now_s, 1) if verdict.state == "pending" else None,
         correlation=claimed.correlation_id,
     )
-    if is_ours and verdict.state == "done" and latency_ms > SLOW_S * 1000:
-        log.warning(
-            "performance.delivery_slow",
-            delivery=claimed.id,
-            target=claimed.target,
-            account=claimed.account_id,
-            latency_ms=latency_ms,
-            correlation=claimed.correlation_id,
-        )
 
 
 def _started_pool(threads: int) -> ThreadPoolExecutor:

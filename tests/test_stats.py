@@ -1,5 +1,7 @@
 """How late things are, and what the log says of each request."""
 
+import logging
+
 import pytest
 
 from crmbridge.sandbox import wire
@@ -25,6 +27,25 @@ def test_a_late_delivery_has_its_latency_and_one_warning(rig: Rig, caplog: pytes
     ]
     (warning,) = warned(caplog, "performance.delivery_slow")
     assert warning["latency_ms"] == 7000
+
+
+def test_the_late_ones_of_an_outage_are_one_warning_and_one_sum(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.account()
+    rig.crm.answer_always(503)
+    for number in range(30):
+        rig.say(f"{number}", f"mid-{number}", contact=f"80{number}")
+    rig.live_through(600)
+    rig.crm.answer_always(None)
+    rig.live_through(120)
+    assert len(rig.taken()) == 30
+    assert len(warned(caplog, "performance.delivery_slow")) == 1
+    rig.say("in time", "mid-last")
+    rig.drain()
+    (sum_,) = warned(caplog, "performance.deliveries_slow")
+    assert sum_["deliveries"] == 30
+    late = [one for one in warned(caplog, "delivery.attempted") if one["state"] == "done" and one["latency_ms"] > 5000]
+    assert len(late) == 30
 
 
 def told(rig: Rig, subject: str) -> list[tuple[str, str | None]]:
