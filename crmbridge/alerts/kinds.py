@@ -56,15 +56,15 @@ KINDS = {
     ),
     "crm_down": Kind(
         "the CRM has been failing for longer than [alerts] endpoint_down_after_s",
-        "look at the CRM's server; what waits goes out by itself when that is well within 24 h "
-        "([delivery] crm_give_up_s) of its acceptance, and is a dead letter after that: crmbridge dlq retry",
+        "look at the CRM's server; what waits goes out by itself when that is well within [delivery] crm_give_up_s of "
+        "its acceptance, and is a dead letter after that: crmbridge dlq retry",
         "the CRM takes an event; or nothing waits for it any more, whether it is well or not",
         lasting=True,
     ),
     "instagram_down": Kind(
         "Instagram has been failing for the account for longer than [alerts] endpoint_down_after_s",
         "look at https://metastatus.com and at this server's network; what waits goes out by itself when Instagram "
-        "answers within 24 h ([delivery] instagram_give_up_s) of its acceptance, and fails after that",
+        "answers within [delivery] instagram_give_up_s of its acceptance, and fails after that",
         "Instagram answers; or nothing waits for it any more, whether it is well or not",
         lasting=True,
     ),
