@@ -106,6 +106,38 @@ def test_every_id_of_what_a_customer_wrote_leads_to_its_story(rig: Rig) -> None:
     assert [step["step"] for step in story(rig, "mid-1")["steps"]] == ["occurred", "received", "owed", "call"]
 
 
+def test_a_message_tells_what_came_about_it_later(rig: Rig) -> None:
+    rig.account()
+    rig.say("hello", "mid-1")
+    rig.now_s += 60
+    rig.hear(rig.item({"reaction": {"mid": "mid-1", "action": "react", "emoji": "❤"}}))
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_deleted": True}}))
+    rig.drain()
+    lines = told(rig, rig.taken()[0].event["message_id"])
+    assert "Instagram told message.reaction about it: evt_" in lines
+    assert "Instagram told message.deleted about it: evt_" in lines
+
+
+def test_what_was_held_while_a_letter_was_dead_did_not_hold_it(rig: Rig) -> None:
+    account = rig.account()
+    rig.meet()
+    message_id = rig.send(account)
+    rig.meta.fault("messages", status=400, body=wire.error_body(100, "No matching user found", subcode=2534014))
+    rig.drain()
+    rig.now_s += 60
+    rig.pause(account, "sends", reason="lunch")
+    rig.now_s += 60
+    rig.unpause(account, "sends")
+    rig.now_s += 60
+    rig.revive(dead_id(rig))
+    assert "lunch" not in told(rig, message_id)
+    rig.pause(account, "sends", reason="supper")
+    rig.now_s += 60
+    rig.unpause(account, "sends")
+    rig.drain()
+    assert "supper" in told(rig, message_id)
+
+
 def test_an_account_and_a_conversation_have_stories(rig: Rig) -> None:
     message_id = troubled(rig)
     (conversation,) = stories(rig, CUSTOMER)

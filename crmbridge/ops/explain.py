@@ -176,6 +176,9 @@ def _event(life: Life, now: str, patience: Patience) -> Story:
     if event["repeats"]:
         text = f"Instagram told it again: {event['repeats']} time(s) by then, each dropped as a repetition"
         found.tell(event["repeated_at"], "repeated", text)
+    for heard in life.heard:
+        text = f"Instagram told {heard['kind']} about it: {heard['id']}, {heard['state']}"
+        found.tell(heard["received_at"], "heard", text)
     if event["state"] == "unrouted":
         found.next.append(
             f"no account here has the Instagram account id {event['instagram_account_id']}; it is delivered when"

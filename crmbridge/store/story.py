@@ -1,9 +1,10 @@
 """What is known of one message, conversation or account, whatever id it is asked by. Only reads."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crmbridge.store import accounts, endpoints, history
+from crmbridge.store import accounts, bodies, endpoints, history
 from crmbridge.store.database import Reads, Row
 
 Kind = Literal["message", "event", "account", "conversation"]
@@ -93,13 +94,7 @@ def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
 def of_message(db: Reads, message_id: str) -> Life:
     """Return what became of a message that a CRM asked us to send."""
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
-    heard = db.rows(
-        f"SELECT id, kind, state, occurred_at, received_at, {_REPEATS} FROM events"
-        " WHERE account_id = ? AND instagram_message_id = ?",
-        (message["account_id"], message["instagram_message_id"]),
-    )
-    # Sorted here: with ORDER BY SQLite reads all of the account's events by their age.
-    heard.sort(key=lambda row: str(row["received_at"]))
+    heard = _heard(db, message["account_id"], message["instagram_message_id"])
     owed = db.rows(f"{_DELIVERIES} WHERE deliveries.message_id = ? ORDER BY deliveries.position", (message_id,))
     return _life(db, message, None, message["account_id"], message["recipient_id"], heard, owed)
 
@@ -108,7 +103,20 @@ def of_event(db: Reads, event_id: str) -> Life:
     """Return what became of something that the channel told us."""
     event = _one(db, f"SELECT *, {_REPEATS} FROM events WHERE id = ?", event_id)
     owed = db.rows(f"{_DELIVERIES} WHERE event_id = ? ORDER BY deliveries.position", (event_id,))
-    return _life(db, None, event, event["account_id"], event["contact"], [], owed)
+    heard = _heard(db, event["account_id"], event["instagram_message_id"]) if event["kind"] in bodies.MESSAGES else []
+    heard = [row for row in heard if row["id"] != event_id]
+    return _life(db, None, event, event["account_id"], event["contact"], heard, owed)
+
+
+def _heard(db: Reads, account_id: str | None, external_id: str | None) -> list[Row]:
+    """Return what the channel told of a message, in the order in which it came."""
+    found = db.rows(
+        f"SELECT id, kind, state, occurred_at, received_at, {_REPEATS} FROM events"
+        " WHERE account_id = ? AND instagram_message_id = ?",
+        (account_id, external_id),
+    )
+    # Sorted here: with ORDER BY SQLite reads all of the account's events by their age.
+    return sorted(found, key=lambda row: str(row["received_at"]))
 
 
 def _life(
@@ -139,7 +147,13 @@ def _owed(db: Reads, row: Row) -> Owed:
             (row["target"], row["account_id"], row["contact"]),
         )
     lived = {"begin": row["accepted_at"], "end": row["finished_at"] or "9999"}
-    held = endpoints.past(db, row["account_id"], row["target"], **lived)
+    # What held its endpoint only while it was dead did not hold it.
+    dead = [(one["at"], again["at"]) for one, again in itertools.pairwise(befell) if again["kind"] == "revived"]
+    held = [
+        one
+        for one in endpoints.past(db, row["account_id"], row["target"], **lived)
+        if not any(died < one["since"] and one["ended_at"] <= revived for died, revived in dead)
+    ]
     end = endpoints.find(db, row["account_id"], row["target"])
     aged_from = max(row["aged_from"], end["aged_from"]) if end else row["aged_from"]
     before = "SELECT send_before FROM outbound_messages WHERE id = ?"
