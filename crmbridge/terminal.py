@@ -47,6 +47,13 @@ def complain(*lines: str) -> None:
     _print(sys.stderr, lines)
 
 
+def flush() -> None:
+    """Write out what was printed. Raises BrokenPipeError where nobody reads it any more."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
 def _print(stream: TextIO | None, lines: tuple[str, ...]) -> None:
     if stream is None:  # it was closed before the start
         return

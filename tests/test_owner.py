@@ -24,7 +24,7 @@ UID = GID = 54_321  # nobody's
 # The Python of a checkout may be closed to others, so all that could be imported later is imported while root.
 PROGRAM = """
 import codecs, ctypes, importlib, multiprocessing.dummy, pkgutil, sys
-import crmbridge, crmbridge.__main__ as main
+import crmbridge, crmbridge.cli as main
 for module in pkgutil.walk_packages(crmbridge.__path__, "crmbridge."):
     if "migrations" not in module.name:
         importlib.import_module(module.name)

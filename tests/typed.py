@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crmbridge.__main__ import main
+from crmbridge.cli import main
 
 
 def typed(folder: Path, *words: str, encoding: str = "utf-8", **environ: str) -> tuple[int, str]:

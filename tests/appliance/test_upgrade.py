@@ -109,7 +109,7 @@ BROKEN: dict[str, tuple[str, Edits, str]] = {
     ),
     "it dies at once": (
         "pass",
-        (("crmbridge/__main__.py", SERVE, f"{SERVE}    sys.exit('it does not start')\n"),),
+        (("crmbridge/cli.py", SERVE, f"{SERVE}    sys.exit('it does not start')\n"),),
         "its process has ended twice",
     ),
     "it is not well": (

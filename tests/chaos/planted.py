@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from crmbridge import __main__, delivery, worker
+from crmbridge import cli, delivery, worker
 from crmbridge.store import deliveries, inbound, turn
 
 
@@ -102,4 +102,4 @@ PLANTED: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     PLANTED[sys.argv[1]]()
-    sys.exit(__main__.main(sys.argv[2:]))
+    sys.exit(cli.main(sys.argv[2:]))

@@ -292,7 +292,7 @@ def check(files: dict[str, bytes], folder: Path, acknowledged: Iterable[Acknowle
 
 
 def _serve_unsynced() -> int:
-    from crmbridge import __main__ as program
+    from crmbridge import cli as program
     from crmbridge.store import sqlite
 
     connect = sqlite.connect
