@@ -8,6 +8,7 @@ from typing import Any
 
 from crmbridge import config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
+from crmbridge.connecting import Connector
 from crmbridge.errors import Misconfigured, Refused, Unclear
 from crmbridge.events import Thread, Wake, epoch_s
 from crmbridge.instagram.client import Client
@@ -41,18 +42,11 @@ def open_rooms(settings: config.Settings) -> Rooms:
     for account in accounts.everyone(db)[:_PROBED]:
         if account["access_token_sealed"]:
             accounts.token(keys_of_secrets, account)
-    graph = net.Session(
-        net.Reach(any_address=True, http=True),  # named in the configuration itself
-        connect_timeout_s=settings.instagram.connect_timeout_s,
-        timeout_s=settings.instagram.timeout_s,
-        connections=settings.delivery.senders,
-        read_bytes=512 * 1024,  # a conversation's newest twenty messages
-    )
     return Rooms(
         settings=settings,
         db=db,
         vault=keys_of_secrets,
-        client=Client(graph, settings.instagram.graph_url, _more_fields(settings.instagram)),
+        client=open_client(settings),
         crm=crm.open_session(settings.crm, connections=settings.delivery.slots_per_endpoint),
         reach=crm.reach(settings.crm),
         alerts=Alerts(
@@ -66,6 +60,23 @@ def open_rooms(settings: config.Settings) -> Rooms:
             settings.delivery.crm_give_up_s, settings.delivery.instagram_give_up_s, settings.instagram.profile_wait_s
         ),
     )
+
+
+def open_client(settings: config.Settings) -> Client:
+    """Return what calls Instagram."""
+    session = net.Session(
+        net.Reach(any_address=True, http=True),  # named in the configuration itself
+        connect_timeout_s=settings.instagram.connect_timeout_s,
+        timeout_s=settings.instagram.timeout_s,
+        connections=settings.delivery.senders,
+        read_bytes=512 * 1024,  # a conversation's newest twenty messages
+    )
+    return Client(session, settings.instagram.graph_url, _more_fields(settings.instagram))
+
+
+def make_connector(rooms: Rooms, wake: Wake) -> Connector:
+    """Return what connects accounts and changes them."""
+    return Connector(rooms.db, rooms.vault, rooms.client, rooms.reach, wake=wake, ask_s=rooms.patience.ask_s)
 
 
 def _more_fields(settings: config.Instagram) -> tuple[str, ...]:
@@ -311,7 +322,7 @@ def make_app(rooms: Rooms, wake: Wake, **clocks: Any) -> Any:
             *message_routes.routes(wake),
             *event_routes.routes(),
             *dlq_routes.routes(wake),
-            *AccountRoutes(rooms.vault, rooms.client, rooms.reach, rooms.alerts, wake, rooms.patience.ask_s).routes(),
+            *AccountRoutes(make_connector(rooms, wake), wake).routes(),
             *PrivacyRoutes(
                 rooms.settings.instagram.app_secrets, rooms.settings.web.public_url, rooms.alerts, wake
             ).routes(),

@@ -140,16 +140,11 @@ class Rig:
         values = {"instagram_account_id": instagram_account_id, "username": "your_shop", **changes}
         return accounts.create(self.db, self.rooms.vault, values, **ends)
 
-    def change_account(self, account: dict[str, Any], *, status: Any = None, **changes: Any) -> dict[str, Any]:
-        """Change an account as a person does, by name its token, secret, URL and columns; return it."""
-        vault, ends = self.rooms.vault, dict[Any, Any]()
-        for name, kind in (("secret", "crm"), ("token", "instagram")):
-            if name in changes:
-                sealed = accounts.seal(vault, account[f"{kind}_id"], changes.pop(name))
-                ends.setdefault(kind, {})["secret_sealed"] = sealed
-        if "url" in changes:
-            ends.setdefault("crm", {})["url"] = changes.pop("url")
-        return accounts.update(self.db, account["id"], changes, ends=ends, status=status)
+    def change_account(self, account: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        """Change an account as a person does, by name its token, secret, URL, status and columns; return it."""
+        names = {"secret": "webhook_secret", "token": "access_token", "url": "crm_webhook_url", "status": "status"}
+        given = {names[name]: changes.pop(name) for name in names.keys() & changes.keys()}
+        return accounts.change(self.db, self.rooms.vault, account["id"], given, changes)
 
     def fail_account(self, account: dict[str, Any], code: str = "token_expired") -> None:
         """Have Instagram have stopped an account."""

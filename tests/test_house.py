@@ -14,7 +14,7 @@ FLOORS = (
     {"config", "vault", "signing", "contract", "net", "apikey", "matching"},
     {"health"},
     {"store", "instagram", "crm"},
-    {"alerts"},
+    {"alerts", "connecting"},
     {"delivery", "upkeep", "watch", "tending", "ops"},
     {"worker", "web"},
     {"wiring"},

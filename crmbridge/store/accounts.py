@@ -2,16 +2,16 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 from crmbridge.errors import Conflict, Misconfigured, NotFound
-from crmbridge.events import epoch_s, new_id
+from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import endpoints
-from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Reads, Row, Tx
 from crmbridge.vault import Vault
 
 _LIVE = "deleted_at IS NULL"
+_OVERLAP_S = 86_400.0  # the old webhook secret signs beside the new one
 REFUSED_OFTEN = 2  # so many refusals of a fresh token running are no accident
 _SELECT = """
     SELECT accounts.*, crm.id AS crm_id, crm.url AS crm_webhook_url, crm.secret_sealed AS webhook_secret_sealed,
@@ -85,33 +85,64 @@ def create(db: Database, vault: Vault, values: Row, *, token: str, url: str | No
     return db.write(job)
 
 
-def update(
-    db: Database,
-    account_id: str,
-    values: Row,
-    *,
-    ends: Mapping[Target, Row] | None = None,
-    status: Literal["active", "inactive"] | None = None,
-) -> Row:
-    """Change columns of an account, of its endpoints, and whether it is in use; return it.
+def update(db: Database, account_id: str, values: Row) -> Row:
+    """Change columns of an account; return it."""
 
-    To be ``active`` ends what an error of the account holds back, too. Without a URL for the CRM what it was still to
-    get waits for `turn.end_leftovers`.
+    def job(tx: Tx) -> Row:
+        tx.update("accounts", {**values, "updated_at": tx.now}, "id = ?", [account_id])
+        return found(tx, account_id)
+
+    return db.write(job)
+
+
+def change(db: Database, vault: Vault, account_id: str, given: Mapping[str, Any], owner: Row | None = None) -> Row:
+    """Change an account as a person does, and return it; `owner` are the columns that a new token brings.
+
+    Of `given` access_token, crm_webhook_url, webhook_secret (or None for these two) and status are read. To be
+    ``active`` ends what an error of the account holds back, and so does a new token. Without a URL for the CRM what it
+    was still to get waits for `turn.end_leftovers`. Raises Conflict where it is to be active and
+    has no token.
     """
 
     def job(tx: Tx) -> Row:
-        found(tx, account_id)
-        tx.update("accounts", {**values, "updated_at": tx.now}, "id = ?", [account_id])
-        for kind, changed in (ends or {}).items():
-            endpoints.change(tx, account_id, kind, changed)
-        for row in endpoints.of_accounts(tx, [account_id]):
+        row = found(tx, account_id)
+        token, status = given.get("access_token"), given.get("status")
+        if status == "active" and not (token or row["access_token_sealed"]):
+            raise Conflict("The account has no access token: send a new one.", code="token_missing")
+        if token and row["status"] == "error" and status is None:
+            status = "active"
+        tx.update("accounts", {**(owner or {}), "updated_at": tx.now}, "id = ?", [account_id])
+        crm = {"url": given["crm_webhook_url"]} if "crm_webhook_url" in given else {}
+        if "webhook_secret" in given:
+            crm |= _rotated(vault, row, given["webhook_secret"], tx.now_s)
+        endpoints.change(tx, account_id, "crm", crm)
+        sealed = {"secret_sealed": seal(vault, row["instagram_id"], token)} if token else {}
+        endpoints.change(tx, account_id, "instagram", sealed)
+        for end in endpoints.of_accounts(tx, [account_id]):
             if status == "inactive":
-                endpoints.hold(tx, account_id, row["kind"], "inactive", code=None, reason=None, revision=None)
-            elif status == "active" and row["held_by"] in ("inactive", "error"):
-                endpoints.release(tx, row, by_person=True)
+                endpoints.hold(tx, account_id, end["kind"], "inactive", code=None, reason=None, revision=None)
+            elif status == "active" and end["held_by"] in ("inactive", "error"):
+                endpoints.release(tx, end, by_person=True)
         return found(tx, account_id)
 
-    return db.write_last(job) if status else db.write(job)
+    return db.write_last(job) if given.keys() & {"access_token", "status"} else db.write(job)
+
+
+def _rotated(vault: Vault, account: Row, secret: str | None, now_s: float) -> Row:
+    """Return the columns for a new secret; the old one signs beside it for a day, so that nothing is refused."""
+    if not secret:
+        return {"secret_sealed": None, "old_secret_sealed": None, "old_secret_until": None}
+    try:
+        before = webhook_secret(vault, account)
+    except Misconfigured:  # it opens with no key: a new one is the remedy
+        before = None
+    if before == secret:
+        return {}
+    old = seal(vault, account["crm_id"], before, "old_secret_sealed") if before else None
+    until = instant(now_s + _OVERLAP_S) if old else None
+    return {
+        "secret_sealed": seal(vault, account["crm_id"], secret), "old_secret_sealed": old, "old_secret_until": until,
+    }  # fmt: skip
 
 
 # --- secrets ---
