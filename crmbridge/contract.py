@@ -5,6 +5,7 @@ Requests are strict: no unknown field, no silent conversion. Knows no database a
 
 import codecs
 import json
+import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -13,12 +14,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from crmbridge.errors import Invalid
 from crmbridge.events import read_instant
 
-ExternalId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.:-]{1,128}$")]
-Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
-SigningSecret = Annotated[str, Field(min_length=8, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-Url = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[\x21-\x7e]+$")]
-CrmUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[^\x00-\x20\x7f]+$")]
+_SHAPES = {  # what a text looks like, and how that is said
+    r"^[0-9A-Za-z_.:-]{1,128}$": "must be an id of Instagram's: 1 to 128 letters, digits and any of _ . : -",
+    r"^[^\x00-\x1f\x7f-\x9f]+$": "must be without control characters, such as line ends",
+    r"^[\x21-\x7e]+$": "must hold visible ASCII characters alone, without blanks",
+    r"^https?://[\x21-\x7e]+$": "must begin with http:// or https://, and go on in visible ASCII characters",
+    r"^https?://[^\x00-\x20\x7f]+$": "must begin with http:// or https://, and go on without blanks",
+    r"^(msg|evt)_[0-9a-z]{26}$": "must be a message_id (msg_…) or an event_id (evt_…) of the bridge",
+}
+_ID, _PLAIN, _ASCII, _ASCII_URL, _URL, _REFERENCE = _SHAPES
+ExternalId = Annotated[str, Field(pattern=_ID)]
+Printable = Annotated[str, Field(min_length=1, max_length=255, pattern=_PLAIN)]
+Secret = Annotated[str, Field(min_length=1, max_length=2048, pattern=_ASCII)]
+SigningSecret = Annotated[str, Field(min_length=8, max_length=512, pattern=_PLAIN)]
+Url = Annotated[str, Field(min_length=8, max_length=2048, pattern=_ASCII_URL)]
+CrmUrl = Annotated[str, Field(min_length=8, max_length=2048, pattern=_URL)]
 
 
 class _Request(BaseModel):
@@ -34,7 +44,7 @@ def _finite(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
-def _said(value: str) -> str:
+def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be blank")
     return value
@@ -44,9 +54,9 @@ _LEFT_OUT: Any = None  # for a field that may be left out but not be null; model
 Words = Annotated[
     str,
     Field(min_length=1, max_length=1000, json_schema_extra={"pattern": r"\S"}),
-    AfterValidator(_said),
+    AfterValidator(_not_blank),
 ]
-Reference = Annotated[str, Field(pattern=r"^(msg|evt)_[0-9a-z]{26}$")]
+Reference = Annotated[str, Field(pattern=_REFERENCE)]
 
 
 class SendAttachment(_Request):
@@ -162,12 +172,21 @@ class RetryMany(_Request):
 # --- reading a request ---
 
 _Request_T = TypeVar("_Request_T", bound=_Request)
+_NAMED_MOST = 3
+# Pydantic's kinds of errors in our words, which follow a field's name; {…} is what it tells of the limit.
 _SAID = {
     "missing": "is required",
     "extra_forbidden": "is not a field of this request",
     "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length} entries",
+    "value_error": "{error}",
 }
 
 
@@ -180,26 +199,40 @@ def read(model: type[_Request_T], body: bytes) -> _Request_T:
         made = model.model_validate_json(body)
         given = {name for name in made.model_fields_set if getattr(made, name) is not None}
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = error.errors(include_url=False, include_input=False)
         if problems[0]["type"] == "json_invalid":
-            said = problems[0]["msg"].removeprefix("Invalid JSON: ")
-            raise Invalid(f"The body is not valid JSON: {said}", code="malformed_json") from None
+            raise _no_json(str(problems[0]["ctx"]["error"])) from None
         details = [
-            {
-                "field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)",
-                "problem": _SAID.get(problem["type"], problem["msg"].removeprefix("Value error, ")),
-            }
+            {"field": ".".join(str(step)[:64] for step in problem["loc"]) or "(body)", "problem": _said(problem)}
             for problem in problems[:50]
         ]
         given = _names(body)
     except RecursionError:
-        raise Invalid("The body is nested too deeply.", code="malformed_json") from None
+        raise _no_json("recursion") from None
     if given is not None:
         details += _unmet(model, given)
     if not details:
         return made
-    named = ", ".join(entry["field"] for entry in details)
-    raise Invalid(f"The request has {len(details)} problem(s), in: {named}.", details=details)
+    named = "; ".join(f"{one['field']} {one['problem']}" for one in details[:_NAMED_MOST]).replace("(body)", "The body")
+    more = len(details) - _NAMED_MOST
+    raise Invalid(named + (f"; and {more} more in details." if more > 0 else "."), details=details)
+
+
+def _said(problem: Any) -> str:
+    told = {name: str(value).replace("'", "") for name, value in problem.get("ctx", {}).items()}
+    if told.get("min_length") == "1":
+        return "must not be empty"
+    if problem["type"] == "string_pattern_mismatch":
+        return _SHAPES[told["pattern"]]
+    return _SAID.get(problem["type"], "is not as the API's specification describes it").format(**told)
+
+
+def _no_json(said: str) -> Invalid:
+    if "recursion" in said:
+        return Invalid("The body is nested too deeply.", code="malformed_json")
+    place = re.search(r"line (\d+) column (\d+)", said)
+    where = f": look at line {place[1]}, character {place[2]}" if place else ""
+    return Invalid(f"The body is not valid JSON{where}.", code="malformed_json")
 
 
 _BLANKS = b" \t\r\n"

@@ -250,6 +250,63 @@ def test_an_event_that_is_not_as_described_is_found(change: dict[str, Any]) -> N
 
 # --- errors ---
 
+WRONG: list[Any] = [
+    None, True, 7, 7.5, "", " ", "nonsense", "a\nb", "ü b", "http://", "https://x y/", "x" * 5000, [], {}, [7] * 3,
+    ["deliveries"] * 3, [{}], [{"a": 1}], {"a": 1}, {"type": "x", "template_type": 7, "action": "x", "message_id": "x"},
+    {"template_type": "generic", "elements": [{"title": 7, "image_url": "x", "buttons": []}]},
+    {"template_type": "button", "buttons": [{"type": "call", "title": " ", "url": "x", "payload": "x" * 1001}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", REQUESTS.values(), ids=REQUESTS)
+def test_a_wrong_input_is_told_in_the_words_of_the_api(model: Any) -> None:
+    bodies: list[Any] = [{}, [], 7, None, "text", {"mesage": 1}]
+    bodies += [{name: value} for name in model.model_fields for value in WRONG]
+    refused = []
+    for body in bodies:
+        try:
+            contract.read(model, json.dumps(body).encode())
+        except errors.Invalid as error:
+            refused.append(error)
+    assert len(refused) > len(model.model_fields)
+    for caught in refused:
+        for detail in caught.details:
+            said = detail["problem"]
+            assert re.match(
+                r"(must (be|have|hold|begin|not be) |is required$|is not a field of |exactly one of )", said
+            )
+            assert not re.search(r"[A-Z_]\w* should|\bshould\b|[Ii]nput|\bstring\b|[{}]|specification|\(s\)", said)
+        for detail in caught.details[:3]:
+            assert f"{detail['field']} {detail['problem']}".replace("(body)", "The body") in caught.message
+
+
+def test_many_problems_are_told_in_one_sentence() -> None:
+    with pytest.raises(errors.Invalid) as caught:
+        contract.read(contract.AccountCreate, b'{"a": 1, "b": 2, "instagram_account_id": "?", "username": ""}')
+    assert caught.value.message == (
+        "instagram_account_id must be an id of Instagram's: 1 to 128 letters, digits and any of _ . : -; "
+        "username must not be empty; access_token is required; and 2 more in details."
+    )
+    with pytest.raises(errors.Invalid) as caught:
+        contract.read(contract.AccountCreate, b"[]")
+    assert caught.value.message == "The body must be an object."
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"a": 1,\n "b" 2}', "The body is not valid JSON: look at line 2, character 6."),
+        (b'{"a": 1', "The body is not valid JSON: look at line 1, character 7."),
+        (b'{"metadata": "\\ud800"}', "The body is not valid JSON: look at line 1, character 21."),
+        (b"[" * 100_000, "The body is nested too deeply."),
+        (b'{"a": "\xff"}', "The body is not UTF-8 (byte 7 is 0xff); send JSON as UTF-8."),
+    ],
+)
+def test_what_is_no_json_is_told_by_its_place(body: bytes, said: str) -> None:
+    with pytest.raises(errors.Invalid) as caught:
+        contract.read(contract.SendRequest, body)
+    assert (caught.value.code, caught.value.message) == ("malformed_json", said)
+
 
 def test_every_error_class_has_a_documented_status() -> None:
     table, status_of = error_table(), dict(web_app._STATUS)
