@@ -148,11 +148,20 @@ def _span(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _stdin(text: str) -> str:
+    if text != "-":
+        raise argparse.ArgumentTypeError("must be -: a secret in a command can be read by all on this machine")
+    return text
+
+
+_TOKEN = _opt("--token", metavar="-", type=_stdin, help="read the access token from standard input")
+_SECRET = _opt("--secret", metavar="-", type=_stdin, help="read the webhook secret, too, after the token, each on a "
+               "line of its own (default: one is made where a URL needs it, and shown once)")  # fmt: skip
 _CONFIG = _opt("--config", metavar="FILE", help="the configuration file (default: $CRMBRIDGE_CONFIG, "
                "./crmbridge.ini, /etc/crmbridge/crmbridge.ini)")  # fmt: skip
 _GROUPS = {
     "key": "make, list and revoke API keys",
-    "account": "list, hold and resume accounts",
+    "account": "connect, change, list, hold and resume accounts",
     "alert": "what is wrong",
     "dlq": "dead deliveries",
 }
@@ -241,6 +250,21 @@ def _commands() -> tuple[Command, ...]:
             _opt("id", help="key_… as 'key list' shows"),
         )),
         Command("account list", _account_list, "list the accounts and what is paused"),
+        Command("account add", _account_add, "connect the Instagram account that a token belongs to", (
+            _TOKEN,
+            _SECRET,
+            _opt("--url", metavar="URL", help="where its events go (default: nowhere, the CRM reads them by GET "
+                 "/api/v1/events)"),
+        )),
+        Command("account set", _account_set, "give an account another token, secret or URL, or take it out of use", (
+            _opt("id", metavar="ACC", help="acc_… as 'account list' shows"),
+            _TOKEN,
+            _SECRET,
+            _opt("--url", metavar="URL", help="where its events go", either="where"),
+            _flag("--pull", "its events go nowhere: the CRM reads them by GET /api/v1/events", either="where"),
+            _flag("--active", "put it in use, and try again what an error holds", either="use"),
+            _flag("--inactive", "hold all that it owes, until it is active again", either="use"),
+        )),
         Command("account pause", _account_pause, "hold an account's deliveries and sends; nothing is lost", (
             *_ENDS,
             _opt("--until", metavar="TIME", help="when it ends by itself, such as 2027-01-15T08:00:00Z", either="end"),
@@ -483,6 +507,48 @@ def _account_list(options: argparse.Namespace) -> None:
 
     with _database(options) as db:
         ops.show(db)
+
+
+def _account_add(options: argparse.Namespace) -> None:
+    from crmbridge.ops import accounts as ops
+
+    if not options.token:
+        raise Misconfigured("an account needs its access token: --token -, and the token on standard input")
+    with _database(options) as db:
+        ops.add(_connector(options, db), _account_given(options))
+
+
+def _account_set(options: argparse.Namespace) -> None:
+    from crmbridge.ops import accounts as ops
+
+    given = _account_given(options)
+    given |= {"crm_webhook_url": None} if options.pull else {}
+    given |= {"status": "active" if options.active else "inactive"} if options.active or options.inactive else {}
+    with _database(options) as db:
+        ops.change(db, _connector(options, db), options.id, given)
+
+
+def _account_given(options: argparse.Namespace) -> dict[str, Any]:
+    from crmbridge.ops import accounts as ops
+
+    wanted = {"access_token": options.token, "webhook_secret": options.secret}
+    given: dict[str, Any] = ops.secrets([name for name, place in wanted.items() if place])
+    return given | ({"crm_webhook_url": options.url} if options.url is not None else {})
+
+
+def _connector(options: argparse.Namespace, db: database.Database) -> Any:
+    from crmbridge import crm, wiring
+    from crmbridge.connecting import Connector
+
+    settings = _settings(options)
+    return Connector(
+        db,
+        vault.load(settings.vault.key_file),
+        wiring.open_client(settings),
+        crm.reach(settings.crm),
+        wake=lambda _: _ring(options),
+        ask_s=settings.instagram.profile_wait_s,
+    )
 
 
 def _account_pause(options: argparse.Namespace) -> None:

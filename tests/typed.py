@@ -10,7 +10,7 @@ import pytest
 from crmbridge.cli import main
 
 
-def typed(folder: Path, *words: str, encoding: str = "utf-8", **environ: str) -> tuple[int, str]:
+def typed(folder: Path, *words: str, encoding: str = "utf-8", stdin: str = "", **environ: str) -> tuple[int, str]:
     """Run a command with a folder's configuration; return its exit status and what it printed on both channels.
 
     Not for commands that change the process, as `serve` and `backup` do.
@@ -23,6 +23,7 @@ def typed(folder: Path, *words: str, encoding: str = "utf-8", **environ: str) ->
         patch.setenv("CRMBRIDGE_CONFIG", str(folder / "crmbridge.ini"))
         for name, value in environ.items():
             patch.setenv(name, value)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape"))))
         for channel in ("stdout", "stderr"):
             patch.setattr(sys, channel, io.TextIOWrapper(printed, encoding=encoding, write_through=True))
         try:

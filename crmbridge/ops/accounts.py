@@ -1,9 +1,14 @@
-"""``crmbridge account``: list the accounts, hold their deliveries or sends, let them go on."""
+"""``crmbridge account``: connect and change accounts, list them, hold their deliveries or sends, let them go on."""
 
+import getpass
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from crmbridge import log, terminal
+from crmbridge import contract, log, terminal
+from crmbridge.connecting import Connected, Connector
 from crmbridge.errors import Misconfigured, NotFound
 from crmbridge.events import instant, read_instant, read_span
 from crmbridge.store import accounts, dead, endpoints
@@ -22,6 +27,84 @@ def show(db: Database) -> None:
                 until = f" until {hold['until']}" if hold["until"] else ""
                 why = f": {hold['reason']}" if hold["reason"] else ""
                 terminal.say(f"  {what} held since {hold['since']}{until}{why}")
+
+
+_ASKED = {"access_token": "Access token: ", "webhook_secret": "Webhook secret: "}
+_READ_MOST = 8192
+
+
+def secrets(names: Sequence[str]) -> dict[str, str]:
+    """Return secrets by their names, each a line of standard input; a person at a terminal is asked for them.
+
+    Raises Misconfigured for more lines, and for fewer.
+    """
+    if not names:
+        return {}
+    if sys.stdin is not None and sys.stdin.isatty():
+        given = [getpass.getpass(_ASKED[name]) for name in names]
+    else:
+        try:
+            text = sys.stdin.buffer.read(_READ_MOST).decode() if sys.stdin is not None else ""
+            given = [line.removesuffix("\r") for line in text.split("\n")]
+        except UnicodeDecodeError:
+            raise Misconfigured("standard input is not UTF-8 text") from None
+    while given and not given[-1]:
+        given.pop()
+    if len(given) != len(names):
+        raise Misconfigured(
+            f"standard input has {len(given)} line(s), and is to have {len(names)}: {', then '.join(names)}"
+        )
+    return dict(zip(names, given, strict=True))
+
+
+def add(connector: Connector, given: Mapping[str, Any]) -> None:
+    """Connect the account that a token belongs to, by the API's names, and print its id."""
+    read = _read(given)
+    done = connector.add(
+        None,
+        token=read["access_token"],
+        url=read.get("crm_webhook_url"),
+        secret=read.get("webhook_secret"),
+        username=None,
+        now_s=time.time(),
+    )
+    row = done.account
+    terminal.say(f"connected {row['id']}  {row['instagram_account_id']}  {row['username'] or '-'}")
+    if done.adopted:
+        terminal.say(f"{done.adopted} event(s) that came for it before go to the CRM now")
+    _tell(done, is_new_token=True)
+
+
+def change(db: Database, connector: Connector, account_id: str, given: Mapping[str, Any]) -> None:
+    """Change what is given of an account, by the API's names, and print what changed."""
+    _require(db, account_id)
+    if not given:
+        raise Misconfigured("say what to set: --token, --secret, --url, --pull, --active or --inactive")
+    done = connector.change(accounts.found(db, account_id), _read(given), time.time())
+    terminal.say(f"set {', '.join(given)} of {account_id}, which is {done.account['status']}")
+    was_held, again = done.released
+    if was_held:
+        terminal.say(f"released deliveries of {account_id}")
+    if again:
+        terminal.say(f"{again} event(s) of {account_id} that a 401 ended are sent again")
+    _tell(done, is_new_token="access_token" in given)
+
+
+def _read(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold values to what the API takes."""
+    body = json.dumps(given).encode()
+    return contract.read(contract.AccountUpdate, body).model_dump(exclude_unset=True)
+
+
+def _tell(done: Connected, *, is_new_token: bool) -> None:
+    if done.made:
+        terminal.say(f"webhook_secret {done.made}")
+        terminal.complain("the webhook secret is shown once: give it to the CRM, which checks signatures with it")
+    if "webhook_secret_weak" in done.warnings:
+        terminal.complain("warning: the webhook secret is easy to guess: take 16 characters or more at random")
+    if is_new_token and not done.account["subscription_ok"]:
+        said = done.account["subscription_error"]
+        terminal.complain(f"warning: not subscribed to its webhooks, which is tried again every six hours: {said}")
 
 
 def pause(
