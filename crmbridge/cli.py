@@ -190,7 +190,7 @@ _FILTERS = (
 
 def _named(lot: str) -> tuple[Option, ...]:
     return (
-        _opt("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list' shows, or a send's msg_…"),
+        _opt("ids", nargs="*", metavar="ID", help="dlv_… as 'dlq list --all' shows, or a send's msg_…"),
         _flag("--all", lot),
         _flag("--preview", "only tell what would be done"),
     )
@@ -202,7 +202,8 @@ def _commands() -> tuple[Command, ...]:
         Command("init", _init, "make what is missing: configuration, key file, database", as_owner=False),
         Command("serve", _serve, "run the bridge: web server and worker"),
         Command("migrate", _migrate, "bring the database's schema up to this version"),
-        Command("check", _check, "show the effective configuration and look at the files; calls nobody", (
+        Command("check", _check, "show what is configured and look at the files; calls nobody", (
+            _flag("--verbose", "also show the settings that have their defaults"),
             _opt("--rehearse", metavar="FILE", help="instead, try to migrate and serve a copy of this backup"),
         )),
         Command("health", _health, "ask the running server how it is: 0 well, 1 not, 3 no answer", (
@@ -276,7 +277,9 @@ def _commands() -> tuple[Command, ...]:
             _flag("--held", "also what is held by what the CRM or Instagram answered; without a pause that is meant "
                   "anyway"),
         )),
-        Command("alert list", _alert_list, "list the alerts that are open, and the last ones that ended"),
+        Command("alert list", _alert_list, "list the alerts that are open", (
+            _flag("--all", "also the last ones that ended"),
+        )),
         Command("alert test", _alert_test, "send a test alert through log, command and URL now"),
         Command("erase", _erase, "erase what is stored about a customer, also where it is still owed", (
             _opt("--contact", required=True, metavar="ID", help="the customer's id: sender_id of an event"),
@@ -286,7 +289,10 @@ def _commands() -> tuple[Command, ...]:
             _opt("account", nargs="?", metavar="ACCOUNT", help="acc_… (default: every account)"),
             _opt("--since", default="24h", metavar="T", help="a time, or a duration such as 2h (default: 24h)"),
         )),
-        Command("dlq list", _dlq_list, "list what could not be delivered, oldest first", _FILTERS),
+        Command("dlq list", _dlq_list, "tell what could not be delivered: how much, of whom, why", (
+            _flag("--all", "list each delivery, oldest first, with its ID"),
+            *_FILTERS,
+        )),
         Command("dlq retry", _dlq_retry, "try dead deliveries again, in their old order", (
             _flag("--force", "also sends in doubt, each by its ID: they may arrive twice"),
             *_named("all that the filters let through, behind live traffic"),
@@ -422,7 +428,7 @@ def _check(options: argparse.Namespace) -> int:
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         return rehearsal.run(_settings(options), Path(options.rehearse), _open_server)
-    return check.run(_settings(options), config.find(options.config, os.environ))
+    return check.run(_settings(options), config.find(options.config, os.environ), verbose=options.verbose)
 
 
 def _open_server(settings: config.Settings) -> tuple[Any, database.Database]:
@@ -577,7 +583,7 @@ def _alert_list(options: argparse.Namespace) -> None:
     from crmbridge.ops import alerts
 
     with _database(options) as db:
-        alerts.show(db)
+        alerts.show(db, also_ended=options.all)
 
 
 def _alert_test(options: argparse.Namespace) -> int:
@@ -609,7 +615,7 @@ def _dlq_list(options: argparse.Namespace) -> None:
     from crmbridge.ops import dlq
 
     with _database(options) as db:
-        dlq.show(db, _dlq_filters(db, options))
+        dlq.show(db, _dlq_filters(db, options), each=options.all)
 
 
 def _dlq_retry(options: argparse.Namespace) -> int:

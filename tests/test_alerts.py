@@ -770,7 +770,7 @@ def test_a_running_bridge_tells_command_and_url_and_a_restart_repeats_nothing(tm
             hook.wait(3)
             assert shop.call("GET", "/api/v1/accounts").status_code == 500
             shop.wait_rows("SELECT cleared_at IS NULL FROM alerts ORDER BY kind", [(1,), (0,)])
-            listed = shop.bridge.command("alert", "list")
+            still_open, listed = (shop.bridge.command("alert", "list", *words) for words in ((), ("--all",)))
             assert shop.bridge.command("alert", "test").splitlines() == [
                 "log      written, on standard error", "command  took it", "url      took it",
             ]  # fmt: skip
@@ -790,6 +790,8 @@ def test_a_running_bridge_tells_command_and_url_and_a_restart_repeats_nothing(tm
     assert listed.splitlines()[0].startswith("request_fault  open  since ")
     assert "what to do: look for request.fault in the log" in listed
     assert re.search("wrong_signatures  ended 2[0-9TZ:.-]+  since", listed)
+    assert listed.startswith(still_open)
+    assert "wrong_signatures" not in still_open
     assert "alert alert.wrong_signatures state=raised" in shop.log()
 
 

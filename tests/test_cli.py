@@ -1,10 +1,11 @@
-"""The command line, run as a program in a folder of its own."""
+"""The command line, in a folder of its own."""
 
 import contextlib
 import http.server
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from crmbridge import vault
 from crmbridge.store import accounts, database
+from tests import typed
 from tests.far import Far
 from tests.shop import Shop
 from tests.waiting import PATIENCE_S
@@ -22,16 +24,34 @@ from tests.waiting import PATIENCE_S
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_CHANGE_THE_PROCESS = {"backup", "demo", "restore", "sandbox", "serve", "worker", "--rehearse"}
+
+
 def run(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder: in this process where that does it no harm."""
+    if _CHANGE_THE_PROCESS & {*words} or not all(name.startswith("CRMBRIDGE_") for name in environ):
+        return program(folder, *words, **environ)
+    return typed.run(folder, *words, **environ)
+
+
+def program(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a program in a folder."""
+    with started(folder, *words, **environ) as process:
+        said = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(words, process.returncode, *said)
+
+
+def started(folder: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+    """Start a command as a program in a folder."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "crmbridge", *words],
         cwd=folder,
         env={**clean, "PYTHONPATH": str(ROOT), **environ},
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=PATIENCE_S,
-        check=False,
     )
 
 
@@ -39,6 +59,38 @@ def run(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProces
 def made(tmp_path: Path) -> Path:
     assert run(tmp_path, "init").returncode == 0
     return tmp_path
+
+
+def test_it_is_a_program(tmp_path: Path) -> None:
+    made = program(tmp_path, "init")
+    assert (made.returncode, made.stdout.count("made "), made.stderr) == (0, 3, "")
+    assert stat.S_IMODE((tmp_path / "var" / "bridge.db").stat().st_mode) == 0o600
+    wrong = program(tmp_path, "nonsense")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr[:6]) == (2, "", "usage:")
+    missing = program(tmp_path, "check", "--config", "elsewhere.ini")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr.startswith("crmbridge: no configuration at elsewhere.ini")
+
+
+@pytest.mark.parametrize("words", [("check", "--verbose"), ("dlq", "list"), ("--help",), ("check", "--help")])
+def test_a_pipe_that_nobody_reads_any_more_ends_a_command_quietly(made: Path, words: tuple[str, ...]) -> None:
+    with started(made, *words) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == ""
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGPIPE
+
+
+def test_check_shows_what_is_set_otherwise_than_by_default(made: Path) -> None:
+    some = run(made, "check", CRMBRIDGE_WEB_PORT="9999", CRMBRIDGE_INSTAGRAM_APP_SECRETS="0" * 32).stdout
+    shown = [line for line in some.splitlines() if line.startswith("  ")]
+    assert shown[:2] == ["  web.port = 9999", "  instagram.app_secrets = (set)"]
+    number = re.fullmatch(r"  (\d+) settings have their defaults; --verbose shows them, too", shown[2])
+    assert number
+    every = run(made, "check", "--verbose", CRMBRIDGE_WEB_PORT="9999").stdout.splitlines()
+    assert len([line for line in every if line.startswith("  ")]) == int(number[1]) + 2
+    assert {"  web.port = 9999", "  log.level = info"} <= set(every)
 
 
 def test_init_makes_what_is_missing_and_changes_nothing_twice(tmp_path: Path) -> None:

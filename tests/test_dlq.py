@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from crmbridge.sandbox import wire
 from crmbridge.store import dead, turn
 from crmbridge.store.dead import Filter, Revived
 from tests.rig import Rig
-from tests.shop import Shop
+from tests.shop import OTHER_ID, Shop
+from tests.typed import typed
 
 NOBODY = {"account_deleted": 0, "content_gone": 0, "not_pushed": 0, "endpoint_held": 0, "in_doubt": 0}
 
@@ -245,6 +247,31 @@ def test_dead_sends_go_out_again_and_those_in_doubt_only_by_force(rig: Rig) -> N
     assert rig.status(doubtful)["status"] == "sent"
 
 
+def test_a_list_is_a_sum_by_account_target_and_code(rig: Rig, tmp_path: Path) -> None:
+    first, second = rig.account(), rig.account(OTHER_ID)
+    rig.meet()
+    for number in range(3):
+        rig.lose(f"lost {number}", f"mid-{number}")
+        rig.now_s += 60
+    for account, subcode in ((first, 2534022), (second, 2534022), (second, 2018108)):
+        rig.meta.fault("messages", status=403, body=wire.error_body(10, "no", subcode=subcode))
+        rig.send(account, contact="9001")
+        rig.drain()
+    deaths = [row["finished_at"] for row in rig.dead()]
+    header, *rows, total = typed(tmp_path, "dlq", "list")[1].splitlines()
+    assert header.split() == ["ACCOUNT", "TARGET", "CODE", "NUMBER", "OLDEST", "NEWEST"]
+    assert [row.split() for row in rows] == [
+        [first["id"], "crm", "crm_error", "3", deaths[0], deaths[2]],
+        [first["id"], "instagram", "window_closed", "1", deaths[3], deaths[3]],
+        [second["id"], "instagram", "recipient_unavailable", "1", deaths[5], deaths[5]],
+        [second["id"], "instagram", "window_closed", "1", deaths[4], deaths[4]],
+    ]
+    assert total == "6 dead letters; --all shows each, with its ID"
+    assert typed(tmp_path, "dlq", "list", "--webhooks", "--account", second["id"])[1] == "no dead letters\n"
+    every = typed(tmp_path, "dlq", "list", "--all", "--sends")[1].splitlines()
+    assert (len(every), every[-1]) == (5, "3 dead letters")
+
+
 def test_an_operator_lists_previews_and_retries_by_http(shop: Shop) -> None:
     def call(method: str, path: str, body: Any = None) -> Any:
         return shop.call(method, f"/api/v1/admin/dlq/{path}", body, key=shop.admin_key)
@@ -309,8 +336,8 @@ def test_a_dead_send_is_retried_by_its_message_id(shop: Shop) -> None:
 def test_an_operator_lists_previews_and_retries_by_command(shop: Shop) -> None:
     for number in range(2):
         shop.lose(f"typed {number}")
-    words = ("dlq", "list", "--account", shop.account_id, "--newer-than", "1h")
-    header, first, _, total = shop.bridge.command(*words).splitlines()
+    of_late = ("dlq", "list", "--all", "--account", shop.account_id, "--newer-than", "1h")
+    header, first, _, total = shop.bridge.command(*of_late).splitlines()
     assert total == "2 dead letters"
     assert header.split()[:3] == ["ID", "DIED", "AGE"]
     assert "crm_error" in first

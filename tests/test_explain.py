@@ -245,6 +245,80 @@ def test_a_call_in_flight_a_doubt_and_a_death_in_doubt_are_told(rig: Rig) -> Non
     assert found["to_type"] == [f"crmbridge dlq retry {row['id']} --force"]
 
 
+def died(rig: Rig, account: dict[str, Any], code: int, **words: Any) -> tuple[str, str]:
+    """Have Instagram refuse a send for good; return its message's and its delivery's id."""
+    rig.meta.fault("messages", status=403, body=wire.error_body(10, "no", subcode=code))
+    message_id = rig.send(account, **words)
+    rig.drain()
+    return message_id, str(rig.db.value("SELECT id FROM deliveries WHERE message_id = ?", (message_id,)))
+
+
+def test_a_send_whose_window_closed_is_not_to_be_tried_again_before_the_customer_writes(rig: Rig) -> None:
+    account = rig.account()
+    rig.meet()
+    message_id, delivery_id = died(rig, account, 2534022)
+    for now_s in (rig.now_s, START_S + 2 * 86_400):  # closed by Instagram's word alone, then by the time, too
+        rig.now_s = now_s
+        found = story(rig, message_id)
+        assert found["to_type"] == []
+        assert found["next"][1:] == [
+            "Instagram takes it only once the customer has written again; another try before that fails like this one; "
+            f"after it: crmbridge dlq retry {delivery_id}",
+            f"a person's answer is taken until {instant(START_S + 7 * 86_400)}: the CRM sends it anew, with author: "
+            "human and another idempotency_key, if Meta has approved the app's Human Agent feature",
+        ]
+    rig.now_s = START_S + 8 * 86_400
+    assert len(story(rig, message_id)["next"]) == 2
+    rig.say("again", "mid-again")
+    found = story(rig, message_id)
+    assert (len(found["next"]), found["to_type"]) == (1, [f"crmbridge dlq retry {delivery_id}"])
+    rig.revive(delivery_id)
+    rig.drain()
+    assert rig.status(message_id)["status"] == "sent"
+
+
+def test_what_another_try_does_not_help_says_so(rig: Rig) -> None:
+    account = rig.account()
+    rig.meet()
+    message_id, delivery_id = died(rig, account, 2018108)
+    assert story(rig, message_id)["to_type"] == [f"crmbridge dlq retry {delivery_id}"]
+    rig.pause(account, "sends")
+    resume = f"crmbridge account resume {account['id']} --sends"
+    assert story(rig, message_id)["to_type"] == [resume, f"crmbridge dlq retry {delivery_id}"]
+    rig.unpause(account, "sends")
+    rig.by_hand("UPDATE outbound_messages SET send_before = ?", (instant(rig.now_s - 1),))
+    found = story(rig, message_id)
+    assert (found["to_type"], found["next"][1][:58]) == (
+        [],
+        "it cannot be tried again: its send_before has passed; the ",
+    )
+    rig.lose("hello", "mid-1")
+    rig.change_account(account, url=None)
+    found = story(rig, "mid-1")
+    assert (found["to_type"], "no crm_webhook_url" in found["next"][1]) == ([], True)
+    rig.call("DELETE", f"/api/v1/accounts/{account['id']}")
+    assert story(rig, message_id)["next"][1] == "it cannot be tried again: its account was deleted"
+
+
+def test_a_private_reply_that_came_too_late_is_over(rig: Rig) -> None:
+    account = rig.account()
+    rig.meta.fault("messages", status=400, body=wire.error_body(10, "outside of allowed window", subcode=2534022))
+    body = {"account_id": account["id"], "comment_id": "17900000000000001", "message": "hi", "idempotency_key": "k"}
+    message_id = rig.call("POST", "/api/v1/messages/send", body)[1]["message_id"]
+    rig.drain()
+    found = story(rig, message_id)
+    assert (found["to_type"], found["next"][1].startswith("nothing can be done: ")) == ([], True)
+
+
+def test_an_account_names_the_command_that_lists_its_dead(rig: Rig) -> None:
+    account = rig.account()
+    rig.meet()
+    died(rig, account, 2018108)
+    found = story(rig, account["id"])
+    assert found["to_type"] == [f"crmbridge dlq list --sends --account {account['id']}"]
+    assert not [text for text in found["next"] if "GET " in text]
+
+
 def test_what_came_for_nobody_or_changed_something_else_is_told(rig: Rig) -> None:
     account = rig.account()
     item = rig.item({"message": {"mid": "stray"}}) | {"recipient": {"id": OTHER_ID}}

@@ -327,7 +327,7 @@ def test_a_410_counts_for_more_than_a_401(rig: Rig) -> None:
         ("whsec_" + "_-" * 20 + "AA==", "24 to 64 bytes"),  # the URL's alphabet
         ("whsec_ZXhhbXBsZS1zZWNyZXQtb25seS1mb3ItZG9jcy4", "24 to 64 bytes"),  # without its padding
         ("whsec_" + "A" * 88, "24 to 64 bytes"),  # 66 bytes
-        ("whsec_ZXhhbXBsZS1zZWNyZXQtb25seS1mb3ItZG9jcy4=\n", "pattern"),
+        ("whsec_ZXhhbXBsZS1zZWNyZXQtb25seS1mb3ItZG9jcy4=\n", "must be without control characters"),
         (" a long secret that begins with a blank", "begin or end with a blank"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_new_token_heals_an_account_in_error_and_what_waited_goes_out(fresh_sh
     assert re.search(
         rf"warning: {shop.account_id} .* is error since \S+, its sends are held: Instagram answered "
         r"code 190/463, token_expired .*; "
-        rf"PUT {path} with a new access_token, or status: active",
+        rf"crmbridge account set {shop.account_id} --token - \(a new access token\), or, if that is not at fault, ",
         shop.bridge.command("check"),
     )
     assert "token_expired: token_expired" not in shop.bridge.command("explain", message_id)

@@ -365,10 +365,10 @@ def test_a_message_costs_the_same_among_20000(rig: Rig) -> None:
         rig.hear(rig.item({"message": {"mid": f"mid-{name}", "is_deleted": True}}))
         rig.drain()
         inbound.adopt(rig.db, account)
-        story.of_message(rig.db, message_id)
+        story.of_message(rig.db, message_id, instant(rig.now_s))
         for kind, found in story.meanings(rig.db, f"mid-{name}"):
             assert kind == "event"
-            story.of_event(rig.db, found)
+            story.of_event(rig.db, found, instant(rig.now_s))
 
     work("before")
     few = hundreds_of_steps(rig.db, lambda: work("few"))
@@ -409,7 +409,7 @@ def test_an_old_file_that_cannot_shrink_is_named(rig: Rig, capsys: pytest.Captur
     _fill(rig.db, account["id"], 3000, "2026-01-01T00:00:00.000Z", size=8000)
     prune(rig)
     assert rig.db.free_bytes() > retention.SPARE_BYTES
-    check.run(rig.settings, rig.db.path)
+    check.run(rig.settings, rig.db.path, verbose=False)
     assert "auto_vacuum = incremental; VACUUM" in capsys.readouterr().out
 
 

@@ -205,7 +205,7 @@ def test_a_secret_that_is_no_text_stops_the_start(made: Path, name: str) -> None
     ],
 )
 def test_every_other_list_is_split_in_the_same_way(made: Path, variable: str, value: str, shown: str) -> None:
-    status, said = typed(made, "check", **{f"CRMBRIDGE_{variable}": value})
+    status, said = typed(made, "check", "--verbose", **{f"CRMBRIDGE_{variable}": value})
     assert status == 0, said
     assert f"  {shown}" in said.splitlines()
 

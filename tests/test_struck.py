@@ -95,7 +95,7 @@ def test_a_url_that_cannot_be_called_is_refused_at_the_start_and_not_shown(made:
 )
 def test_of_a_url_that_can_be_called_its_origin_is_shown(made: Path, url: str, shown: str) -> None:
     given = {f"CRMBRIDGE_{variable}": url for variable in URLS}
-    status, said = typed(made, "check", **given)
+    status, said = typed(made, "check", "--verbose", **given)
     assert status == 0
     assert HIDDEN not in said
     for key, told in {"alerts.url": "(set)", "instagram.graph_url": shown, "web.public_url": shown}.items():

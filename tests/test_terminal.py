@@ -19,7 +19,7 @@ from crmbridge.events import instant
 from crmbridge.sandbox import wire
 from tests import shop as shops
 from tests.shop import SHOP_ID, SHOP_SCOPED_ID, TOKEN, Shop
-from tests.test_cli import run
+from tests.test_cli import program, run
 from tests.typed import typed
 
 FAKE = "ok: all is well"  # a line that no command prints
@@ -70,10 +70,14 @@ COMMANDS = (
     ("account", "list"),
     ("key", "list"),
     ("alert", "list"),
+    ("alert", "list", "--all"),
     ("dlq", "list"),
+    ("dlq", "list", "--all"),
+    ("account", "set", "ACCOUNT", "--url", EVIL),
+    ("account", "set", EVIL, "--active"),
     ("dlq", "retry", "--preview", EVIL),
     ("dlq", "list", "--account", EVIL),
-    ("check",),
+    ("check", "--verbose"),
     ("doctor", "--no-calls", "--verbose"),
     ("doctor", "--no-calls", "--account", EVIL),
     ("explain", "ACCOUNT"),
@@ -121,7 +125,7 @@ def shows(said: str) -> None:
 def test_it_is_so_in_a_process_of_its_own(evil: Shop, tmp_path: Path) -> None:
     ini = str(evil.bridge.folder / "crmbridge.ini")
     for words in (("account", "list"), ("explain", EVIL), ("backup", f"{tmp_path}/{EVIL}/"), (EVIL,)):
-        done = run(tmp_path, *words, CRMBRIDGE_CONFIG=ini)
+        done = program(tmp_path, *words, CRMBRIDGE_CONFIG=ini)
         shows(done.stdout + done.stderr)
         assert r"\r\x08\x07\x1b[2J\x1b]0;title\x07\x7f\x85\x9b31m\u061c\u200b\u200c" in done.stdout + done.stderr
 

@@ -220,8 +220,8 @@ def test_check_and_doctor_tell_of_it_without_a_call(fresh_shop: Shop) -> None:
     for entry in found.values():
         assert (entry["level"], entry["account_id"]) == ("warning", one)
         assert entry["why"]
-        assert entry["todo"].startswith("make a new token in Meta's console, then curl -s -X PUT http")
-    todo = f"PUT /api/v1/accounts/{one} with a new access_token"
+    todo = f"make a new token in Meta's console, then: crmbridge account set {one} --token -"
+    assert {entry["todo"] for entry in found.values()} == {todo}
     for what in (refused, expiring):
         assert f"warning: {what}; {todo}" in checked.splitlines()
     said = shop.bridge.command("explain", one)

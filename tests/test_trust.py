@@ -178,4 +178,4 @@ def test_check_shows_a_good_one(made: Path, authority: Authority) -> None:
     assert checked.returncode == 0
     assert f"  crm.ca_file = {made / 'ca.pem'}" in checked.stdout.splitlines()
     assert f"ok: [crm] ca_file {made / 'ca.pem'}: 1 certificate(s)" in checked.stdout.splitlines()
-    assert "  crm.ca_file = " in run(made, "check").stdout.splitlines()
+    assert "  crm.ca_file = " in run(made, "check", "--verbose").stdout.splitlines()

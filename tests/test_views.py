@@ -150,8 +150,8 @@ def test_what_is_held_says_how_it_is_let_go_and_has_no_end(rig: Rig) -> None:
     assert set(found) == {gone["id"], paused["id"], failed["id"]}
     assert {row[end] for row in found.values() for end in ("next_try",)} == {None}
     assert found[paused["id"]]["to_type"] == f"crmbridge account resume {paused['id']} --sends"
-    put, resume = f"PUT /api/v1/accounts/{gone['id']}", f"crmbridge account resume {gone['id']} --deliveries"
-    mend = f"mend crm_webhook_url ({put}), or {resume}"
+    change, resume = (f"crmbridge account {what} {gone['id']}" for what in ("set", "resume"))
+    mend = f"{change} --url URL (where the CRM is now), or {resume} --deliveries"
     assert found[gone["id"]]["to_type"] == mend
     (told,) = explain.explain(rig.db, found[gone["id"]]["id"], rig.now_s, rig.patience)["stories"]
     assert told["to_type"] == [mend]

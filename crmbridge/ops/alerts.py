@@ -9,9 +9,9 @@ from crmbridge.store import alerts as record
 from crmbridge.store.database import Database
 
 
-def show(db: Database) -> None:
-    """Print the open alerts, the oldest first, with what to do; then the last of each kind and account that ended."""
-    rows = record.everything(db)
+def show(db: Database, *, also_ended: bool) -> None:
+    """Print the open alerts, the oldest first, with what to do; if asked then the last of each kind that ended."""
+    rows = [row for row in record.everything(db) if also_ended or row["cleared_at"] is None]
     for row in rows:
         about = f"  {row['account_id']}" if row["account_id"] else ""
         state = f"ended {row['cleared_at']}" if row["cleared_at"] else "open"

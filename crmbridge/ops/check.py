@@ -75,14 +75,17 @@ class Look:
     keys: vault.Vault | None = None
 
 
-def run(settings: config.Settings, source: Path) -> int:
-    """Print the effective configuration and every finding; return 0 when nothing stops a start, else 1.
+def run(settings: config.Settings, source: Path, *, verbose: bool) -> int:
+    """Print what is set otherwise than by default, and every finding; return 0 when nothing stops a start, else 1.
 
     The service starts by that, so what is only broken is told in words: a new installation has no app secret yet.
     """
     terminal.say(f"configuration: {source.resolve()}")
-    for name, value in config.shown(settings).items():
-        terminal.say(f"  {name} = {value}")
+    shown, differing = config.shown(settings), config.differing(settings, config.usual(source))
+    told = [name for name in shown if verbose or "[{}] {}".format(*name.split(".")) in differing]
+    terminal.say(*(f"  {name} = {shown[name]}" for name in told))
+    if len(told) < len(shown):
+        terminal.say(f"  {len(shown) - len(told)} settings have their defaults; --verbose shows them, too")
     seen = look(settings)
     if seen.db is not None:
         seen.db.close()
@@ -143,6 +146,11 @@ def look(settings: config.Settings) -> Look:
     return seen
 
 
+def new_token(account_id: str) -> str:
+    """Return what sets another access token."""
+    return f"make a new token in Meta's console, then: crmbridge account set {account_id} --token -"
+
+
 def to_start() -> str:
     """Return what starts the service on this machine."""
     return "rc-service crmbridge start" if is_installed() else "crmbridge serve"
@@ -174,32 +182,32 @@ def _database(db: database.Database) -> Iterator[Finding]:
 def _token(keys: vault.Vault | None, account: database.Row) -> Iterator[Finding]:
     if not account["access_token_sealed"]:
         text = f"{account['id']} has no access token: {account['status_reason']}"
-        todo = f"PUT /api/v1/accounts/{account['id']} with a new access_token"
+        todo = new_token(account["id"])
         yield Finding("warning", "token_missing", text, todo=todo, account_id=account["id"])
         return
-    end, put = reading.token_end(account), f"PUT /api/v1/accounts/{account['id']} with a new access_token"
+    end, renew = reading.token_end(account), new_token(account["id"])
     until = f"it ends {end.said()}" if end else "nobody knows when it ends"
     if account["token_refusals"] >= accounts.REFUSED_OFTEN:
         often = f"Instagram refused {account['token_refusals']} times running to renew the access token"
-        yield Finding("warning", "token_not_renewed", f"{named(account)}: {often}; {until}", todo=put,
+        yield Finding("warning", "token_not_renewed", f"{named(account)}: {often}; {until}", todo=renew,
                       account_id=account["id"])  # fmt: skip
     left_days = (epoch_s(end.at) - time.time()) / _DAY_S if end else _EXPIRES_DAYS
     if left_days < _EXPIRES_DAYS:
         text = f"{named(account)}: the access token has {max(left_days, 0):.0f} day(s) left: {until}"
-        yield Finding("warning", "token_expiring", text, todo=put, account_id=account["id"])
+        yield Finding("warning", "token_expiring", text, todo=renew, account_id=account["id"])
     if keys is not None:
         accounts.token(keys, account)
 
 
 def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
     """Say what holds an account back or keeps it from hearing, each with what to type."""
-    put, about = f"PUT /api/v1/accounts/{account['id']}", named(account)
+    about = named(account)
     if account["status"] != "active":
         what = "sends are" if account["status"] == "error" else "deliveries and sends are"
         why = f": {account['status_reason']}" if account["status_reason"] else ""
-        todo = "a new access_token, or status: active" if account["status"] == "error" else "status: active"
+        todo = endpoints.to_type(account["id"], "instagram", account["status"])
         text = f"{about} is {account['status']} since {account['status_since']}, its {what} held{why}"
-        yield Finding("warning", "account_held", text, todo=f"{put} with {todo}", account_id=account["id"])
+        yield Finding("warning", "account_held", text, todo=todo, account_id=account["id"])
     for what, kind in endpoints.WHAT.items():
         hold = endpoints.locked(db, account["id"], kind)
         if hold is None or hold["cause"] != "operator":
@@ -218,7 +226,7 @@ def _stops(db: database.Database, account: database.Row) -> Iterator[Finding]:
     if account["subscription_ok"] == 0:
         said = theirs(account["subscription_error"] or "")
         text = f"{about} is not subscribed to Instagram's webhooks: {said}"
-        todo = f"{put} with a new access_token, or wait: it is tried again every six hours"
+        todo = f"{new_token(account['id'])}, or wait: it is tried again every six hours"
         yield Finding("warning", "not_subscribed", text, todo=todo, account_id=account["id"])
 
 
@@ -239,7 +247,10 @@ def _state(db: database.Database) -> Iterator[Finding]:
     if unrouted:
         text = f"{unrouted} event(s) for Instagram accounts that are not connected here"
         yield Finding(
-            "warning", "unrouted", text, todo="connect them by POST /api/v1/accounts, or leave them to expire"
+            "warning",
+            "unrouted",
+            text,
+            todo="crmbridge account add --token - for each of them, or leave them to expire",
         )
     for alert in alerts.everything(db):
         if alert["cleared_at"] is None:

@@ -14,6 +14,7 @@ from crmbridge.store.overview import NAMES
 
 _PAGE = 200
 _BY = "cli"
+_SUM = "{:30}  {:9}  {:20}  {:>6}  {:24}  {:24}"
 _LINE = "{:30}  {:24}  {:>6}  {:30}  {:9}  {:52}  {:>8}  {:16}  {:>4}  {}"
 
 
@@ -23,8 +24,23 @@ def check(db: Database, wanted: Sequence[Filter]) -> None:
         dead.check(db, one)
 
 
-def show(db: Database, wanted: Sequence[Filter]) -> None:
-    """Print the dead deliveries that match, oldest first, and how many there are."""
+def show(db: Database, wanted: Sequence[Filter], *, each: bool) -> None:
+    """Print how many dead deliveries match, by account, target and code, or each of them, oldest first."""
+    number = _show_each(db, wanted) if each else _show_sums(db, wanted)
+    hint = "" if each or not number else "; --all shows each, with its ID"
+    terminal.say(f"{number} dead letter{'s' * (number != 1)}{hint}" if number else "no dead letters")
+
+
+def _show_sums(db: Database, wanted: Sequence[Filter]) -> int:
+    sums = [row for one in wanted for row in dead.sums(db, one)]
+    if sums:
+        terminal.say(_SUM.format("ACCOUNT", "TARGET", "CODE", "NUMBER", "OLDEST", "NEWEST"))
+    for row in sums:
+        terminal.say(_SUM.format(*("-" if cell is None else cell for cell in row.values())))
+    return sum(row["number"] for row in sums)
+
+
+def _show_each(db: Database, wanted: Sequence[Filter]) -> int:
     now_s, number = time.time(), 0
     for row in heapq.merge(*(_rows(db, one) for one in wanted), key=lambda row: (row["finished_at"], row["position"])):
         if not number:
@@ -37,7 +53,7 @@ def show(db: Database, wanted: Sequence[Filter]) -> None:
         shown = ["-" if cell is None else cell for cell in cells]
         age = _age(now_s - epoch_s(row["finished_at"]))
         terminal.say(_LINE.format(row["id"], row["finished_at"], age, *shown, row["last_error"] or "-"))
-    terminal.say(f"{number} dead letter{'s' * (number != 1)}" if number else "no dead letters")
+    return number
 
 
 def _rows(db: Database, wanted: Filter) -> Iterator[Row]:

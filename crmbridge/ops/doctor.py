@@ -71,8 +71,6 @@ _WHY = {
     "verify_token_empty": "Meta's console refuses the webhook address",
     "worker_dead": "what comes is stored, but nothing goes out",
 }
-_NEW_TOKEN, _NEW_URL, _ACTIVE = '{"access_token": "IGAA…"}', '{"crm_webhook_url": "https://…"}', '{"status": "active"}'
-_RENEW = "make a new token in Meta's console, then "
 _SET = "${EDITOR:-nano} %s, then: rc-service crmbridge restart"
 
 
@@ -219,8 +217,6 @@ def _explained(one: Finding, path: Path, report: Report) -> Finding:
     todo = one.todo or (_SET % path if one.slug in _IN_INI else "")
     if one.slug == "worker_dead":
         todo = check.to_start()
-    if one.slug in ("token_expiring", "token_not_renewed") and report.settings is not None:
-        todo = f"{_RENEW}{_put(report.settings, {'id': one.account_id}, _NEW_TOKEN)}"
     if one.slug == "database" and one.what.startswith("no database at ") and report.look.keys is not None:
         todo = database.IS_IT_MOUNTED
     elif one.slug in ("database", "key_file") and one.level == "error":
@@ -260,8 +256,6 @@ def told(report: Report, seconds: float, *, verbose: bool) -> str:
     if not verbose:
         slugs = dict.fromkeys(one.slug for one in good if one not in whole)
         lines += terminal.wrapped("ok  ", ", ".join(slugs) + "  (--verbose tells them all)")
-    if any("$ADMIN" in one.todo for one in report.found):
-        lines += ["", "ADMIN is an admin key: ADMIN=$(crmbridge key create --name doctor --admin)"]
     return "\n".join(map(terminal.escaped, lines))
 
 
@@ -377,11 +371,6 @@ def _with(probe: Callable[..., Iterable[Finding]], *words: Any) -> Callable[[], 
 def _local(given: config.Settings) -> str:
     host = health.HERE.get(given.web.host, given.web.host)
     return f"http://[{host}]:{given.web.port}" if ":" in host else f"http://{host}:{given.web.port}"
-
-
-def _put(given: config.Settings, row: Row, body: str) -> str:
-    head = '-H "Authorization: Bearer $ADMIN" -H "Content-Type: application/json"'
-    return f"curl -s -X PUT {_local(given)}/api/v1/accounts/{row['id']} {head} -d '{body}'"
 
 
 def _get(base: str, path: str, context: ssl.SSLContext | None = None) -> tuple[int, bytes]:
@@ -560,12 +549,13 @@ def _handshake(given: config.Settings, base: str, context: ssl.SSLContext | None
 def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> Iterator[Finding]:
     """Ask Instagram about the token, the permissions and the subscription."""
     one, about, user = row["id"], check.named(row), row["instagram_account_id"]
-    renew = f"{_RENEW}{_put(given, row, _NEW_TOKEN)}"
+    change = f"crmbridge account set {one}"
+    renew = check.new_token(one)
     nothing = "nothing can be sent for this account, and its webhooks end"
 
     def refused(slug: str, error: Invalid) -> Finding:
         hint = error.hint.replace("ACCOUNT", one) if isinstance(error, Refusal) else ""
-        todo = renew if not hint or "make a new token" in hint else f"{hint}; then {_put(given, row, _ACTIVE)}"
+        todo = renew if not hint or "make a new token" in hint else f"{hint}; then: {change} --active"
         return Finding("error", slug, f"{about}: {check.message(error)}", nothing, todo, one)
 
     try:
@@ -605,7 +595,7 @@ def _instagram(given: config.Settings, client: Client, row: Row, token: str) -> 
         yield Finding("error", "not_subscribed", f"{about}: Instagram says that no app is subscribed to its messages",
                       "nothing that customers write is told",
                       "a new subscription is asked for every six hours, and at once by "
-                      f"{_put(given, row, _NEW_TOKEN)}", one)  # fmt: skip
+                      f"{change} --token -", one)  # fmt: skip
 
 
 def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None) -> Iterator[Finding]:
@@ -617,8 +607,8 @@ def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None)
     if held is not None:
         yield Finding("note", "crm_unasked", f"{about}: its CRM was not called, as deliveries are held", account_id=one)
         return
-    place, crm_url = log.origin(url), _put(given, row, _NEW_URL)
-    # What is to be typed holds what somebody set by the API.
+    place, crm_url = log.origin(url), f"crmbridge account set {one} --url URL"
+    # What is to be typed holds what somebody set.
     host, address = shlex.quote(urlsplit(url).hostname or ""), place.partition("//")[2]
     tls = shlex.quote(address if re.search(r":\d+\Z", address) else f"{address}:443")
     session = crm.open_session(given.crm, connections=1)
@@ -629,8 +619,7 @@ def _crm(given: config.Settings, row: Row, secret: str | None, held: Row | None)
         slug = slug if slug.startswith("crm_") else f"crm_{slug}"
         look = f"look into the CRM's log; curl -sI {shlex.quote(place)}"
         todo = {
-            "crm_unauthorized": "set the webhook_secret that the CRM checks with: "
-            + _put(given, row, '{"webhook_secret": "…"}'),
+            "crm_unauthorized": f"crmbridge account set {one} --secret - (the secret that the CRM has)",
             "crm_not_found": f"correct the path: {crm_url}",
             "crm_gone": f"the CRM wants no more at this URL: {crm_url}",
             "crm_redirect": f"no redirect is followed; name the address that it leads to: {crm_url}",

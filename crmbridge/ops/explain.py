@@ -96,9 +96,9 @@ def _tell(db: Database, kind: Kind, known: str, now: str, patience: Patience) ->
     if kind == "conversation":
         return _conversation(db, known)
     if kind == "message":
-        found = _message(story.of_message(db, known), now, patience)
+        found = _message(story.of_message(db, known, now), now, patience)
     else:
-        found = _event(story.of_event(db, known), now, patience)
+        found = _event(story.of_event(db, known, now), now, patience)
     found.steps.sort(key=lambda step: step.at)  # stable: what happened at once stays in order of cause
     return found
 
@@ -181,10 +181,10 @@ def _event(life: Life, now: str, patience: Patience) -> Story:
         found.tell(heard["received_at"], "heard", text)
     if event["state"] == "unrouted":
         found.next.append(
-            f"no account here has the Instagram account id {event['instagram_account_id']}; it is delivered when"
-            " POST /api/v1/accounts creates that account"
+            f"no account here has the Instagram account id {event['instagram_account_id']}; it is delivered once that"
+            " account is connected"
         )
-        found.advise("crmbridge account list")
+        found.advise("crmbridge account add --token -")
     elif event["state"] == "held":
         found.next.append("it waits until a send to this contact is settled, which it may be the echo or receipt of")
         found.advise(f"crmbridge explain {life.conversation_id}")
@@ -298,7 +298,7 @@ def _call(call: Row, target: str) -> str:
 def _foresee(found: Story, owed: Owed, name: str, now: str, patience: Patience) -> None:
     row = owed.row
     if row["state"] == "dead":
-        _say_dead(found, row, name)
+        _say_dead(found, owed, name, now)
         return
     if row["state"] == "done":
         if row["last_code"] == "not_pushed":
@@ -345,18 +345,47 @@ def _say_held(found: Story, hold: Row, what: str, account_id: str, target: Targe
         found.next.append(todo)
 
 
-def _say_dead(found: Story, row: Row, name: str) -> None:
-    doubtful = row["target"] == "instagram" and row["last_code"] == "in_doubt"
+_NO_MORE = {
+    "account_deleted": "its account was deleted",
+    "content_gone": "its content is gone by retention",
+    "not_pushed": "the account has no crm_webhook_url; GET /api/v1/events gives the CRM the event",
+    "expired": "its send_before has passed; the CRM may send it anew, with another idempotency_key",
+}
+
+
+def _say_dead(found: Story, owed: Owed, name: str, now: str) -> None:
+    row, why = owed.row, owed.obstacle
     found.next.append(f"{name} is dead since {row['finished_at']}: nothing happens by itself")
-    if row["gone"]:
-        found.next.append("it cannot be tried again: its content is gone by retention")
+    if why in _NO_MORE:
+        found.next.append(f"it cannot be tried again: {_NO_MORE[why]}")
         return
-    if doubtful:
+    if why == "window_closed":
+        _say_window(found, owed, now)
+        return
+    if why == "in_doubt":
         found.next.append("it may have arrived: look into Instagram before it is sent again")
     if row["last_code"] == "crm_unauthorized":
         found.advise(endpoints.to_type(row["account_id"], "crm", "unauthorized"))
         return
-    found.advise(f"crmbridge dlq retry {row['id']}" + (" --force" if doubtful else ""))
+    if owed.hold is not None:
+        _say_held(found, owed.hold, f"{_WHAT[row['target']]} are", row["account_id"], row["target"])
+    found.advise(f"crmbridge dlq retry {row['id']}" + (" --force" if why == "in_doubt" else ""))
+
+
+def _say_window(found: Story, owed: Owed, now: str) -> None:
+    """Tell what can be done about a send whose window is closed, which another try would not open."""
+    if owed.row["contact"].startswith("comment:"):
+        found.next.append("nothing can be done: Instagram takes a private reply until 7 days after the comment")
+        return
+    found.next.append(
+        "Instagram takes it only once the customer has written again; another try before that fails like this one; "
+        f"after it: crmbridge dlq retry {owed.row['id']}"
+    )
+    if owed.tagged_until is not None and now < owed.tagged_until:
+        found.next.append(
+            f"a person's answer is taken until {owed.tagged_until}: the CRM sends it anew, with author: human and "
+            "another idempotency_key, if Meta has approved the app's Human Agent feature"
+        )
 
 
 # --- accounts and conversations ---
@@ -393,9 +422,8 @@ def _account(db: Database, account_id: str, now: str) -> Story:
             if hold is not None:
                 _say_held(found, hold, f"{_WHAT[target]} are", account_id, target)
             if seen[f"dead_{name}"]:
-                path = "webhooks" if target == "crm" else "messages"
-                found.next.append(f"{seen[f'dead_{name}']} dead {name}; GET /api/v1/admin/dlq/{path} lists them")
-                found.advise("crmbridge dlq list")
+                found.next.append(f"{seen[f'dead_{name}']} dead {name}: nothing happens to them by itself")
+                found.advise(f"crmbridge dlq list --{name} --account {account_id}")
         found.tell(seen["last_event_at"], "heard", "Instagram's last word about it came")
     for alert in alerts.everything(db):
         if alert["account_id"] == account_id and alert["cleared_at"] is None:

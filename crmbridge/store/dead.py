@@ -7,7 +7,7 @@ from typing import Any
 
 from crmbridge.errors import Conflict, Invalid, NotFound
 from crmbridge.events import instant
-from crmbridge.store import accounts, bodies, deliveries, endpoints, messages
+from crmbridge.store import accounts, bodies, contacts, deliveries, endpoints, messages
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Database, Reads, Row, Tx
 
@@ -88,6 +88,14 @@ def page(db: Reads, wanted: Filter, *, after: tuple[str, int] | None, limit: int
     return db.rows(f"SELECT {shown} {_DEAD}{where} ORDER BY {order} LIMIT ?", (*parameters, limit))
 
 
+def sums(db: Reads, wanted: Filter) -> list[Row]:
+    """Return `number`, `oldest` and `newest` death of what matches, by account_id, target and last_code."""
+    where, parameters = _matching(wanted)
+    by = "dead.account_id, dead.target, dead.last_code"
+    of = "COUNT(*) AS number, MIN(dead.finished_at) AS oldest, MAX(dead.finished_at) AS newest"
+    return db.rows(f"SELECT {by}, {of} {_DEAD}{where} GROUP BY {by} ORDER BY {by}", parameters)
+
+
 def _matching(wanted: Filter) -> tuple[str, list[Any]]:
     where = " AND dead.target = ?"
     parameters: list[Any] = [wanted.target]
@@ -130,6 +138,23 @@ def retryable(db: Reads, delivery_id: str, *, force: bool) -> Row:
     if because is not None and not (force and because == "in_doubt"):
         raise Conflict(_SAID[because], code=because)
     return row
+
+
+def obstacle(db: Reads, row: Row, now: str) -> str | None:
+    """Return why a dead delivery would not go out if it were tried again now, or None.
+
+    Beside the reasons of `page` a send's is ``expired`` (its send_before has passed) or ``window_closed``.
+    """
+    because: str | None = _dead(db, row["id"])["because"]
+    if because not in (None, "endpoint_held") or row["target"] == "crm":
+        return because
+    try:
+        messages.body(db, row, accounts.found(db, row["account_id"]), now)
+    except Conflict as problem:
+        return problem.code
+    wrote_at = contacts.find(db, row["account_id"], row["contact"])["last_wrote_at"]
+    is_shut = row["last_code"] == "window_closed" and (wrote_at or "") <= row["finished_at"]
+    return "window_closed" if is_shut else because
 
 
 def _dead(db: Reads, delivery_id: str) -> Row:

@@ -292,13 +292,13 @@ def past(db: Reads, account_id: str, kind: str, *, begin: str, end: str) -> list
 def to_type(account_id: str, kind: Target, cause: str) -> str:
     """Return what ends a pause or a hold."""
     name = next(name for name, place in WHAT.items() if place == kind)
-    command, put = f"crmbridge account resume {account_id} --{name}", f"PUT /api/v1/accounts/{account_id}"
+    resume, change = f"crmbridge account resume {account_id} --{name}", f"crmbridge account set {account_id}"
     if cause == "inactive":
-        return f'{put} with {{"status": "active"}}'
+        return f"{change} --active"
     if cause == "error":
-        return f"{put} with a new access_token, or, if that is not at fault, {command}"
+        return f"{change} --token - (a new access token), or, if that is not at fault, {resume}"
     if cause == "gone":
-        return f"mend crm_webhook_url ({put}), or {command}"
+        return f"{change} --url URL (where the CRM is now), or {resume}"
     if cause == "unauthorized":
-        return f"set the same webhook_secret in the CRM and by {put}, or {command}"
-    return command
+        return f"{change} --secret - (the secret that the CRM has), or, if only the CRM was wrong, {resume}"
+    return resume

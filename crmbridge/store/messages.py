@@ -391,6 +391,14 @@ def body(db: Reads, delivery: Row, account: Row, now: str) -> tuple[str, str | N
     return tagged, message["send_before"]
 
 
+def tagged_until(db: Reads, message_id: str) -> str | None:
+    """Return until when a send would be taken from a person who says so; None where that changes nothing."""
+    message = _with_contact(db, message_id)
+    sent, account = json.loads(message["content"]), accounts.found(db, message["account_id"])
+    window = windows.of(db, account, message["recipient_id"], {**sent, "human": True}, message)
+    return None if sent.get("human") or window.tagged_from is None else window.ends_at
+
+
 def find_external(db: Reads, account_id: str, external_id: str) -> Row | None:
     """Return the account's message that has this id at the channel, or None."""
     return db.row(

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crmbridge.store import accounts, bodies, endpoints, history
+from crmbridge.store import accounts, bodies, dead, endpoints, history, messages
 from crmbridge.store.database import Reads, Row
 
 Kind = Literal["message", "event", "account", "conversation"]
@@ -20,7 +20,8 @@ _REPEATS = """
 class Owed:
     """A delivery with its calls, what befell it between them, the holds that it outlived (`held`), and what it awaits.
 
-    That is what locks its endpoint, or the head of its lane. Its age counts from `aged_from`.
+    That is what locks its endpoint, or the head of its lane. Its age counts from `aged_from`. A dead one has an
+    `obstacle` where it would not go out if it were tried again. A send is as good as a person's until `tagged_until`.
     """
 
     row: Row
@@ -31,6 +32,8 @@ class Owed:
     head: Row | None
     aged_from: str
     send_before: str | None
+    obstacle: str | None = None
+    tagged_until: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,21 +94,21 @@ def meanings(db: Reads, given: str) -> list[tuple[Kind, str]]:
     return found[: MEANINGS_MOST + 1]
 
 
-def of_message(db: Reads, message_id: str) -> Life:
+def of_message(db: Reads, message_id: str, now: str) -> Life:
     """Return what became of a message that a CRM asked us to send."""
     message = _one(db, "SELECT * FROM outbound_messages WHERE id = ?", message_id)
     heard = _heard(db, message["account_id"], message["instagram_message_id"])
     owed = db.rows(f"{_DELIVERIES} WHERE deliveries.message_id = ? ORDER BY deliveries.position", (message_id,))
-    return _life(db, message, None, message["account_id"], message["recipient_id"], heard, owed)
+    return _life(db, message, None, message["account_id"], message["recipient_id"], heard, owed, now)
 
 
-def of_event(db: Reads, event_id: str) -> Life:
+def of_event(db: Reads, event_id: str, now: str) -> Life:
     """Return what became of something that the channel told us."""
     event = _one(db, f"SELECT *, {_REPEATS} FROM events WHERE id = ?", event_id)
     owed = db.rows(f"{_DELIVERIES} WHERE event_id = ? ORDER BY deliveries.position", (event_id,))
     heard = _heard(db, event["account_id"], event["instagram_message_id"]) if event["kind"] in bodies.MESSAGES else []
     heard = [row for row in heard if row["id"] != event_id]
-    return _life(db, None, event, event["account_id"], event["contact"], heard, owed)
+    return _life(db, None, event, event["account_id"], event["contact"], heard, owed, now)
 
 
 def _heard(db: Reads, account_id: str | None, external_id: str | None) -> list[Row]:
@@ -127,17 +130,18 @@ def _life(
     contact: str,
     heard: list[Row],
     rows: list[Row],
+    now: str,
 ) -> Life:
     account = accounts.find_any(db, account_id)
     conversation_id = db.value(
         "SELECT conversation_id FROM contacts WHERE account_id = ? AND contact = ?", (account_id, contact)
     )
-    owed = [_owed(db, row) for row in rows]
+    owed = [_owed(db, row, now) for row in rows]
     changes = history.of(db, message["id"], "status") if message else []
     return Life(message, event, account, conversation_id, changes, heard, owed)
 
 
-def _owed(db: Reads, row: Row) -> Owed:
+def _owed(db: Reads, row: Row, now: str) -> Owed:
     befell = [one for one in history.of(db, row["id"]) if one["kind"] not in history.CALLS]
     head = None
     if row["place"] == "behind":
@@ -158,7 +162,10 @@ def _owed(db: Reads, row: Row) -> Owed:
     aged_from = max(row["aged_from"], end["aged_from"]) if end else row["aged_from"]
     before = "SELECT send_before FROM outbound_messages WHERE id = ?"
     send_before = db.value(before, (row["message_id"],)) if row["target"] == "instagram" else None
-    return Owed(row, history.calls(db, row), befell, held, endpoints.lock(end), head, aged_from, send_before)
+    obstacle = dead.obstacle(db, row, now) if row["place"] == "dead" else None
+    until = messages.tagged_until(db, row["message_id"]) if obstacle == "window_closed" else None
+    calls, hold = history.calls(db, row), endpoints.lock(end)
+    return Owed(row, calls, befell, held, hold, head, aged_from, send_before, obstacle, until)
 
 
 def account(db: Reads, account_id: str) -> Row:

@@ -38,8 +38,9 @@ VIEWS = (
                 WHEN paused_at IS NOT NULL OR held_by = 'unauthorized' THEN 'crmbridge account resume '
                     || waiting.account_id || CASE waiting.target WHEN 'crm' THEN ' --deliveries' ELSE ' --sends' END
                 WHEN held_by = 'gone'
-                    THEN 'mend crm_webhook_url (PUT /api/v1/accounts/' || waiting.account_id
-                        || '), or crmbridge account resume ' || waiting.account_id || ' --deliveries'
+                    THEN 'crmbridge account set ' || waiting.account_id
+                        || ' --url URL (where the CRM is now), or crmbridge account resume ' || waiting.account_id
+                        || ' --deliveries'
                 ELSE 'crmbridge explain ' || COALESCE(head.id, waiting.id) END AS to_type
         FROM endpoints CROSS JOIN deliveries AS waiting
             ON waiting.account_id = endpoints.account_id AND waiting.target = endpoints.kind
