@@ -177,6 +177,10 @@ _ENDS = (
     _opt("--sends", action="append_const", dest="what", const="sends",
          help="what goes to Instagram (default: both)"),
 )  # fmt: skip
+_WHO = (
+    _opt("--contact", required=True, metavar="ID", help="the customer's id: sender_id of an event"),
+    _opt("--account", metavar="ACC", help="as a customer of this account alone (default: of all)"),
+)
 _FILTERS = (
     _flag("--webhooks", "only what CRMs did not get", either="target"),
     _flag("--sends", "only what Instagram did not get", either="target"),
@@ -281,10 +285,8 @@ def _commands() -> tuple[Command, ...]:
             _flag("--all", "also the last ones that ended"),
         )),
         Command("alert test", _alert_test, "send a test alert through log, command and URL now"),
-        Command("erase", _erase, "erase what is stored about a customer, also where it is still owed", (
-            _opt("--contact", required=True, metavar="ID", help="the customer's id: sender_id of an event"),
-            _opt("--account", metavar="ACC", help="as a customer of this account alone (default: of all)"),
-        )),
+        Command("export", _export, "write all that is stored about a customer as JSON to standard output", _WHO),
+        Command("erase", _erase, "erase what is stored about a customer, also where it is still owed", _WHO),
         Command("backfill", _backfill, "read again what Instagram may have told while nobody listened", (
             _opt("account", nargs="?", metavar="ACCOUNT", help="acc_… (default: every account)"),
             _opt("--since", default="24h", metavar="T", help="a time, or a duration such as 2h (default: 24h)"),
@@ -592,6 +594,13 @@ def _alert_test(options: argparse.Namespace) -> int:
     settings = _settings(options)
     log.setup(settings.log.level)
     return alerts.test(settings.alerts)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from crmbridge.ops import export
+
+    with _database(options) as db:
+        return export.run(db, options.contact, options.account)
 
 
 def _erase(options: argparse.Namespace) -> int:

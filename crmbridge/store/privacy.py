@@ -3,6 +3,7 @@
 Steps are small, so that the write lock is never held for long; an erasure that was broken off is simply run again.
 """
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,17 @@ from crmbridge.store.database import Database, Reads, Row, Tx
 _AT_ONCE = 200
 _GRACE_S = 300.0  # a call in flight ends before its rows go
 _GONE = "the owner removed the app from the Instagram account: connect it again with a new access token"
+
+
+# Where a customer stands, by account and contact; of `_NAMED` the contact is a pattern.
+_OWED = "deliveries WHERE account_id = ? AND contact = ?"
+_SENT = "outbound_messages WHERE account_id = ? AND recipient_id = ?"
+_PRIVATE = """
+    outbound_messages JOIN deliveries ON message_id = outbound_messages.id
+    WHERE outbound_messages.account_id = ? AND recipient_id = ? AND contact LIKE 'comment:%'"""
+_HEARD = "events WHERE account_id = ? AND contact = ?"
+_NAMED = r"events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
+_UNROUTED = "events WHERE account_id IS NULL AND contact = ?"
 
 
 @dataclass(frozen=True)
@@ -41,15 +53,9 @@ def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
     db.overwrite_what_is_deleted()
     lane, alias, total = (account_id, contact), _alias(), Erased()
     # The last first: what waits behind a head must not become one.
-    owed = (
-        "SELECT id FROM deliveries WHERE account_id = ? AND contact = ? ORDER BY finished_at IS NOT NULL, position DESC"
-    )
-    sent = "SELECT id FROM outbound_messages WHERE account_id = ? AND recipient_id = ? ORDER BY id"
-    private = """
-        SELECT deliveries.id FROM outbound_messages JOIN deliveries ON message_id = outbound_messages.id
-        WHERE outbound_messages.account_id = ? AND recipient_id = ? AND contact LIKE 'comment:%'"""
-    heard = "SELECT id FROM events WHERE account_id = ? AND contact = ?"
-    named = r"SELECT id FROM events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'"
+    owed = f"SELECT id FROM {_OWED} ORDER BY finished_at IS NOT NULL, position DESC"
+    sent, private = f"SELECT id FROM {_SENT} ORDER BY id", f"SELECT deliveries.id FROM {_PRIVATE}"
+    heard, named = f"SELECT id FROM {_HEARD}", f"SELECT id FROM {_NAMED}"
     # First, while it is known which messages are theirs.
     db.write_last(lambda tx: questions.forget_contact(tx, account_id, contact))
     while True:  # somebody may be writing meanwhile
@@ -76,7 +82,7 @@ def erase_contact(db: Database, account_id: str, contact: str) -> Erased:
 
 def erase_unrouted(db: Database, contact: str) -> Erased:
     """Erase what a customer wrote to accounts that are not configured here."""
-    alias, unrouted = _alias(), "SELECT id FROM events WHERE account_id IS NULL AND contact = ?"
+    alias, unrouted = _alias(), f"SELECT id FROM {_UNROUTED}"
     return Erased(events=_in_steps(db, unrouted, (contact,), lambda tx, ids: _blank_events(tx, ids, contact, alias)))
 
 
@@ -126,6 +132,63 @@ def _blank_events(tx: Tx, ids: Sequence[str], contact: str, alias: str) -> None:
             state = CASE WHEN state IN ('held', 'unrouted') THEN 'noted' ELSE state END WHERE id IN ({_marks(ids)})""",
         (alias, contact, alias, *ids),
     )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The rows about a customer of an account; `other_deliveries` are of neither an event nor a message of theirs."""
+
+    profile: Row | None
+    events: list[Row]
+    messages: list[Row]
+    other_deliveries: list[Row]
+
+    @property
+    def is_something(self) -> bool:
+        """Whether there is any."""
+        return any((self.profile, self.events, self.messages, self.other_deliveries))
+
+
+def stored(db: Reads, account_id: str, contact: str) -> Stored:
+    """Return what is stored about a customer of an account, which is what `erase_contact` erases, oldest first."""
+    lane = (account_id, contact)
+    if contact.startswith(contacts.ERASED):  # what an erasure left is nobody's any more
+        return Stored(None, [], [], [])
+    told = f"message_id IS NOT NULL AND id IN (SELECT event_id FROM (SELECT deliveries.* FROM {_PRIVATE}))"
+    events = db.rows(f"SELECT * FROM {_HEARD}", lane) + db.rows(f"SELECT * FROM events WHERE {told}", lane)
+    events += [
+        row
+        for row in db.rows(f"SELECT * FROM {_NAMED}", (account_id, _within(contact)))
+        if _names(json.loads(row["payload"]), contact)
+    ]
+    events.sort(key=lambda row: int(row["position"]))
+    messages_of = db.rows(f"SELECT * FROM {_SENT} ORDER BY id", lane)
+    ids = {row["id"] for row in (*events, *messages_of)}
+    others = [row for row in db.rows(f"SELECT * FROM {_OWED}", lane) if not ids & {row["event_id"], row["message_id"]}]
+    profile = db.row("SELECT * FROM contacts WHERE account_id = ? AND contact = ?", lane)
+    return Stored(profile, events, messages_of, others)
+
+
+def stored_unrouted(db: Reads, contact: str) -> list[Row]:
+    """Return what a customer wrote to accounts that are not configured here."""
+    return db.rows(f"SELECT * FROM {_UNROUTED} ORDER BY position", (contact,))
+
+
+def deliveries_of(db: Reads, *, event_id: str | None = None, message_id: str | None = None) -> list[Row]:
+    """Return what was owed of an event to the CRM, or of a message to the channel."""
+    if event_id is not None:
+        return db.rows("SELECT * FROM deliveries WHERE event_id = ? ORDER BY position", (event_id,))
+    of = "message_id = ? AND target = 'instagram'"
+    return db.rows(f"SELECT * FROM deliveries WHERE {of} ORDER BY position", (message_id,))
+
+
+def _names(value: Any, contact: str) -> bool:
+    """Tell whether a contact is a value in JSON: its id may also be a part of somebody else's."""
+    if isinstance(value, dict):
+        return any(_names(inner, contact) for inner in value.values())
+    if isinstance(value, list):
+        return any(_names(inner, contact) for inner in value)
+    return str(value) == contact
 
 
 # --- an account, by Meta's callbacks ---
