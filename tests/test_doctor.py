@@ -834,7 +834,7 @@ def test_the_document_shows_what_doctor_prints(stage: Stage, undo: contextlib.Ex
     head, *blocks = shown[1].strip().split("\n\n")
     assert re.fullmatch(r"crmbridge \S+ on \S+, \S+, took \S+ s\n1 BROKEN, 1 WARNING, 1 note, \d+ ok", head)
     found = [block for block in blocks if not block.startswith("ok  ")]
-    assert len(found) == 4
+    assert len(found) == 3
     for block in found:
         assert normal(block) in told
     assert f"the budget is {machine.IDLE_MB} MB idle and {machine.LOADED_MB} MB under load" in " ".join(

@@ -403,7 +403,7 @@ def test_a_dead_token_is_an_alert_and_a_fresh_one_its_end(tended: Tended) -> Non
     assert [kind for kind, _ in rig.alerts] == ["token_dead"]
     [(_, said)] = rig.alerts
     assert said.startswith("Instagram does not renew the access token, token_")
-    assert said.endswith(f"set it by PUT /api/v1/accounts/{account['id']}")
+    assert said.endswith(f"then: crmbridge account set {account['id']} --token -")
     assert TOKEN not in rig.alerts[0][1]
     assert accounts.found(rig.db, account["id"])["status"] == "error"
     rig.meta.accounts[SHOP_ID].tokens["IGAAnew"] = rig.now_s - DAY_S

@@ -43,7 +43,7 @@ class Meaning:
         return self.kind not in ("final", "alert")
 
 
-_RENEW = "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT"
+_RENEW = "make a new token in Meta's console, then: crmbridge account set ACCOUNT --token -"
 _REVIEW = "see in Meta's console that the app is Live and has the permission by App Review"
 _SUPPORT = "look at the account's status and support inbox at Instagram, and wait or appeal"
 _OTHER_APP = "make this app the default in the Page's or account's conversation routing"
