@@ -36,19 +36,19 @@ def run(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProces
 
 def program(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a program in a folder."""
-    with started(folder, *words, **environ) as process:
+    with started(folder, *words, stdin=subprocess.DEVNULL, **environ) as process:
         said = process.communicate(timeout=PATIENCE_S)
     return subprocess.CompletedProcess(words, process.returncode, *said)
 
 
-def started(folder: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+def started(folder: Path, *words: str, stdin: int = subprocess.DEVNULL, **environ: str) -> subprocess.Popen[str]:
     """Start a command as a program in a folder."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CRMBRIDGE_")}
     return subprocess.Popen(
         [sys.executable, "-m", "crmbridge", *words],
         cwd=folder,
         env={**clean, "PYTHONPATH": str(ROOT), **environ},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,6 +1,9 @@
 """An account is connected and mended from the command line, with the API's checks; no secret is an argument."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.store import accounts
 from tests.rig import Rig
 from tests.shop import CUSTOMER, OTHER_ID, OTHER_SCOPED_ID, OTHER_TOKEN, SHOP_ID, SHOP_SCOPED_ID, TOKEN, Shop
+from tests.test_cli import started
 from tests.typed import typed
+from tests.waiting import PATIENCE_S
 
 NEW = "IGAAanewtokenofthefirstshop"
 SECRET = "a-secret-of-the-crm-0123456789"
@@ -145,6 +150,27 @@ def test_a_secret_on_the_command_line_is_wrong_usage_and_is_not_repeated(rig: Ri
         assert "must be -: a secret in a command can be read by all on this machine" in said
         assert TOKEN not in said
         assert SECRET not in said
+
+
+@pytest.mark.parametrize(("typing", "status"), [(TOKEN.encode() + b"\n", 0), (b"\x04", 1), (b"\n", 1)])
+def test_a_person_at_a_terminal_is_asked_and_sees_no_secret(
+    rig: Rig, tmp_path: Path, typing: bytes, status: int
+) -> None:
+    here, there = pty.openpty()
+    with started(tmp_path, "account", "add", "--token", "-", stdin=there) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(len("Access token: ")) == "Access token: "
+        os.write(here, typing)
+        said, complained = process.communicate(timeout=PATIENCE_S)
+    os.set_blocking(here, False)
+    with contextlib.suppress(BlockingIOError):
+        assert TOKEN.encode() not in os.read(here, 1000)
+    os.close(here)
+    os.close(there)
+    assert process.returncode == status
+    assert TOKEN not in said + complained
+    assert "Traceback" not in complained
+    assert said.startswith("connected acc_") == (status == 0)
 
 
 def test_a_weak_secret_and_a_failed_subscription_are_warned_of(rig: Rig, tmp_path: Path) -> None:

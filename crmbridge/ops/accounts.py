@@ -41,7 +41,10 @@ def secrets(names: Sequence[str]) -> dict[str, str]:
     if not names:
         return {}
     if sys.stdin is not None and sys.stdin.isatty():
-        given = [getpass.getpass(_ASKED[name]) for name in names]
+        try:
+            given = [getpass.getpass(_ASKED[name]) for name in names]
+        except EOFError:
+            raise Misconfigured("nothing was typed") from None
     else:
         try:
             text = sys.stdin.buffer.read(_READ_MOST).decode() if sys.stdin is not None else ""
