@@ -144,13 +144,26 @@ def _templates() -> list[tuple[re.Pattern[str], str]]:
 
 @functools.cache
 def _validator(schema: str) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator({**json.loads(schema), "components": _closed()})
+    return jsonschema.Draft202012Validator({**_closed(json.loads(schema)), "components": _components()})
 
 
 @functools.cache
-def _closed() -> dict[str, Any]:
-    """Return the components with schemas that know all their fields: nothing may come that is not described."""
-    components: dict[str, Any] = json.loads(json.dumps(load()["components"]))
-    for schema in components["schemas"].values():
-        schema.setdefault("additionalProperties", False)
-    return components
+def _components() -> dict[str, Any]:
+    """Return the schemas as this version keeps them; an event that it does not know is nothing it may tell."""
+    return {"schemas": {**_closed(load()["components"]["schemas"]), "OtherEvent": False}}
+
+
+def _closed(node: Any) -> Any:
+    """Close what is open to later versions: fields, words, and the form of times. Requests are closed as they stand."""
+    if isinstance(node, list):
+        return [_closed(inner) for inner in node]
+    if not isinstance(node, dict) or node.get("additionalProperties") is False:
+        return node
+    found = {key: _closed(inner) for key, inner in node.items()}
+    if isinstance(node.get("properties"), dict) and isinstance(node.get("type"), str):
+        found.setdefault("additionalProperties", False)
+    if "x-extensible-enum" in node:
+        found["enum"] = [*node["x-extensible-enum"], None]  # `type` tells whether null may be
+    if node.get("format") == "date-time":
+        found["pattern"] = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"
+    return found

@@ -59,7 +59,7 @@ def test_any_request_gets_a_documented_answer(case: Any, shop: Shop) -> None:
         # A token of the right form is seldom one that Instagram takes, and a URL may lead where it must not.
         excluded = [positive_data_acceptance]
     if case.operation.label == "POST /api/v1/messages/send":
-        excluded = [positive_data_acceptance]  # no schema tells that one form and one recipient must be named
+        excluded = [positive_data_acceptance]  # no schema tells Instagram's limits
     case.call_and_validate(
         shop.url,
         headers={"Authorization": f"Bearer {shop.admin_key}"},

@@ -11,28 +11,31 @@ from typing import Any
 
 import openapi_spec_validator
 import pytest
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import crmbridge
 from crmbridge import apikey, config, contract, errors, wiring
 from crmbridge.delivery import FLOORS_S
 from crmbridge.instagram import codes
+from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.store import bodies, messages
 from crmbridge.store.deliveries import Patience
 from crmbridge.web import app as web_app
 from tests import spec
+from tests.rig import Rig
 from tests.spec import METHODS, resolve
 
 SPEC = spec.load()
-ABOUT: str = SPEC["info"]["description"]
-REQUESTS: dict[str, type[BaseModel]] = {
+ABOUT = "\n".join([SPEC["info"]["description"], *(tag["description"] for tag in SPEC["tags"])])
+SCHEMAS: dict[str, Any] = SPEC["components"]["schemas"]
+REQUESTS: dict[str, type[contract._Request]] = {
     name: model
     for name, model in vars(contract).items()
     if inspect.isclass(model) and issubclass(model, contract._Request) and model is not contract._Request
 }
-# What stands in the spec for people, or says nothing.
-NOISE = {"title", "description", "example", "examples"}
+# What stands in the spec for people, or says nothing. A default, which generators take for a field that must be sent,
+# stands in the description.
+NOISE = {"title", "description", "example", "examples", "default"}
 
 
 def operations() -> dict[tuple[str, str], dict[str, Any]]:
@@ -115,8 +118,6 @@ def plain(schema: Any) -> Any:
     if isinstance(schema, bool):
         return schema
     found = {key: value for key, value in schema.items() if key not in NOISE}
-    if found.get("default", ...) is None:
-        del found["default"]
     if "$ref" in found:
         found["$ref"] = found["$ref"].rsplit("/", 1)[-1]
     options = found.get("anyOf", [])
@@ -142,16 +143,56 @@ def plain(schema: Any) -> Any:
 
 def test_every_request_is_described_as_it_is_read() -> None:
     _, generated = models_json_schema([(model, "validation") for model in REQUESTS.values()])
-    for name in REQUESTS:
-        assert plain(SPEC["components"]["schemas"][name]) == plain(generated["$defs"][name]), name
+    for name, model in REQUESTS.items():
+        expected = plain(generated["$defs"][name])
+        if model.one_of:
+            expected["allOf"] = [{"oneOf": [given(field) for field in fields]} for fields in model.one_of]
+        # What one field demands of another is held by the tests of its operation.
+        assert {**plain(SCHEMAS[name]), "not": None} == {**expected, "not": None}, name
+
+
+def given(field: str) -> dict[str, Any]:
+    return {"required": [field], "properties": {field: {"not": {"type": "null"}}}}
+
+
+@pytest.mark.parametrize(("url", "secret", "fits"), [("set", "set", True), ("set", None, False), (None, None, True)])
+def test_an_update_takes_no_url_without_a_secret(rig: Rig, url: str | None, secret: str | None, fits: bool) -> None:
+    body = {"crm_webhook_url": url and rig.sandbox.crm_webhook_url, "webhook_secret": secret and WEBHOOK_SECRET}
+    assert (spec.misfits(SCHEMAS["AccountUpdate"], body) == []) == fits
+    path = f"/api/v1/accounts/{rig.account()['id']}"
+    assert rig.call("PUT", path, body)[0] == (200 if fits else 400)
+
+
+def test_requests_are_strict_and_answers_are_open() -> None:
+    """So that a client that is generated from the file goes on when something is added."""
+    for name, schema in SCHEMAS.items():
+        written = json.dumps(schema)
+        if name in REQUESTS:
+            assert schema["additionalProperties"] is False, name
+            assert '"default"' not in written, name
+            continue
+        assert '"additionalProperties": false' not in written, name
+        closed = {field for field, inner in schema.get("properties", {}).items() if {"enum", "const"} & set(inner)}
+        assert closed <= {"event", "test"}, name  # by which an event is told
+        assert written.count('"enum"') + written.count('"const"') == len(closed), name
+
+
+def test_every_event_is_known_or_another() -> None:
+    listed = SCHEMAS["EventPage"]["properties"]["events"]["items"]["anyOf"]
+    assert [entry["$ref"].rsplit("/", 1)[-1] for entry in listed] == ["KnownEvent", "OtherEvent"]
+    known = {json.dumps(entry) for entry in SCHEMAS["KnownEvent"]["anyOf"]}
+    bodies = [operation["requestBody"]["content"]["application/json"] for operation in EVENTS.values()]
+    pushed = {json.dumps(body["schema"]) for body in bodies}
+    assert pushed - known == {'{"$ref": "#/components/schemas/WebhookTest"}'}
+    assert known <= pushed
 
 
 def test_every_schema_and_field_is_described() -> None:
-    for name, schema in SPEC["components"]["schemas"].items():
+    for name, schema in SCHEMAS.items():
         assert schema["description"], name
-        for field, inner in schema["properties"].items():
-            # A reference has its own description; a single constant needs none.
-            assert {"description", "$ref", "const", "enum"} & set(inner), f"{name}.{field}"
+        for field, inner in schema.get("properties", {}).items():
+            # A reference has its own description; a single word needs none.
+            assert {"description", "$ref", "const", "x-extensible-enum"} & set(inner), f"{name}.{field}"
 
 
 # --- operations and routes ---
@@ -219,6 +260,8 @@ ALIVE = {"status": "alive", "timestamp": "2026-02-03T10:15:30.512Z"}
         pytest.param("/health/live", 200, "application/json", {**ALIVE, "mood": "good"}, id="one field more"),
         pytest.param("/health/live", 200, "application/json", {"status": "alive"}, id="one field less"),
         pytest.param("/health/live", 200, "application/json", {**ALIVE, "timestamp": "now"}, id="another form"),
+        pytest.param("/health/live", 200, "application/json", {**ALIVE, "status": "asleep"}, id="another word"),
+        pytest.param("/health/live", 200, "application/json", {**ALIVE, "status": None}, id="null"),
         pytest.param("/health/live", 200, "text/plain", ALIVE, id="another type"),
         pytest.param("/health/live", 202, "application/json", ALIVE, id="another status"),
         pytest.param("/nothing", 404, "application/json", ALIVE, id="no error"),
@@ -246,6 +289,15 @@ def test_an_event_that_is_not_as_described_is_found(change: dict[str, Any]) -> N
     del headers["X-Correlation-Id"]
     spec.hold_event(json.dumps(event).encode(), headers)
     assert spec.problems() == ["message.received: no header X-Correlation-Id"]
+
+
+def test_a_page_with_an_event_that_is_not_described_is_found() -> None:
+    page = SPEC["paths"]["/api/v1/events"]["get"]["responses"]["200"]["content"]["application/json"]["examples"]
+    shown = page["last_page"]["value"]
+    spec.hold_found("/api/v1/events", shown)
+    assert spec.problems() == []
+    spec.hold_found("/api/v1/events", {**shown, "events": [{**shown["events"][0], "event": "message.lost"}]})
+    assert spec.problems()
 
 
 # --- errors ---
