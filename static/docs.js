@@ -10,6 +10,7 @@ window.ui = SwaggerUIBundle({
   deepLinking: true,
   displayRequestDuration: true,
   persistAuthorization: false,
+  showExtensions: true,
   queryConfigEnabled: false,
   tryItOutEnabled: true,
   validatorUrl: null,
