@@ -32,12 +32,12 @@ def load() -> dict[str, Any]:
 
 
 def resolve(node: dict[str, Any]) -> dict[str, Any]:
-    """Follow a reference inside the file."""
+    """Follow a reference inside the file; what stands beside it goes before what it leads to."""
     while "$ref" in node:
         found: Any = load()
         for step in node["$ref"].removeprefix("#/").split("/"):
             found = found[step]
-        node = found
+        node = {**found, **{key: value for key, value in node.items() if key != "$ref"}}
     return node
 
 
