@@ -152,11 +152,11 @@ def _owed(db: Reads, row: Row, now: str) -> Owed:
         )
     lived = {"begin": row["accepted_at"], "end": row["finished_at"] or "9999"}
     # What held its endpoint only while it was dead did not hold it.
-    dead = [(one["at"], again["at"]) for one, again in itertools.pairwise(befell) if again["kind"] == "revived"]
+    lay = [(one["at"], again["at"]) for one, again in itertools.pairwise(befell) if again["kind"] == "revived"]
     held = [
         one
         for one in endpoints.past(db, row["account_id"], row["target"], **lived)
-        if not any(died < one["since"] and one["ended_at"] <= revived for died, revived in dead)
+        if not any(died < one["since"] and one["ended_at"] <= revived for died, revived in lay)
     ]
     end = endpoints.find(db, row["account_id"], row["target"])
     aged_from = max(row["aged_from"], end["aged_from"]) if end else row["aged_from"]
