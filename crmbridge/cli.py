@@ -284,6 +284,8 @@ def _commands() -> tuple[Command, ...]:
         Command("alert list", _alert_list, "list the alerts that are open", (
             _flag("--all", "also the last ones that ended"),
         )),
+        Command("alert kinds", _alert_kinds, "tell of each kind of alert what it means, what to do, and what ends it",
+                as_owner=False),
         Command("alert test", _alert_test, "send a test alert through log, command and URL now"),
         Command("export", _export, "write all that is stored about a customer as JSON to standard output", _WHO),
         Command("erase", _erase, "erase what is stored about a customer, also where it is still owed", _WHO),
@@ -304,6 +306,7 @@ def _commands() -> tuple[Command, ...]:
             *_named("all that match"),
             *_FILTERS,
         )),
+        Command("codes", _codes, "tell what Instagram's refusals mean, what happens and what to do", as_owner=False),
         Command("demo", _demo, "show both flows against the bundled sandbox; brings its own configuration", (
             _flag("--once", "exit after the round trip, 0 when every hop arrived"),
         ), as_owner=False),
@@ -586,6 +589,18 @@ def _alert_list(options: argparse.Namespace) -> None:
 
     with _database(options) as db:
         alerts.show(db, also_ended=options.all)
+
+
+def _alert_kinds(_: argparse.Namespace) -> None:
+    from crmbridge.alerts import kinds
+
+    terminal.say(*kinds.table())
+
+
+def _codes(_: argparse.Namespace) -> None:
+    from crmbridge.instagram import codes
+
+    terminal.say(*codes.table())
 
 
 def _alert_test(options: argparse.Namespace) -> int:

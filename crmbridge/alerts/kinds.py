@@ -190,6 +190,12 @@ KINDS = {
 OTHER = Kind("something needs a look", "look into the log", "it is over")
 
 
+def table() -> list[str]:
+    """Return the lines of a table in Markdown: each kind, its cause, what to do and what ends it."""
+    lines = ["| kind | what it means | what to do | it is over when |", "| --- | --- | --- | --- |"]
+    return lines + [f"| `{name}` | {kind.cause} | {kind.todo} | {kind.ends} |" for name, kind in KINDS.items()]
+
+
 def kind_of(name: str) -> Kind:
     """Return what is known about a kind."""
     return KINDS.get(name, OTHER)

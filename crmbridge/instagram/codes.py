@@ -9,7 +9,7 @@ from typing import Any, Literal
 Class = Literal["retry", "open", "once", "limit", "final", "alert", "account", "unknown"]
 Part = int | Literal["*"] | None
 
-# What happens to the send, in words; docs/instagram.md's table is held to these.
+# What happens to the send, in words; docs/instagram.md has them.
 HAPPENS: dict[Class, str] = {
     "retry": "tried again, up to 3 times",
     "open": "in doubt where the answer leaves that open: looked for, and sent again if it is not there, up to 3 times",
@@ -130,6 +130,16 @@ def codes_of(meaning: Meaning) -> list[tuple[Part, Part]]:
     """Return the codes and subcodes of a meaning."""
     pairs = [entry.partition("/") for entry in meaning.codes.split()]
     return [(_part(code) or "*", _part(subcode)) for code, _, subcode in pairs]
+
+
+def table() -> list[str]:
+    """Return the lines of a table in Markdown: each refusal, its code, what happens and what to do."""
+    lines = ["| Meta's code/subcode | code | what happens | what to do |", "| --- | --- | --- | --- |"]
+    for one in MEANINGS:
+        listed = " ".join(f"`{entry}`" for entry in one.codes.split()) or "any other"
+        said = f' "{one.says}"' if one.says else ""
+        lines.append(f"| {listed}{said} | `{one.slug}` | {HAPPENS[one.kind]} | {one.hint} |")
+    return lines
 
 
 def _part(text: str) -> Part:
