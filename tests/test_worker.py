@@ -1,6 +1,7 @@
 """Huey as the bell: heard at once, coalesced, kept for later; its queue is no record."""
 
 import contextlib
+import datetime
 import sqlite3
 import threading
 import time
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huey.signals import SIGNAL_COMPLETE
 
 from crmbridge.errors import Misconfigured
 from crmbridge.store import sqlite
@@ -173,11 +173,11 @@ def test_a_bell_is_heard_though_the_queue_cannot_be_written(
         engine.wait(2)
 
 
-def test_a_bell_is_worked_off_without_a_look_at_the_queue(
+def test_a_worker_that_has_ended_opens_the_queue_no_more(
     start: Callable[..., tuple[FakeEngine, Worker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Huey would look there after each task whether it was revoked, and wait for whoever has locked it."""
-    made, guard, complete = list[sqlite3.Connection](), sqlite.guard, threading.Semaphore(0)
+    """Its threads may be at a last look, or at a last task, when the file is closed."""
+    made, guard = list[sqlite3.Connection](), sqlite.guard
 
     def note(connection: sqlite3.Connection) -> Any:
         made.append(connection)
@@ -185,8 +185,14 @@ def test_a_bell_is_worked_off_without_a_look_at_the_queue(
 
     monkeypatch.setattr(sqlite, "guard", note)
     engine, worker = start()
-    worker._huey.signal(SIGNAL_COMPLETE)(lambda *_: complete.release())
     worker.wake()
     engine.wait(2)
-    assert complete.acquire(timeout=PATIENCE_S)
-    assert len(made) == 1  # when the queue was made
+    worker.stop(0)
+    opened, storage = len(made), worker._huey.storage
+    storage.read_schedule(datetime.datetime.now(datetime.UTC))
+    storage.delete_data("revoked")
+    assert storage.peek_many(["revoked"]) == {}
+    assert len(made) == opened
+    for connection in made:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")

@@ -28,6 +28,7 @@ _ASKS = (
     "the bridge asks Instagram by itself after 15 minutes (after a restriction: 24 h), then at twice the distance up "
     "to 6 h, and when it answers well one send tries"
 )
+_RENEW = "make a new token in Meta's console and set it: crmbridge account set ACCOUNT --token -"
 _TAKES = "Instagram takes a send of the account again; or nothing waits for it any more"
 KINDS = {
     "dead_letter": Kind(
@@ -37,13 +38,14 @@ KINDS = {
     ),
     "in_doubt": Kind(
         "a send may or may not have reached the customer",
-        "crmbridge dlq list --sends; look into the conversation in Instagram; if it is not there: "
+        "crmbridge dlq list --all --sends; look into the conversation in Instagram; if it is not there: "
         "crmbridge dlq retry --force ID",
         "no send in doubt is left",
     ),
     "crm_unauthorized": Kind(
         "the CRM answers 401: it does not accept our signature, and deliveries are held",
-        "set the same webhook_secret in the CRM and by PUT /api/v1/accounts/ACCOUNT, or, when only the CRM was wrong, "
+        "set the same webhook_secret in the CRM and by crmbridge account set ACCOUNT --secret -, or, when only the CRM "
+        "was wrong, "
         "crmbridge account resume ACCOUNT --deliveries: either sends again what the 401 ended, too; a test is sent "
         "every five minutes for a week, but no more after two that were in vain, and when the CRM takes it and an "
         "event, all others go on by themselves",
@@ -51,7 +53,7 @@ KINDS = {
     ),
     "crm_gone": Kind(
         "the CRM answered 410: it wants no more, and deliveries are held",
-        "correct crm_webhook_url by PUT /api/v1/accounts/ACCOUNT, or crmbridge account resume ACCOUNT --deliveries",
+        "crmbridge account set ACCOUNT --url URL, or crmbridge account resume ACCOUNT --deliveries",
         "the deliveries are resumed",
     ),
     "crm_down": Kind(
@@ -70,8 +72,8 @@ KINDS = {
     ),
     "account_error": Kind(
         "Instagram refuses the account's sends, and they are held",
-        "mend what the message names, in Instagram or in Meta's console; then PUT /api/v1/accounts/ACCOUNT with a new "
-        f"access_token, or status: active; {_ASKS}",
+        "mend what the message names, in Instagram or in Meta's console; then crmbridge account set ACCOUNT with --token "
+        f"- or --active; {_ASKS}",
         _TAKES,
         wait_s=_STOPPED_WAIT_S,
     ),
@@ -89,7 +91,7 @@ KINDS = {
     ),
     "sends_expired": Kind(
         "sends could not go out in time, as Instagram was not to be had; the CRM was told by message.failed",
-        "crmbridge dlq list --sends; those whose window is still open: crmbridge dlq retry ID",
+        "crmbridge dlq list --all --sends; those whose window is still open: crmbridge dlq retry ID",
         "there was none for an hour",
         quiet_s=HOUR_S,
     ),
@@ -101,27 +103,27 @@ KINDS = {
     ),
     "token_dead": Kind(
         "the access token is no longer good",
-        f"make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT; {_ASKS}",
+        f"{_RENEW}; {_ASKS}",
         _TAKES,
         once=True,
         wait_s=_STOPPED_WAIT_S,
     ),
     "token_expiring": Kind(
         "the access token ends in 14, 7 or 1 days",
-        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
+        _RENEW,
         "the token's end has moved",
         once=True,
     ),
     "token_not_renewed": Kind(
         "Instagram refused twice running to renew the access token: it is good until it ends, and nothing goes out "
         "after that",
-        "make a new token in Meta's console and set it by PUT /api/v1/accounts/ACCOUNT",
+        _RENEW,
         "a fresh token came, or a new one was set",
         once=True,
     ),
     "subscription_lost": Kind(
         "Instagram's webhooks for the account cannot be subscribed: nothing of its customers is told",
-        "mend what the message names, or set a new token by PUT /api/v1/accounts/ACCOUNT; it is tried again "
+        "mend what the message names, or set a new token: crmbridge account set ACCOUNT --token -; it is tried again "
         "every six hours",
         "the account is subscribed again",
         once=True,
@@ -143,8 +145,8 @@ KINDS = {
     "held_long": Kind(
         "an account's deliveries or sends are held without an end, or for more than 7 days, and something has waited "
         "for more than a day",
-        "crmbridge account list shows why; crmbridge account resume ACCOUNT, or, of an inactive account, PUT "
-        "/api/v1/accounts/ACCOUNT with status: active",
+        "crmbridge account list shows why; crmbridge account resume ACCOUNT, or, of an inactive account, crmbridge "
+        "account set ACCOUNT --active",
         "they are resumed, or nothing waits any more",
         lasting=True,
     ),

@@ -277,7 +277,8 @@ def _tell(made_at: str, sends: int, pending: int) -> None:
     told = f"""
 What happens at the next start:
   {sends} send(s) were waiting at {made_at} and may have gone out since: each is looked for in its conversation, and
-    sent only when it is not there. Where that cannot be told it ends in doubt, for a person: crmbridge dlq list --sends
+    sent only when it is not there. Where that cannot be told it ends in doubt, for a person:
+    crmbridge dlq list --all --sends
   {pending - sends} other thing(s) were owed: a CRM that has them already knows them by their event ids.
   What Instagram told since is fetched again for every account, as far as it shows it, and comes to the CRM as new
     events with "recovered": true. The sequence of every conversation goes on far above the numbers that were in use.
