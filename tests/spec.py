@@ -31,6 +31,11 @@ def load() -> dict[str, Any]:
     return found
 
 
+def prose() -> str:
+    """Return what the file tells at length: its description and those of its tags."""
+    return "\n".join([load()["info"]["description"], *(tag["description"] for tag in load()["tags"])])
+
+
 def resolve(node: dict[str, Any]) -> dict[str, Any]:
     """Follow a reference inside the file; what stands beside it goes before what it leads to."""
     while "$ref" in node:

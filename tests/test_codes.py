@@ -28,7 +28,7 @@ CASES = [
     for number in [subcode if code == "*" else code]
     if "*" in (code, subcode)
 ]
-SPEC = spec.load()["info"]["description"]
+SPEC = spec.prose()
 TRIES = {
     "retry": "counted", "once": "once", "limit": "waits", "final": "final", "alert": "final", "account": "holds",
     "unknown": "in doubt", "open": "in doubt",

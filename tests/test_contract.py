@@ -26,7 +26,7 @@ from tests.rig import Rig
 from tests.spec import METHODS, resolve
 
 SPEC = spec.load()
-ABOUT = "\n".join([SPEC["info"]["description"], *(tag["description"] for tag in SPEC["tags"])])
+ABOUT = spec.prose()
 SCHEMAS: dict[str, Any] = SPEC["components"]["schemas"]
 REQUESTS: dict[str, type[contract._Request]] = {
     name: model

@@ -72,8 +72,8 @@ KINDS = {
     ),
     "account_error": Kind(
         "Instagram refuses the account's sends, and they are held",
-        "mend what the message names, in Instagram or in Meta's console; then crmbridge account set ACCOUNT with --token "
-        f"- or --active; {_ASKS}",
+        "mend what the message names, in Instagram or in Meta's console; then crmbridge account set ACCOUNT "
+        f"with --token - or --active; {_ASKS}",
         _TAKES,
         wait_s=_STOPPED_WAIT_S,
     ),
