@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 
 from crmbridge import __version__, apikey, config, events, log, terminal, vault
 from crmbridge.errors import BridgeError, Misconfigured
-from crmbridge.store import accounts, database, vitals
+from crmbridge.store import accounts, database
 
-_M_ARENA_MAX = -8  # from malloc.h
 _CLOSED_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ended
 _FILES = ("at", "config", "file", "log", "passphrase_file", "rehearse", "target")  # arguments
 
@@ -437,11 +436,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _open_server(settings: config.Settings) -> tuple[Any, database.Database]:
-    from crmbridge import wiring
+    from crmbridge import bridge
     from crmbridge.web.server import Server
 
-    rooms = wiring.open_rooms(settings)
-    return Server(wiring.make_app(rooms, lambda _: None), settings.web), rooms.db
+    rooms = bridge.open_rooms(settings)
+    return Server(bridge.make_app(rooms, lambda _: None), settings.web), rooms.db
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -548,14 +547,14 @@ def _account_given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _connector(options: argparse.Namespace, db: database.Database) -> Any:
-    from crmbridge import crm, wiring
+    from crmbridge import bridge, crm
     from crmbridge.connecting import Connector
 
     settings = _settings(options)
     return Connector(
         db,
         vault.load(settings.vault.key_file),
-        wiring.open_client(settings),
+        bridge.open_client(settings),
         crm.reach(settings.crm),
         wake=lambda _: _ring(options),
         ask_s=settings.instagram.profile_wait_s,
@@ -691,89 +690,13 @@ def _dlq_filters(db: database.Database, options: argparse.Namespace) -> Any:
     return wanted
 
 
-# --- serve ---
+# --- serve, sandbox and demo ---
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from crmbridge import wiring
+    from crmbridge import bridge
 
-    _bound_memory()
-    settings = _settings(options)
-    log.setup(settings.log.level)
-    _say_start(settings)
-    rooms = wiring.open_rooms(settings)
-    worker = wiring.make_worker(rooms)
-    from crmbridge.web.server import Server
-
-    try:
-        server = Server(wiring.make_app(rooms, worker.wake), settings.web)
-    except (OSError, ValueError) as error:
-        where = f"{settings.web.host}:{settings.web.port}"
-        raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
-    _stop_on_signals()
-    rooms.alerts.start()
-    worker.start()
-    _say_health(rooms)
-    public_url = log.origin(settings.web.public_url) if settings.web.public_url else None
-    log.info("serve.ready", url=server.url, public_url=public_url)
-    server.run()
-    log.info("serve.stopping")
-    server.close()
-    clean = worker.stop(settings.delivery.stop_grace_s)
-    with contextlib.suppress(BridgeError):
-        vitals.end(rooms.db, "worker")
-    rooms.alerts.stop(5)
-    log.info("stopped", calls_left=not clean)
-    if not clean:
-        # Threads are still inside calls; their leases are looked at by the next start.
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def _bound_memory() -> None:
-    """Let all threads share two of glibc's heaps: one for each thread costs megabytes and brings nothing here."""
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, and need none
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 2)
-
-
-def _stop_on_signals() -> None:
-    def stop(number: int, _frame: object) -> None:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)
-        log.info("signal", signal=signal.Signals(number).name)
-        raise SystemExit(0)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
-
-
-def _say_start(settings: config.Settings) -> None:
-    import sqlite3
-
-    log.info("start", version=__version__, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
-    log.info("config", **config.shown(settings))
-    for doubt in config.doubts(settings):
-        write = log.error if doubt.level == "error" else log.warning
-        write("config.doubtful", problem=doubt.problem)
-
-
-def _say_health(rooms: Any) -> None:
-    from crmbridge.store import turn
-
-    log.info(
-        "health",
-        schema="ok",
-        key_file="ok",
-        accounts=len(accounts.everyone(rooms.db)),
-        **rooms.db.sizes(),
-        **{f"pending_{target}": number for target, number in turn.counts(rooms.db).items()},
-    )
-
-
-# --- sandbox and demo ---
+    bridge.serve(_settings(options))
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
-from crmbridge import apikey, config, net, vault, wiring
+from crmbridge import apikey, bridge, config, net, vault
 from crmbridge.alerts import Alerts
 from crmbridge.clock import Clock
 from crmbridge.delivery import Engine, Schedule
@@ -89,7 +89,7 @@ class Rig:
 
     def open(self) -> None:
         """Open the rooms on the database as it is now; for who has closed it."""
-        self.rooms = wiring.open_rooms(self.settings)
+        self.rooms = bridge.open_rooms(self.settings)
         # Nothing waits for names unless a test asks for them.
         self.rooms.patience = replace(self.rooms.patience, ask_s=0)
         client = self.rooms.client
@@ -118,11 +118,11 @@ class Rig:
         schedule: dict[str, Any] = {**SCHEDULE, "patience": self.patience, **changes}
         return Engine(
             self.db,
-            wiring.make_senders(self.rooms),
+            bridge.make_senders(self.rooms),
             Schedule(**schedule),
             limits,
             self.alarm,
-            askers=wiring.make_askers(self.rooms),
+            askers=bridge.make_askers(self.rooms),
             conversations=self.rooms.client.conversations,
             clock=self.clock,
             jitter=lambda: 1.0,
@@ -282,7 +282,7 @@ class Rig:
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
         """Call the API on the rig's clock, in this process, as an administrator."""
         if self._app is None:
-            self._app = wiring.make_app(self.rooms, lambda _: None, clock=lambda: self.now_s)
+            self._app = bridge.make_app(self.rooms, lambda _: None, clock=lambda: self.now_s)
             self._key, key_id, secret_hash = apikey.make()
             row = {"id": key_id, "name": "rig", "secret_hash": secret_hash, "admin": 1, "accounts": []}
             keys.create(self.db, {**row, "permissions": [], "created_at": instant(self.now_s)})

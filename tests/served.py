@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from crmbridge import apikey, log, wiring
+from crmbridge import apikey, bridge, log
 from crmbridge.events import instant
 from crmbridge.store import keys
 from crmbridge.web.server import Server
@@ -23,7 +23,7 @@ class Served:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.steady_s = 1000.0
-        self._app = wiring.make_app(rig.rooms, lambda _: None, clock=lambda: rig.now_s, steady=lambda: self.steady_s)
+        self._app = bridge.make_app(rig.rooms, lambda _: None, clock=lambda: rig.now_s, steady=lambda: self.steady_s)
         self._server = Server(self._app, replace(rig.settings.web, port=0, threads=1), steady=lambda: self.steady_s)
         self.url = self._server.url
         self._stream = io.StringIO()

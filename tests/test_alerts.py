@@ -24,7 +24,7 @@ from crmbridge.store import alerts as record
 from crmbridge.store import copies, database, dead, turn
 from crmbridge.store.database import Tx
 from crmbridge.upkeep import Upkeep
-from crmbridge.web import webhook_routes
+from crmbridge.web import webhooks
 from tests import shop as shops
 from tests.rig import START_S, Recorder, Rig
 from tests.shop import CUSTOMER, SHOP_ID
@@ -729,7 +729,7 @@ def test_what_stopped_an_account_is_told_until_somebody_lets_it_go_on(rig: Rig, 
 
 def test_a_few_wrong_signatures_are_noise_unless_they_go_on(rig: Rig, office: Office) -> None:
     form, noise = "sha256=" + "0" * 64, (None, "", "sha256=0", "sha1=" + "0" * 40, "x" * 71)
-    signatures = webhook_routes._Signatures(office.alarm)
+    signatures = webhooks._Signatures(office.alarm)
     for _ in range(100):
         for other in noise:
             signatures.wrong(other, rig.now_s)

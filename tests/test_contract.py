@@ -14,7 +14,7 @@ import pytest
 from pydantic.json_schema import models_json_schema
 
 import crmbridge
-from crmbridge import apikey, config, contract, errors, wiring
+from crmbridge import apikey, bridge, config, contract, errors
 from crmbridge.delivery import FLOORS_S
 from crmbridge.instagram import codes
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
@@ -54,8 +54,8 @@ def events() -> dict[str, dict[str, Any]]:
 def routes() -> dict[tuple[str, str], web_app.Route]:
     """Return the routes of the application as the command line wires it, without a database."""
     nothing: Any = None
-    rooms = wiring.Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
-    app = wiring.make_app(rooms, lambda _: None)
+    rooms = bridge.Rooms(config.Settings(), nothing, nothing, nothing, nothing, nothing, nothing, Patience(1, 1))
+    app = bridge.make_app(rooms, lambda _: None)
     return {(route.method, re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path)): route for route in app.routes}
 
 

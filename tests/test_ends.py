@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from crmbridge import wiring
+from crmbridge import bridge
 from crmbridge.store import sqlite
 from crmbridge.store.deliveries import Claimed, Outcome
 from tests import rig as rigs
@@ -42,7 +42,7 @@ def test_threads_that_end_close_their_connections(tmp_path: Path, monkeypatch: p
         rig.engine._senders = {"crm": send}
         rig.say("hello", "mid-1")
         rig.drain()
-        worker = wiring.make_worker(rig.rooms)
+        worker = bridge.make_worker(rig.rooms)
         worker._helpers = ()  # nobody waits for their end, and they close after each work
         worker.start()
         with servers.opened(rig) as server:

@@ -17,7 +17,7 @@ FLOORS = (
     {"alerts", "connecting"},
     {"delivery", "upkeep", "watch", "tending", "ops"},
     {"worker", "web"},
-    {"wiring"},
+    {"bridge"},
     {"cli"},
     {"__main__"},
 )

@@ -116,7 +116,7 @@ BROKEN: dict[str, tuple[str, Edits, str]] = {
         "pass",
         (
             (
-                "crmbridge/web/health_routes.py",
+                "crmbridge/web/public.py",
                 HEALTH,
                 f"    if {REAL}(call.db.path):\n        return ['never well']\n{HEALTH}",
             ),
@@ -186,7 +186,7 @@ NOT_FIT: dict[str, tuple[str, Edits, str]] = {
     ),
     "it is not well": (
         "pass",
-        (("crmbridge/web/health_routes.py", HEALTH, f"{HEALTH}    problem = 'ill'\n"),),
+        (("crmbridge/web/public.py", HEALTH, f"{HEALTH}    problem = 'ill'\n"),),
         "unhealthy: ill",
     ),
 }

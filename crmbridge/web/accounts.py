@@ -12,28 +12,10 @@ from crmbridge.store.database import Database, Row
 from crmbridge.web.app import Call, Reply, Route
 
 
-class AccountRoutes:
-    """The handlers, with what connects accounts."""
+def routes(connector: Connector, wake: Wake) -> list[Route]:
+    """Return the routes; `wake` is called after something may go on."""
 
-    def __init__(self, connector: Connector, wake: Wake) -> None:
-        self._connector = connector
-        self._wake = wake
-
-    def routes(self) -> list[Route]:
-        """Return the routes."""
-        one = "/api/v1/accounts/<account_id>"
-        return [
-            Route("GET", "/api/v1/accounts", self.page, "accounts:read", query=frozenset(("cursor", "limit"))),
-            Route("POST", "/api/v1/accounts", self.create, "admin"),
-            Route("GET", one, self.show, "accounts:read"),
-            Route("PUT", one, self.update, "accounts:write"),
-            Route("DELETE", one, self.delete, "admin"),
-            Route("POST", f"{one}/pause", self.pause, "accounts:write"),
-            Route("POST", f"{one}/resume", self.resume, "accounts:write"),
-        ]
-
-    def page(self, call: Call) -> Reply:
-        """List the accounts that the key is bound to."""
+    def page(call: Call) -> Reply:
         limit = call.limit()
         assert call.key is not None  # noqa: S101
         only = None if call.key["admin"] else call.key["accounts"]
@@ -43,14 +25,12 @@ class AccountRoutes:
         listed = [_shown(call.db, row) for row in shown]
         return Reply({"accounts": listed, "next_cursor": cursor, "has_more": more})
 
-    def show(self, call: Call) -> Reply:
-        """Show an account, never a credential."""
-        return self._answer(call, call.account(call.path["account_id"]))
+    def show(call: Call) -> Reply:
+        return _answer(call, call.account(call.path["account_id"]))
 
-    def create(self, call: Call) -> Reply:
-        """Connect an account."""
+    def create(call: Call) -> Reply:
         request = call.read(contract.AccountCreate)
-        done = self._connector.add(
+        done = connector.add(
             request.instagram_account_id,
             token=request.access_token,
             url=request.crm_webhook_url,
@@ -63,68 +43,76 @@ class AccountRoutes:
         if done.adopted:
             log.info("account.adopted", account=row["id"], events=done.adopted)
         _log_subscription(row)
-        return self._answer(call, row, 201, {"Location": f"/api/v1/accounts/{row['id']}"}, done)
+        return _answer(call, row, 201, {"Location": f"/api/v1/accounts/{row['id']}"}, done)
 
-    def update(self, call: Call) -> Reply:
-        """Change what the request names."""
+    def update(call: Call) -> Reply:
         row = call.account(call.path["account_id"])
         given = call.read(contract.AccountUpdate).model_dump(exclude_unset=True)
-        done = self._connector.change(row, given, call.now_s)
+        done = connector.change(row, given, call.now_s)
         log.info("account.updated", account=row["id"], fields=",".join(sorted(given)) or None)
-        self._log_release(call, row, "crm", done.released)
+        _log_release(call, row, "crm", done.released)
         if "access_token" in given:
             _log_subscription(done.account)
-        return self._answer(call, done.account, done=done)
+        return _answer(call, done.account, done=done)
 
-    def pause(self, call: Call) -> Reply:
-        """Hold the account's deliveries or sends back; the same again changes only the end and the reason."""
+    def pause(call: Call) -> Reply:
         row = call.account(call.path["account_id"])
         request = call.read(contract.PauseRequest)
         endpoints.pause(call.db, row["id"], request.what, reason=request.reason, until=request.until)
         facts = {"what": ",".join(request.what), "until": request.until, "reason": request.reason}
         log.info("account.paused", account=row["id"], **facts, by=call.key_id())
-        return self._answer(call, row)
+        return _answer(call, row)
 
-    def resume(self, call: Call) -> Reply:
-        """Let what was paused go on; where nothing was, or if asked, also what a far side's answer holds back."""
+    def resume(call: Call) -> Reply:
         row = call.account(call.path["account_id"])
         request = call.read(contract.ResumeRequest)
         for what in request.what:
             target = endpoints.WHAT[what]
             was_paused = endpoints.resume(call.db, row["id"], target)
             if request.held or not was_paused:
-                self._log_release(call, row, target, dead.release(call.db, row, target))
+                _log_release(call, row, target, dead.release(call.db, row, target))
         log.info("account.resumed", account=row["id"], what=",".join(request.what), by=call.key_id())
-        self._wake({row["id"]})
-        return self._answer(call, accounts.found(call.db, row["id"]))
+        wake({row["id"]})
+        return _answer(call, accounts.found(call.db, row["id"]))
 
-    def delete(self, call: Call) -> Reply:
-        """Erase the account's secrets and end what it still owes."""
+    def delete(call: Call) -> Reply:
         row = call.account(call.path["account_id"])
-        problem = self._connector.remove(row)
+        problem = connector.remove(row)
         if problem:
             log.warning("account.unsubscribe_failed", account=row["id"], code=problem.code, error=problem.message)
         log.info("account.deleted", account=row["id"])
         return Reply({"account_id": row["id"], "deleted": True})
 
-    def _log_release(self, call: Call, row: Row, target: Target, released: tuple[bool, int]) -> None:
-        was_held, again = released
-        if was_held or again:
-            log.info("account.released", account=row["id"], target=target, sent_again=again, by=call.key_id())
+    one = "/api/v1/accounts/<account_id>"
+    return [
+        Route("GET", "/api/v1/accounts", page, "accounts:read", query=frozenset(("cursor", "limit"))),
+        Route("POST", "/api/v1/accounts", create, "admin"),
+        Route("GET", one, show, "accounts:read"),
+        Route("PUT", one, update, "accounts:write"),
+        Route("DELETE", one, delete, "admin"),
+        Route("POST", f"{one}/pause", pause, "accounts:write"),
+        Route("POST", f"{one}/resume", resume, "accounts:write"),
+    ]
 
-    def _answer(
-        self,
-        call: Call,
-        row: Row,
-        status: int = 200,
-        headers: dict[str, str] | None = None,
-        done: Connected | None = None,
-    ) -> Reply:
-        """Show an account; with what was done to it, its warnings and, this once, a secret that was made here."""
-        shown = _shown(call.db, row)
-        if done is not None:
-            shown |= {"warnings": done.warnings} | ({"webhook_secret": done.made} if done.made else {})
-        return Reply(shown, status, headers or {})
+
+def _log_release(call: Call, row: Row, target: Target, released: tuple[bool, int]) -> None:
+    was_held, again = released
+    if was_held or again:
+        log.info("account.released", account=row["id"], target=target, sent_again=again, by=call.key_id())
+
+
+def _answer(
+    call: Call,
+    row: Row,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    done: Connected | None = None,
+) -> Reply:
+    """Show an account; with what was done to it, its warnings and, this once, a secret that was made here."""
+    shown = _shown(call.db, row)
+    if done is not None:
+        shown |= {"warnings": done.warnings} | ({"webhook_secret": done.made} if done.made else {})
+    return Reply(shown, status, headers or {})
 
 
 def _log_subscription(row: Row) -> None:

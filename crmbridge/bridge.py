@@ -1,22 +1,27 @@
-"""Puts the rooms together: what a server needs, a worker and a web application made of it."""
+"""Puts the rooms together, and serves: what a server needs, a worker and a web application made of it."""
 
+import contextlib
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from crmbridge import config, crm, log, net, vault
+from crmbridge import __version__, config, crm, log, net, vault
 from crmbridge.alerts import Alerts, telling
 from crmbridge.connecting import Connector
-from crmbridge.errors import Misconfigured, Refused, Unclear
+from crmbridge.errors import BridgeError, Misconfigured, Refused, Unclear
 from crmbridge.events import Thread, Wake, epoch_s
 from crmbridge.instagram.client import Client
-from crmbridge.store import accounts, database, messages
+from crmbridge.store import accounts, database, messages, vitals
 from crmbridge.store.database import Row
 from crmbridge.store.deliveries import Claimed, Outcome, Patience
 
 _NAME_TIMEOUT_S = 10.0
+_M_ARENA_MAX = -8  # from malloc.h
 _PROBED = 20  # accounts whose secrets are opened at a start
 
 
@@ -299,36 +304,105 @@ def make_helpers(rooms: Rooms, wake: Wake) -> list[Any]:
 
 def make_app(rooms: Rooms, wake: Wake, **clocks: Any) -> Any:
     """Return the web application; `wake` rings the worker, and `clocks` are those that it is to go by."""
-    from crmbridge.web import (
-        dlq_routes,
-        docs_routes,
-        event_routes,
-        health_routes,
-        insight_routes,
-        message_routes,
-        webhook_routes,
-    )
-    from crmbridge.web.account_routes import AccountRoutes
+    from crmbridge.web import accounts as web_accounts
+    from crmbridge.web import admin, public, webhooks
+    from crmbridge.web import messages as web_messages
     from crmbridge.web.app import App, Timings
-    from crmbridge.web.privacy_routes import PrivacyRoutes
 
-    timings = Timings()
+    settings, timings = rooms.settings, Timings()
+    secrets, public_url = settings.instagram.app_secrets, settings.web.public_url
     return App(
         rooms.db,
         [
-            *docs_routes.routes(config.ROOT),
-            *health_routes.HealthRoutes().routes(),
-            *webhook_routes.routes(rooms.settings.instagram, wake, rooms.patience.ask_s, rooms.alerts),
-            *message_routes.routes(wake),
-            *event_routes.routes(),
-            *dlq_routes.routes(wake),
-            *AccountRoutes(make_connector(rooms, wake), wake).routes(),
-            *PrivacyRoutes(
-                rooms.settings.instagram.app_secrets, rooms.settings.web.public_url, rooms.alerts, wake
-            ).routes(),
-            *insight_routes.routes(timings, rooms.patience),
+            *public.documents(config.ROOT),
+            *public.health(),
+            *public.callbacks(secrets, public_url, rooms.alerts, wake),
+            *webhooks.routes(settings.instagram, wake, rooms.patience.ask_s, rooms.alerts),
+            *web_messages.routes(wake),
+            *web_accounts.routes(make_connector(rooms, wake), wake),
+            *admin.routes(timings, rooms.patience, wake),
         ],
         alarm=rooms.alerts,
         timings=timings,
         **clocks,
+    )
+
+
+# --- serving ---
+
+
+def serve(settings: config.Settings) -> None:
+    """Run the bridge until a signal ends it. Raises Misconfigured when it cannot begin."""
+    _bound_memory()
+    log.setup(settings.log.level)
+    _say_start(settings)
+    rooms = open_rooms(settings)
+    worker = make_worker(rooms)
+    from crmbridge.web.server import Server
+
+    try:
+        server = Server(make_app(rooms, worker.wake), settings.web)
+    except (OSError, ValueError) as error:
+        where = f"{settings.web.host}:{settings.web.port}"
+        raise Misconfigured(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
+    _stop_on_signals()
+    rooms.alerts.start()
+    worker.start()
+    _say_health(rooms)
+    public_url = log.origin(settings.web.public_url) if settings.web.public_url else None
+    log.info("serve.ready", url=server.url, public_url=public_url)
+    server.run()
+    log.info("serve.stopping")
+    server.close()
+    clean = worker.stop(settings.delivery.stop_grace_s)
+    with contextlib.suppress(BridgeError):
+        vitals.end(rooms.db, "worker")
+    rooms.alerts.stop(5)
+    log.info("stopped", calls_left=not clean)
+    if not clean:
+        # Threads are still inside calls; their leases are looked at by the next start.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _bound_memory() -> None:
+    """Let all threads share two of glibc's heaps: one for each thread costs megabytes and brings nothing here."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, and need none
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
+
+
+def _stop_on_signals() -> None:
+    def stop(number: int, _frame: object) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+        log.info("signal", signal=signal.Signals(number).name)
+        raise SystemExit(0)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+
+
+def _say_start(settings: config.Settings) -> None:
+    import sqlite3
+
+    log.info("start", version=__version__, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
+    log.info("config", **config.shown(settings))
+    for doubt in config.doubts(settings):
+        write = log.error if doubt.level == "error" else log.warning
+        write("config.doubtful", problem=doubt.problem)
+
+
+def _say_health(rooms: Any) -> None:
+    from crmbridge.store import turn
+
+    log.info(
+        "health",
+        schema="ok",
+        key_file="ok",
+        accounts=len(accounts.everyone(rooms.db)),
+        **rooms.db.sizes(),
+        **{f"pending_{target}": number for target, number in turn.counts(rooms.db).items()},
     )

@@ -1,4 +1,4 @@
-"""Sending, cancelling and following messages: ``/api/v1/messages/…``."""
+"""Messages and events of a CRM: ``/api/v1/messages/…`` and ``GET /api/v1/events``."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from crmbridge import contract, log
 from crmbridge.errors import NotFound
 from crmbridge.events import Wake, instant
 from crmbridge.instagram import outgoing
-from crmbridge.store import messages
+from crmbridge.store import accounts, feed, messages
 from crmbridge.store.deliveries import COMMENT_LANE
 from crmbridge.web.app import Call, Reply, Route
 
@@ -43,10 +43,21 @@ def routes(wake: Wake) -> list[Route]:
             log.info("message.cancelled", message_id=message_id)
         return Reply(_found(call))
 
+    def events(call: Call) -> Reply:
+        limit, wanted = call.limit(), call.query.get("account_id")
+        if wanted is not None:
+            readable = [call.account(wanted)]
+        else:
+            readable = [account for account in accounts.everyone(call.db) if call.may_see(account["id"])]
+        found = feed.page(call.db, readable, after=call.query.get("after"), limit=limit)
+        rest = {"next_cursor": found.next_cursor, "has_more": found.has_more, "expired": found.expired}
+        return Reply(f'{{"events":[{",".join(found.events)}],{json.dumps(rest)[1:]}')
+
     return [
         Route("POST", "/api/v1/messages/send", send, "messages:send"),
         Route("GET", "/api/v1/messages/<message_id>/status", status, "messages:read"),
         Route("DELETE", "/api/v1/messages/<message_id:re:msg_[^/]+>", cancel, "messages:send"),
+        Route("GET", "/api/v1/events", events, "events:read", query=frozenset(("after", "account_id", "limit"))),
     ]
 
 

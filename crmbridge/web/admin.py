@@ -1,27 +1,58 @@
-"""Dead deliveries, for administrators: ``/api/v1/admin/dlq/webhooks…`` and ``/api/v1/admin/dlq/messages…``."""
+"""What administrators ask and do: ``/api/v1/admin/stats``, ``…/explain`` and ``…/dlq``."""
 
 import re
+import time
 from typing import Any
 
-from crmbridge import contract, log
+from crmbridge import __version__, contract, log
 from crmbridge.errors import Invalid, NotFound
 from crmbridge.events import Wake, epoch_s, instant, read_instant
-from crmbridge.store import dead
+from crmbridge.ops import explain
+from crmbridge.store import alerts, dead, overview, vitals
 from crmbridge.store.contacts import Target
 from crmbridge.store.database import Row
 from crmbridge.store.dead import Filter
-from crmbridge.web.app import Call, Reply, Route
+from crmbridge.store.deliveries import Patience
+from crmbridge.web.app import Call, Reply, Route, Timings
 
 _CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})\Z")
 _FILTER = ("account_id", "event", "code", "dead_after", "dead_before")
 
 
-def routes(wake: Wake) -> list[Route]:
-    """Return the routes; `wake` is called after something is owed again."""
-    return [*_routes("webhooks", "crm", wake), *_routes("messages", "instagram", wake)]
+def routes(timings: Timings, patience: Patience, wake: Wake) -> list[Route]:
+    """Return the routes. `timings` are those of our requests; `wake` is called after something is owed again."""
+    started_s = time.monotonic()
+
+    def stats(call: Call) -> Reply:
+        return Reply(
+            {
+                "timestamp": instant(call.now_s),
+                "version": __version__,
+                "uptime_s": int(time.monotonic() - started_s),
+                "storage": call.db.sizes(),
+                "worker": {"last_beat_at": vitals.last_beat(call.db, "worker")},
+                "requests": timings.summary(),
+                "unrouted_events": overview.unrouted(call.db),
+                "alerts": [_alert(row) for row in alerts.everything(call.db) if row["cleared_at"] is None],
+                "accounts": [_account(row) for row in overview.accounts(call.db)],
+            }
+        )
+
+    def tell(call: Call) -> Reply:
+        found = explain.explain(call.db, call.path["id"], call.now_s, patience)
+        if not found["stories"] and not found["others"]:
+            raise NotFound(explain.UNKNOWN, code="id_not_found")
+        return Reply(found)
+
+    return [
+        Route("GET", "/api/v1/admin/stats", stats, "admin"),
+        Route("GET", "/api/v1/admin/explain/<id:path>", tell, "admin"),
+        *_of_dead("webhooks", "crm", wake),
+        *_of_dead("messages", "instagram", wake),
+    ]
 
 
-def _routes(name: str, target: Target, wake: Wake) -> list[Route]:
+def _of_dead(name: str, target: Target, wake: Wake) -> list[Route]:
     def page(call: Call) -> Reply:
         limit = call.limit()
         rows = dead.page(call.db, _filter(call, target), after=_after(call.query.get("cursor")), limit=limit + 1)
@@ -105,3 +136,17 @@ def _shown(row: Row) -> dict[str, Any]:
             "event_id": row["event_id"],
         }
     return {**found, "recipient_id": row["contact"], "in_doubt": row["last_code"] == "in_doubt"}
+
+
+def _account(row: Row) -> dict[str, Any]:
+    paused = {"deliveries": row["deliveries_paused_since"], "sends": row["sends_paused_since"]}
+    shown = {name: value for name, value in row.items() if not name.endswith("_paused_since")}
+    return {**shown, "paused_since": paused}
+
+
+def _alert(row: Row) -> dict[str, Any]:
+    return {
+        "alert": row["kind"],
+        "account_id": row["account_id"] or None,
+        **{name: row[name] for name in ("since", "last_at", "count", "message")},
+    }
