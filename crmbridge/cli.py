@@ -65,7 +65,11 @@ class _Parser(argparse.ArgumentParser):
         self.color = False  # Python 3.14 would write escape sequences of its own
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage, and what is wrong with it, in one line."""
+        """End with the usage, and what is wrong with it, in one line; a stray argument may be a secret."""
+        stray = "unrecognized arguments: "
+        if message.startswith(stray):
+            words = [word.partition("=")[0] if word.startswith("-") else "…" for word in message[len(stray) :].split()]
+            message = stray + " ".join(words)
         super().error(terminal.escaped(message))
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -3,12 +3,13 @@
 Instagram is asked whose a token is, and to send the account's webhooks here; the store decides what a change means.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from crmbridge import net, signing
-from crmbridge.errors import BridgeError, Conflict, Invalid
+from crmbridge.errors import BridgeError, Conflict, Invalid, Unavailable
 from crmbridge.events import Wake, instant
 from crmbridge.instagram.client import Client, Identity
 from crmbridge.store import accounts, dead, inbound, turn
@@ -73,7 +74,9 @@ class Connector:
             "token_refresh_at": _refresh_at(now_s),
         }
         row = accounts.create(self._db, self._vault, values, token=token, url=url, secret=secret)
-        adopted = inbound.adopt(self._db, row, self._ask_s)
+        adopted = 0
+        with contextlib.suppress(Unavailable):  # the sweep does it; the secret that was made must be shown now
+            adopted = inbound.adopt(self._db, row, self._ask_s)
         if adopted:
             self._wake({row["id"]})
         return Connected(self._subscribe(row, token), made, warnings, adopted)
@@ -85,17 +88,16 @@ class Connector:
         """
         given = dict(given)
         url = given.get("crm_webhook_url", row["crm_webhook_url"])
-        made = None
-        if url and "webhook_secret" not in given and not row["webhook_secret_sealed"]:
-            made = given["webhook_secret"] = signing.make_secret()
+        spare = signing.make_secret() if given.get("crm_webhook_url") and "webhook_secret" not in given else None
         is_mended = bool(given.keys() & {"crm_webhook_url", "webhook_secret"})
         warnings: list[str] = []
         if is_mended:
-            has_secret = row["webhook_secret_sealed"] and "webhook_secret" not in given
+            has_secret = spare is not None or (row["webhook_secret_sealed"] and "webhook_secret" not in given)
             warnings = self._check_target(url, given.get("webhook_secret"), has_secret=has_secret)
         token = given.get("access_token")
         owner = self._owner(row, token, now_s) if token else {}
-        row = accounts.change(self._db, self._vault, row["id"], given, owner)
+        row, is_taken = accounts.change(self._db, self._vault, row["id"], given, owner, spare)
+        made = spare if is_taken else None
         if row["crm_webhook_url"] is None:  # the CRM reads the rest when it asks
             turn.end_leftovers(self._db)
         released = dead.release(self._db, row, "crm") if row["crm_webhook_url"] and is_mended else (False, 0)

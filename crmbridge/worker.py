@@ -81,7 +81,8 @@ class _Storage(_File):
         """Return what is due, which Huey asks once a second; whatever stands in the file is a bell."""
         is_rung = False
         with self._file, contextlib.suppress(sqlite3.Error):
-            while not self._is_closed and super().dequeue():
+            if not self._is_closed and self.sql("SELECT 1 FROM task LIMIT 1", results=True):
+                self.sql("DELETE FROM task", commit=True)
                 is_rung = True
         if is_rung:
             self.on_bell()

@@ -144,7 +144,7 @@ class Rig:
         """Change an account as a person does, by name its token, secret, URL, status and columns; return it."""
         names = {"secret": "webhook_secret", "token": "access_token", "url": "crm_webhook_url", "status": "status"}
         given = {names[name]: changes.pop(name) for name in names.keys() & changes.keys()}
-        return accounts.change(self.db, self.rooms.vault, account["id"], given, changes)
+        return accounts.change(self.db, self.rooms.vault, account["id"], given, changes)[0]
 
     def fail_account(self, account: dict[str, Any], code: str = "token_expired") -> None:
         """Have Instagram have stopped an account."""

@@ -9,6 +9,8 @@ import pytest
 
 from crmbridge.events import RECOVERED, ChannelEvent, instant, message_key
 from crmbridge.store import bodies, inbound, messages
+from crmbridge.store.deliveries import Outcome, Verdict
+from crmbridge.store.turn import Finished
 from tests import shop as shops
 from tests.rig import Rig
 from tests.shop import CUSTOMER, OTHER_ID, SHOP_ID
@@ -722,6 +724,33 @@ def test_what_was_taken_back_keeps_all_but_what_was_said(rig: Rig, was_told: boo
             if event["event"] in ("message.received", "message.edited") and event["instagram_message_id"] == "mid-1":
                 kind = "deleted" if event["event"] == "message.received" else "edited"
                 assert {**event, "message": None, "message_type": kind} == read[event["event"]]
+
+
+@pytest.mark.parametrize("first", ["the tap", "its withdrawal"])
+def test_a_tap_that_was_taken_back_says_nothing_any_more(rig: Rig, first: str) -> None:
+    rig.account()
+    tap = rig.item({"postback": {"mid": "mid-1", "title": "my secret", "payload": "MY_SECRET"}})
+    withdrawal = rig.item({"message": {"mid": "mid-1", "is_deleted": True}})
+    for item in (tap, withdrawal) if first == "the tap" else (withdrawal, tap):
+        rig.hear(item)
+        rig.drain()
+        rig.now_s += 1
+    told = ["message.postback", "message.deleted"] if first == "the tap" else ["message.deleted"]
+    assert rig.events() == told
+    _, page = rig.call("GET", "/api/v1/events")
+    assert [event["event"] for event in page["events"]] == told
+    assert "secret" not in json.dumps([page, rig.db.rows("SELECT payload, body FROM events")]).lower()
+
+
+def test_a_send_that_is_taken_back_before_its_answer_is_recorded_keeps_no_text(rig: Rig) -> None:
+    account = rig.account()
+    message_id = rig.send(account, "our secret")
+    claimed = rig.claim(rig.due("instagram", account)[0], account)
+    rig.hear(rig.item({"message": {"mid": "mid-1", "is_echo": True, "is_deleted": True}}, echo=True))
+    done = Outcome("done", http_status=200, external_id="mid-1")
+    rig.settle(Finished(claimed, done, Verdict("done", instant(rig.now_s))))
+    assert rig.status(message_id)["instagram_message_id"] == "mid-1"
+    assert "secret" not in json.dumps(rig.db.rows("SELECT * FROM outbound_messages"))
 
 
 @pytest.mark.parametrize(("switch", "wanted"), [("false", ["text"]), ("true", ["comment", "mention", "text"])])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from crmbridge import bridge
+from crmbridge.errors import Invalid
 from crmbridge.sandbox.crm import WEBHOOK_SECRET
 from crmbridge.store import accounts
 from tests.rig import Rig
@@ -58,6 +60,23 @@ def test_a_secret_that_is_left_out_is_made_and_shown_once(rig: Rig, tmp_path: Pa
     account = accounts.found(rig.db, rig.account_id)
     assert accounts.webhook_secret(rig.rooms.vault, account) == found[1]
     assert "whsec_" not in typed(tmp_path, "account", "set", rig.account_id, "--url", "http://127.0.0.1:9/new")[1]
+
+
+def test_a_change_that_saw_an_older_account_leaves_no_url_without_a_secret(rig: Rig) -> None:
+    account = rig.account()
+    connector = bridge.make_connector(rig.rooms, lambda _: None)
+    connector.change(account, {"crm_webhook_url": None, "webhook_secret": None}, rig.now_s)
+    done = connector.change(account, {"crm_webhook_url": rig.sandbox.crm_webhook_url}, rig.now_s)
+    assert done.made is not None
+    assert accounts.webhook_secret(rig.rooms.vault, done.account) == done.made
+    with pytest.raises(Invalid, match="webhook_secret is required"):
+        connector.change({**account, "crm_webhook_url": None}, {"webhook_secret": None}, rig.now_s)
+
+
+def test_what_is_no_option_is_not_repeated(rig: Rig, tmp_path: Path) -> None:
+    status, said = typed(tmp_path, "account", "add", TOKEN, "--sekret=hush")
+    assert (status, TOKEN in said, "hush" in said) == (2, False, False)
+    assert "unrecognized arguments: … --sekret" in said
 
 
 def test_without_a_url_the_crm_pulls_and_no_secret_is_made(rig: Rig, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from crmbridge.instagram import signed_request
 from crmbridge.sandbox import wire
 from crmbridge.sandbox.meta import APP_SECRET
 from crmbridge.store import accounts, messages, privacy, turn
+from crmbridge.store.deliveries import Outcome, Verdict
+from crmbridge.store.turn import Finished
 from crmbridge.upkeep import Upkeep
 from tests.rig import Rig
 from tests.shop import CUSTOMER, SHOP_ID, SHOP_SCOPED_ID, TOKEN, Shop
@@ -48,6 +50,20 @@ def fill(rig: Rig) -> dict[str, Any]:
 
 def dump(path: Path) -> str:
     return subprocess.run(["sqlite3", str(path), ".dump"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_send_that_is_answered_after_its_account_was_erased_stops_no_other(rig: Rig) -> None:
+    account = rig.account()
+    rig.send(account)
+    claimed = rig.claim(rig.due("instagram", account)[0], account)
+    privacy.request_deletion(rig.db, account, "code", rig.now_s)
+    rig.now_s += 600
+    assert privacy.erase_accounts(rig.db, rig.now_s)
+    done = Outcome("done", http_status=200, external_id="mid-late")
+    rig.settle(Finished(claimed, done, Verdict("done", instant(rig.now_s))))
+    message_id = rig.send(rig.account())
+    rig.drain()
+    assert rig.status(message_id)["status"] == "sent"
 
 
 def test_nothing_of_an_erased_customer_is_left_and_all_of_the_other(rig: Rig) -> None:

@@ -86,7 +86,9 @@ def test_the_second_refusal_running_is_told_with_what_to_do_and_by_when(
     said = f"Instagram refuses to renew the access token, {slug}; it ends by 2027-03-16T08:00Z at the latest"
     assert keeper.rig.alerts[-1] == ("token_not_renewed", said)
     (todo,) = [line for line in keeper.letters.read_text().splitlines() if line.startswith("What to do: ")]
-    renewed = f"make a new token in Meta's console and set it by PUT /api/v1/accounts/{keeper.id}, by 2027-03-16"
+    renewed = (
+        f"make a new token in Meta's console and set it: crmbridge account set {keeper.id} --token -, by 2027-03-16"
+    )
     assert todo.endswith(renewed)
     assert keeper.shown()["status"] == "active"
     assert keeper.live(0.25) == []

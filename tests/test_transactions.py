@@ -70,21 +70,44 @@ def test_what_is_to_happen_after_a_commit_happens_once_though_its_job_ran_twice(
     assert db.rows("SELECT name FROM heartbeats") == [{"name": "good"}]
 
 
-def test_no_write_is_left_asleep(db: Database) -> None:
-    """A leader that has looked at the queue for the last time misses no ticket that comes just then."""
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_who_waits_is_poked_once_the_turn_is_free(
+    db: Database, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """Whoever is poked before tries, does not get the turn, and sleeps again: for ever, as nobody pokes any more."""
+    commits, turn, may_go = db._commits, threading.Lock(), threading.Event()
 
-    def write(thread: int) -> None:
-        for number in range(100):
-            db.write(lambda tx, number=number: beat(tx, f"{thread} {number}"))  # type: ignore[misc]
+    class Turn:
+        acquire, locked = turn.acquire, turn.locked
+
+        def release(self) -> None:
+            for ticket in list(commits._waiting):  # who was poked already has the time to try
+                waiting.until(lambda ticket=ticket: not ticket.poked.is_set())  # type: ignore[misc]
+            turn.release()
+
+    monkeypatch.setattr(commits, "_turn", Turn())
+
+    def lead() -> None:
+        if is_alone:
+            with commits.alone():
+                waiting.until(may_go.is_set)
+        else:
+            db.write(lambda _: waiting.until(may_go.is_set))
         db.close_thread()
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    def follow() -> None:
+        db.write(lambda tx: beat(tx, "follower"))
+        db.close_thread()
+
+    threads = [threading.Thread(target=lead, daemon=True), threading.Thread(target=follow, daemon=True)]
+    threads[0].start()
+    waiting.until(turn.locked)
+    threads[1].start()
+    waiting.until(lambda: len(commits._waiting) == 1)
+    may_go.set()
     for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(waiting.PATIENCE_S)
-    assert not any(thread.is_alive() for thread in threads)
-    assert db.value("SELECT COUNT(*) FROM heartbeats") == 600
+        thread.join(10)
+    assert db.rows("SELECT name FROM heartbeats") == [{"name": "follower"}]
 
 
 def test_a_transaction_has_the_time_at_which_it_began(db: Database) -> None:

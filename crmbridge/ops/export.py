@@ -8,7 +8,7 @@ from typing import Any
 from crmbridge import __version__, terminal
 from crmbridge.events import instant
 from crmbridge.ops import erase
-from crmbridge.store import accounts, history, privacy
+from crmbridge.store import accounts, bodies, history, privacy
 from crmbridge.store.database import Database, Row
 
 SCHEMA = 1  # of the JSON
@@ -42,7 +42,8 @@ def run(db: Database, contact: str, account_id: str | None) -> int:
     head = {"schema": SCHEMA, "version": __version__, "made_at": instant(time.time()), "contact": contact}
     whole = {**head, "accounts": told, "unrouted_events": [_event(db, row) for row in unrouted]}
     # ASCII alone, so that it is good on every terminal; DEL is what json leaves as it is.
-    terminal.say(*json.dumps(whole, indent=2).replace("\x7f", "\\u007f").split("\n"))
+    plain = json.loads(bodies.rendered(whole))  # a number that JSON does not know, such as Infinity, is null
+    terminal.say(*json.dumps(plain, indent=2).replace("\x7f", "\\u007f").split("\n"))
     return 0
 
 
@@ -64,8 +65,9 @@ def _event(db: Database, row: Row) -> dict[str, Any]:
         "event_id": row["id"],
         "event": row["kind"],
         **_some(row, _EVENT),
-        "content": _json(row["payload"]),
-        "body": _json(row["body"]),
+        # What names them among others, and is theirs alone only as far, is told without what it says.
+        "content": _json(row["payload"]) if row["contact"] else None,
+        "body": _json(row["body"]) if row["contact"] else None,
         "history": [*_history(db, row["id"])],
         "deliveries": [_delivery(db, one) for one in privacy.deliveries_of(db, event_id=row["id"])],
     }

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crmbridge.errors import Conflict, Misconfigured, NotFound
+from crmbridge.errors import Conflict, Invalid, Misconfigured, NotFound
 from crmbridge.events import epoch_s, instant, new_id
 from crmbridge.store import endpoints
 from crmbridge.store.database import Database, Reads, Row, Tx
@@ -92,11 +92,20 @@ def update(db: Database, account_id: str, values: Row) -> Row:
         tx.update("accounts", {**values, "updated_at": tx.now}, "id = ?", [account_id])
         return found(tx, account_id)
 
-    return db.write(job)
+    return db.write_last(job)
 
 
-def change(db: Database, vault: Vault, account_id: str, given: Mapping[str, Any], owner: Row | None = None) -> Row:
+def change(
+    db: Database,
+    vault: Vault,
+    account_id: str,
+    given: Mapping[str, Any],
+    owner: Row | None = None,
+    spare: str | None = None,
+) -> tuple[Row, bool]:
     """Change an account as a person does, and return it; `owner` are the columns that a new token brings.
+
+    `spare` becomes its webhook secret where a new URL needs one and there is none; it is told whether it did.
 
     Of `given` access_token, crm_webhook_url, webhook_secret (or None for these two) and status are read. To be
     ``active`` ends what an error of the account holds back, and so does a new token. Without a URL for the CRM what it
@@ -104,7 +113,7 @@ def change(db: Database, vault: Vault, account_id: str, given: Mapping[str, Any]
     has no token.
     """
 
-    def job(tx: Tx) -> Row:
+    def job(tx: Tx) -> tuple[Row, bool]:
         row = found(tx, account_id)
         token, status = given.get("access_token"), given.get("status")
         if status == "active" and not (token or row["access_token_sealed"]):
@@ -113,8 +122,13 @@ def change(db: Database, vault: Vault, account_id: str, given: Mapping[str, Any]
             status = "active"
         tx.update("accounts", {**(owner or {}), "updated_at": tx.now}, "id = ?", [account_id])
         crm = {"url": given["crm_webhook_url"]} if "crm_webhook_url" in given else {}
-        if "webhook_secret" in given:
-            crm |= _rotated(vault, row, given["webhook_secret"], tx.now_s)
+        needs_one = bool(crm.get("url")) and "webhook_secret" not in given and not row["webhook_secret_sealed"]
+        if needs_one or "webhook_secret" in given:
+            crm |= _rotated(vault, row, spare if needs_one else given["webhook_secret"], tx.now_s)
+        secret = crm.get("secret_sealed", row["webhook_secret_sealed"])
+        if crm and crm.get("url", row["crm_webhook_url"]) and not secret:  # another change came between
+            problem = "is required with crm_webhook_url: it signs every webhook"
+            raise Invalid(f"webhook_secret {problem}.", details=[{"field": "webhook_secret", "problem": problem}])
         endpoints.change(tx, account_id, "crm", crm)
         sealed = {"secret_sealed": seal(vault, row["instagram_id"], token)} if token else {}
         endpoints.change(tx, account_id, "instagram", sealed)
@@ -123,7 +137,7 @@ def change(db: Database, vault: Vault, account_id: str, given: Mapping[str, Any]
                 endpoints.hold(tx, account_id, end["kind"], "inactive", code=None, reason=None, revision=None)
             elif status == "active" and end["held_by"] in ("inactive", "error"):
                 endpoints.release(tx, end, by_person=True)
-        return found(tx, account_id)
+        return found(tx, account_id), needs_one
 
     return db.write_last(job) if given.keys() & {"access_token", "status"} else db.write(job)
 

@@ -25,6 +25,7 @@ TOLD: dict[str, tuple[str, ...]] = {
 UNRENDERABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
 # What brings a message; the other kinds are about one.
 MESSAGES = ("message.received", "message.echo", "message.postback", "message.referral", "message.unsupported")
+TAPPED = ("postback", "quick_reply")  # what was chosen says as much as words
 _EVENT = """
     SELECT events.*, conversation_id, username, name, last_wrote_at, window_until FROM events
     LEFT JOIN contacts ON contacts.account_id = events.account_id AND contacts.contact = events.contact"""
@@ -113,12 +114,12 @@ def withdrawn(kind: str, body: str) -> str:
     """Return a body that was rendered, without what its message said; all else stays as it was told."""
     told = json.loads(body)
     nothing: dict[str, Any] = {"message": None, "attachments": [], "reply_to": None, "raw": None, "other": None}
+    if kind in MESSAGES:
+        nothing |= {"message_type": "deleted", **{name: dict.fromkeys(told.get(name) or ()) or None for name in TAPPED}}
     told |= {name: value for name, value in nothing.items() if name in told}
     for value in told.values():
         if isinstance(value, dict):
             value |= {name: None for name in ("other", "ad") if name in value}
-    if kind in MESSAGES:
-        told["message_type"] = "deleted"
     return rendered(told)
 
 

@@ -246,6 +246,8 @@ def _brings_nothing(tx: Tx, account: Row, row: Row) -> bool:
     key = account["instagram_account_id"], message_key(mid)
     if kind == "message.postback":  # it has a key of its own
         known = _of_key(tx, *key)
+        if known.get("rank") == WITHDRAWN:
+            return True
         is_here = known.get("rank") == RECOVERED and known["kind"] != "message.unsupported"
         return is_here and not _take_back(tx, known["id"])
     if kind == "message.edited":
@@ -268,6 +270,8 @@ def _withdraw(tx: Tx, account: Row, row: Row) -> None:
             left["extra"]["referral"]["ad"] = None  # as it came: nobody knows what else is in it
         if event["kind"] in bodies.MESSAGES:
             left["message_type"] = "deleted"
+            extra = left.get("extra", {})
+            left["extra"] = extra | {name: dict.fromkeys(extra[name]) for name in bodies.TAPPED if extra.get(name)}
         body = bodies.withdrawn(event["kind"], event["body"]) if event["body"] is not None else None
         tx.update("events", {"payload": json.dumps(left, ensure_ascii=False), "body": body}, "id = ?", [event["id"]])
     sent = "account_id = ? AND instagram_message_id = ? AND status <> 'pending'"

@@ -208,7 +208,11 @@ def _delivery(db: Reads, message_id: str) -> Row | None:
 
 
 _HELD = "SELECT 1 FROM events WHERE state = 'held' AND account_id = outbound_messages.account_id"
-_SETTLED = f"SELECT *, EXISTS ({_HELD}) AS awaited FROM outbound_messages WHERE id = ?"
+_TAKEN_BACK = """
+    SELECT 1 FROM events
+    WHERE account_id = outbound_messages.account_id AND instagram_message_id = ? AND kind = 'message.deleted'"""
+_SETTLED = f"""
+    SELECT *, EXISTS ({_HELD}) AS awaited, EXISTS ({_TAKEN_BACK}) AS taken_back FROM outbound_messages WHERE id = ?"""
 
 
 def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool:
@@ -216,17 +220,19 @@ def settle(tx: Tx, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> bool
 
     Tells whether echoes or receipts of its account wait for such news.
     """
-    message = tx.row(_SETTLED, (claimed.message_id,))
-    if message is None:
-        raise LookupError(claimed.message_id)
+    message = tx.row(_SETTLED, (outcome.external_id, claimed.message_id))
+    if message is None:  # its account was erased while the call was under way
+        return False
     _settle(tx, message, claimed, outcome, verdict)
     return bool(message["awaited"])
 
 
 def _settle(tx: Tx, message: Row, claimed: Claimed, outcome: Outcome, verdict: Verdict) -> None:
     if outcome.kind == "done":
-        known = message["instagram_message_id"] or outcome.external_id
-        advance(tx, message, "sent", {"instagram_message_id": known, **_met(message, outcome.contact)}, at=tx.now)
+        known: Row = {"instagram_message_id": message["instagram_message_id"] or outcome.external_id}
+        if message["taken_back"]:  # before its answer was recorded
+            known["content"] = None
+        advance(tx, message, "sent", {**known, **_met(message, outcome.contact)}, at=tx.now)
         return
     again = verdict.state == "pending" and not verdict.in_doubt
     changed: Row = {"retry_count": message["retry_count"] + int(again)}
@@ -261,6 +267,8 @@ def _met(message: Row, contact: str | None) -> Row:
 def confirm(tx: Tx, message: Row, external_id: str, contact: str, *, at: str) -> None:
     """The channel showed the message in its thread: it is delivered, whatever we believed; runs inside a write."""
     proof: Row = {"instagram_message_id": message["instagram_message_id"] or external_id, **_met(message, contact)}
+    if tx.value(f"SELECT EXISTS ({_TAKEN_BACK}) FROM outbound_messages WHERE id = ?", (external_id, message["id"])):
+        proof["content"] = None
     if message["status"] == "pending":
         message = advance(tx, message, "sent", proof, at=at)
     advance(tx, message, "delivered", proof, at=at)
