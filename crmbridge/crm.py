@@ -46,7 +46,7 @@ def post(
     correlation_id: str,
     now_s: float,
 ) -> Posted:
-    """Deliver one event: 2xx is done, 401 is final, both 401 and 410 stop deliveries, all else is tried again.
+    """Deliver one event: 2xx is done, 401 is final, 410 waits, both hold the endpoint; all else is tried again.
 
     Raises Refused or Retry. The signatures cover the exact bytes of `body`; X-Hub-Signature-256 is made with the first
     of the `secrets`, webhook-signature with all that are Standard Webhooks secrets.

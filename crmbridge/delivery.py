@@ -1,4 +1,4 @@
-"""The engine: claim, call, record, follow up. Knows schedules, lanes' endpoints and slots, but no channel.
+"""The engine: claim, call, record, follow up. Knows schedules, endpoints and slots, but no channel's words.
 
 Senders are passed in: functions that make one call and return its Outcome, or raise Retry, Refused or InDoubt.
 """

@@ -140,9 +140,9 @@ class Thread:
 AWAITED, ANNOUNCED, RECOVERED, TOLD, WITHDRAWN = range(5)
 NOTED = "channel.noted"  # kept, and no CRM is told
 TEST = "channel.test"  # a test of the channel's own console; belongs to no account
+Wake = Callable[[Collection[str] | None], None]  # have something new of these accounts, or of any, looked at
 # What an act of a customer does to the window in which the shop may answer: opens it, opens it for longer because an ad
 # led to it, or perhaps opens it, for the channel does not say.
-Wake = Callable[[Collection[str] | None], None]  # have something new of these accounts, or of any, looked at
 Opens = Literal["window", "ad", "perhaps"]
 
 

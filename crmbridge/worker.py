@@ -318,7 +318,7 @@ def _open(storage: type[SqliteStorage], path: Path) -> Huey:
 
 
 def ring(queue_path: Path) -> None:
-    """Ring the service from another process: it looks at everything within two seconds, and else at its next sweep."""
+    """Ring the service from another process: it looks at everything within two seconds, else within five."""
     if not queue_path.exists():
         return  # none has run here
     try:

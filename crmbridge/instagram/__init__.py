@@ -1,1 +1,1 @@
-"""Every fact about Meta: shapes, signatures, calls, errors. Meta's words are spoken in this room alone."""
+"""Meta's shapes, signatures, calls and errors. Meta's words are spoken in this room alone."""

@@ -1,1 +1,1 @@
-"""The record: tables, and the only place where transactions open. Rows never leave this room."""
+"""The record: tables, and the only place where transactions open. SQL never leaves this room."""

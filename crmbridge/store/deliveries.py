@@ -1,6 +1,6 @@
 """What is owed to whom: owe, claim, record, release. Knows lanes and leases, not what a message is.
 
-Every function runs inside a write of its caller.
+What takes a `Tx` runs inside a write of its caller.
 """
 
 from collections.abc import Collection, Iterator, Sequence

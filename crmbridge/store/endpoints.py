@@ -24,7 +24,6 @@ _RANK = {
     "error": 3,
     "inactive": 4,
 }  # a stronger cause takes a weaker one's place
-IS_OPEN = "paused_at IS NULL AND held_by IS NULL"
 CRM_ASK_S = (60.0, 300.0)  # the last one repeated
 CRM_ASK_DAYS = 7
 CRM_TRIALS = 2  # a CRM that takes tests without looking at them would burn an event after each
