@@ -125,6 +125,7 @@ Let the chat page's reply box send (KEY is a key for that account):
 Faults to rehearse: POST JSON to {sandbox.url}/sandbox/faults for Instagram,
   {{"path": "messages", "times": 2, "status": 500}}                                two answers of 500
   {{"path": "messages", "error": "10/2534022"}}                                    Meta's error with these codes
+  {{"path": "messages", "error": "100/2534014"}}                                   nobody is this recipient
   {{"path": "messages", "delay_s": 40, "after_effect": true, "status": 200}}       delivers, then answers too late
   {{"path": "messages", "drop": true, "after_effect": true}}                       delivers, then breaks the connection
   {{"path": "messages", "drop": true}}                                             breaks it without delivering
