@@ -27,7 +27,7 @@ _PROBED = 20  # accounts whose secrets are opened at a start
 
 @dataclass
 class Rooms:
-    """The rooms that the web server and the worker share."""
+    """What the web server and the worker share."""
 
     settings: config.Settings
     db: database.Database

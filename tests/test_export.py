@@ -67,6 +67,18 @@ def test_an_export_holds_what_an_erasure_takes_and_nothing_of_others(rig: Rig, t
     assert {one.partition("_")[0] for one in taken} == {"evt", "msg", "dlv"}
 
 
+def test_a_number_that_json_does_not_know_stops_neither_an_export_nor_an_erasure(rig: Rig, tmp_path: Path) -> None:
+    account = rig.account()
+    rig.say("hello", "mid-1")
+    for whom in ("name", CUSTOMER):
+        rig.hear({"timestamp": int(rig.now_s * 1000), "odd": {"price": float("inf"), "of": whom}})
+    assert [event["event"] for event in export(tmp_path)["accounts"][0]["events"]] == [
+        "message.received", "message.unsupported"
+    ]  # fmt: skip
+    privacy.erase_contact(rig.db, account["id"], CUSTOMER)
+    assert CUSTOMER not in json.dumps(rig.db.rows("SELECT * FROM events"))
+
+
 def test_of_an_erased_customer_and_of_a_stranger_there_is_nothing(rig: Rig, tmp_path: Path) -> None:
     account = fill(rig)
     privacy.erase_contact(rig.db, account["id"], CUSTOMER)

@@ -18,7 +18,7 @@ _GONE = "the owner removed the app from the Instagram account: connect it again 
 
 
 # Where a customer stands, by account and contact. `_NAMED` takes the contact as a pattern first, to look at few rows:
-# an id may be a part of somebody else's.
+# an id may be a part of somebody else's. Of JSON that SQLite cannot read, with Infinity in it, the pattern is enough.
 _OWED = "deliveries WHERE account_id = ? AND contact = ?"
 _SENT = "outbound_messages WHERE account_id = ? AND recipient_id = ?"
 _PRIVATE = """
@@ -27,7 +27,8 @@ _PRIVATE = """
 _HEARD = "events WHERE account_id = ? AND contact = ?"
 _NAMED = r"""
     events WHERE account_id = ? AND contact = '' AND payload LIKE ? ESCAPE '\'
-    AND EXISTS (SELECT 1 FROM json_tree(payload) WHERE CAST(atom AS TEXT) = ?)"""
+    AND CASE WHEN json_valid(payload) THEN EXISTS (SELECT 1 FROM json_tree(payload) WHERE CAST(atom AS TEXT) = ?)
+        ELSE TRUE END"""
 _UNROUTED = "events WHERE account_id IS NULL AND contact = ?"
 
 
